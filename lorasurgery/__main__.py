@@ -1,0 +1,6 @@
+"""`python -m lorasurgery` is the same program as `lorasurgery`."""
+
+from lorasurgery.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""From an adapter's module path to the base's tensor on disk, from names, shapes and config.json alone.
+
+Adapters use the module paths a model has in memory; checkpoints keep their names on disk. A path that finds
+no tensor is an error that names it: silently changing nothing is the field's commonest bug.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.errors import MismatchError, nearest
+
+# transformers' models whose linear layers are Conv1D, stored (in, out)
+_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
+_CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+_EMBEDDING = re.compile(
+    r"(?:.*\.)?(?:[a-z_]*embeddings?|[a-z_]*embed_tokens|embed_positions|embed_in|wte|wpe|shared|relative_attention_bias)"
+)
+# Look-up tables whose forward takes no token ids (an offset is added inside), so no LoRA can run on them.
+_POSITIONS = re.compile(r"(?:.*\.)?embed_positions")
+_HEADS = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_projection)|(?:.*\.)?predictions\.decoder|output")
+_INPUTS = ("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "word_embedding")
+
+
+def is_embedding(path: str) -> bool:
+    """Tell an embedding table's module path from a linear layer's.
+
+    >>> [is_embedding(p) for p in ("model.embed_tokens", "h.wte", "embed_out", "layer.0.dense")]
+    [True, True, False, False]
+    """
+    return _EMBEDDING.fullmatch(path) is not None
+
+
+def is_position_table(path: str) -> bool:
+    """Tell OPT's and BART's learned positions, which are looked up with an offset and so can't carry a LoRA."""
+    return _POSITIONS.fullmatch(path) is not None
+
+
+def is_head(path: str) -> bool:
+    """Tell an output head (lm_head and its kin), which may share its tensor with the input embedding."""
+    return _HEADS.fullmatch(path) is not None
+
+
+def module_of(tensor: str) -> str:
+    """A tensor's module path: its name without `.weight`, or without its last part for other tensors.
+
+    >>> module_of("model.norm.weight"), module_of("h.0.c_fc.bias"), module_of("cls_token")
+    ('model.norm', 'h.0.c_fc', 'cls_token')
+    """
+    return tensor.rpartition(".")[0] or tensor
+
+
+@dataclass
+class BaseNames:
+    """The base's tensors, ready to be looked up by an adapter's paths.
+
+    Args:
+        tensors: name -> TensorInfo, as the checkpoint's headers give them.
+        config: config.json, or {}.
+        where: The base as the user named it, for messages.
+    """
+
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any]
+    where: str
+
+    def find(self, path: str, leaf: str = "weight", shapes: tuple[tuple[int, ...], ...] = ()) -> str | None:
+        """The base's tensor for a module path: by exact name, then by unique suffix (and shape when given)."""
+        name = f"{path}.{leaf}" if leaf else path
+        if name in self.tensors:
+            return name
+        parts = name.split(".")
+        shorter = [".".join(parts[i:]) for i in range(1, len(parts) - 1)]
+        for candidate in shorter:  # the adapter's path is the longer one: `transformer.h.0…` on disk as `h.0…`
+            if candidate in self.tensors and self._fits(candidate, shapes):
+                return candidate
+        longer = [n for n in self._by_suffix.get(".".join(parts[-2:]), []) if n.endswith("." + name)]
+        longer = [n for n in longer if self._fits(n, shapes)]
+        return longer[0] if len(longer) == 1 else None
+
+    def missing(self, path: str, adapter: str) -> MismatchError:
+        """The error for an adapter's path that no tensor of the base answers to, with the nearest names."""
+        known = [module_of(n) for n in self.tensors]
+        return MismatchError(
+            f"{adapter}: {path} matches no tensor in {self.where}; nothing was changed"
+            + (nearest(path, known) or "; is this the adapter's base model?")
+        )
+
+    def is_conv1d(self, path: str) -> bool:
+        """Whether a linear layer's weight is stored (in, out), as GPT-2's Conv1D is."""
+        return self._has_conv1d and path.rpartition(".")[2] in _CONV1D_LEAVES
+
+    def tied_source(self, path: str) -> str | None:
+        """The tensor that stands for a module which shares its weight and so has none on disk.
+
+        An output head shares the input embedding; T5's and BART's `encoder.embed_tokens` share `shared`.
+        """
+        if is_head(path):
+            return self.input_embedding if self.find(path) is None and self.ties else None
+        match = re.fullmatch(r"(.*?)(?:encoder|decoder)\.embed_tokens", path)
+        return self.find(f"{match[1]}shared") if match and self.find(path) is None else None
+
+    @property
+    def ties(self) -> bool:
+        """What config.json says of tie_word_embeddings (text_config's word counts too); True when silent."""
+        text = self.config.get("text_config")
+        for config in (self.config, text if isinstance(text, dict) else {}):
+            if "tie_word_embeddings" in config:
+                return bool(config["tie_word_embeddings"])
+        return True
+
+    def tied_paths(self, tensor: str) -> list[str]:
+        """The other module paths that share an embedding tensor in memory, so an update must reach them too."""
+        if tensor != self.input_embedding:
+            return []
+        path = module_of(tensor)
+        stem = path.removesuffix("shared")
+        paths = [f"{stem}{side}.embed_tokens" for side in ("encoder", "decoder")] if stem != path else []
+        has_head = any(is_head(module_of(n)) for n in self.tensors)
+        return paths + (self._head_path() if self.ties and not has_head else [])
+
+    def _head_path(self) -> list[str]:
+        architectures = self.config.get("architectures") or []
+        causal = any(isinstance(a, str) and a.endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration"))
+                     for a in architectures)  # fmt: skip
+        return ["lm_head"] if causal else []
+
+    @cached_property
+    def input_embedding(self) -> str | None:
+        """The token embedding's tensor name; None when no name tells it."""
+        for leaf in _INPUTS:
+            found = [n for n in self.tensors if n == f"{leaf}.weight" or n.endswith(f".{leaf}.weight")]
+            if found:
+                return min(found, key=len)
+        return None
+
+    @cached_property
+    def _has_conv1d(self) -> bool:
+        if "model_type" in self.config:
+            return self.config["model_type"] in _CONV1D_MODELS
+        # Without a config the fused projection tells: (n, 3n) is Conv1D, (3n, n) would be Linear.
+        return any(
+            n.endswith("c_attn.weight") and len(t.shape) == 2 and t.shape[1] == 3 * t.shape[0]
+            for n, t in self.tensors.items()
+        )
+
+    @cached_property
+    def _by_suffix(self) -> dict[str, list[str]]:
+        table: dict[str, list[str]] = defaultdict(list)
+        for name in self.tensors:
+            table[".".join(name.split(".")[-2:])].append(name)
+        return table
+
+    def _fits(self, name: str, shapes: tuple[tuple[int, ...], ...]) -> bool:
+        return not shapes or self.tensors[name].shape in shapes
+
+
+def align_names(base: set[str], tuned: set[str]) -> tuple[str, str]:
+    """Find the prefix (base_prefix, tuned_prefix) by which two checkpoints of one model differ, if any.
+
+    `gpt2` on the Hub says `h.0…` where a saved GPT2LMHeadModel says `transformer.h.0…`.
+
+    >>> align_names({"h.0.w", "wte.w"}, {"transformer.h.0.w", "transformer.wte.w", "lm_head.w"})
+    ('', 'transformer.')
+    """
+    if base & tuned:
+        return "", ""
+    for short, long, order in ((base, tuned, 1), (tuned, base, -1)):
+        heads = {n.split(".", 1)[0] + "." for n in long if "." in n}
+        for head in sorted(heads):
+            if sum(head + n in long for n in short) > len(short) // 2:
+                return ("", head) if order == 1 else (head, "")
+    return "", ""

@@ -1,0 +1,131 @@
+"""Writing PEFT's adapter folders: keys, the smallest exact target_modules, and adapter_config.json."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorasurgery.adapters.peft import PREFIX
+
+# What PEFT accepts when only full modules were saved (peft.utils.constants.DUMMY_TARGET_MODULES).
+_NO_TARGETS = "dummy-target-modules"
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+@dataclass
+class PeftLayout:
+    """What an adapter folder will say, collected module by module.
+
+    Args:
+        ranks: module path -> rank, of every module with factors.
+        alphas: module path -> alpha.
+        paths: Every module path of the model, so that target_modules can name exactly the right ones.
+        saved: Module paths stored whole (modules_to_save).
+        bias: `none`, `lora_only` or `all`, by which biases the file holds.
+        tied: The same update is stored for all modules that share one tensor (ensure_weight_tying).
+    """
+
+    paths: set[str]
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+    saved: set[str] = field(default_factory=set)
+    bias: str = "none"
+    rslora: bool = False
+    tied: bool = False
+    fan_in_fan_out: bool = False
+    base_model: str = ""
+    architectures: tuple[str, ...] = ()
+
+    def config(self) -> dict[str, Any]:
+        """adapter_config.json, with patterns only for modules that differ from the commonest rank and alpha."""
+        r = _commonest(self.ranks.values(), 8)
+        alpha = _commonest(self.alphas.values(), float(r))
+        return {
+            "alpha_pattern": {p: _whole(a) for p, a in sorted(self.alphas.items()) if a != alpha},
+            "auto_mapping": None,
+            "base_model_name_or_path": self.base_model,
+            "bias": self.bias,
+            "ensure_weight_tying": self.tied,
+            "exclude_modules": None,
+            "fan_in_fan_out": self.fan_in_fan_out,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "layers_pattern": None,
+            "layers_to_transform": None,
+            "lora_alpha": _whole(alpha),
+            "lora_bias": False,
+            "lora_dropout": 0.0,
+            "modules_to_save": exact_suffixes(self.saved, self.paths, whole_parts=False) or None,
+            "peft_type": "LORA",
+            "r": r,
+            "rank_pattern": {p: k for p, k in sorted(self.ranks.items()) if k != r},
+            "revision": None,
+            "target_modules": exact_suffixes(set(self.ranks), self.paths) or _NO_TARGETS,
+            "task_type": self._task(),
+            "use_dora": False,
+            "use_rslora": self.rslora,
+        }
+
+    def _task(self) -> str | None:
+        for architecture in self.architectures:
+            for ending, task in _TASKS.items():
+                if architecture.endswith(ending):
+                    return task
+        return None
+
+
+def factor_keys(path: str, kind: str) -> tuple[str, str]:
+    """The two tensor names (lora_A, lora_B) of a module in the file.
+
+    >>> factor_keys("h.wte", "embedding")[0]
+    'base_model.model.h.wte.lora_embedding_A'
+    """
+    if kind == "embedding":
+        return f"{PREFIX}{path}.lora_embedding_A", f"{PREFIX}{path}.lora_embedding_B"
+    return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
+
+
+def exact_suffixes(chosen: set[str], paths: set[str], *, whole_parts: bool = True) -> list[str]:
+    """The fewest names that mean exactly the chosen modules: a leaf where all of its modules are chosen.
+
+    PEFT matches target_modules by path or by ".name" ending, modules_to_save by any ending (whole_parts=False).
+
+    >>> exact_suffixes({"a.q", "b.q"}, {"a", "a.q", "b", "b.q", "b.k"})
+    ['q']
+    >>> exact_suffixes({"a.q"}, {"a", "a.q", "b", "b.q"})
+    ['a.q']
+    """
+    every = {prefix for path in paths for prefix in _prefixes(path)}
+    by_leaf: dict[str, set[str]] = defaultdict(set)
+    for path in every:
+        by_leaf[path.rpartition(".")[2]].add(path)
+    names: set[str] = set()
+    for leaf in {p.rpartition(".")[2] for p in chosen}:
+        group = by_leaf[leaf]
+        if not whole_parts:
+            group = {p for other, ps in by_leaf.items() if other.endswith(leaf) for p in ps}
+        mine = {p for p in chosen if p.rpartition(".")[2] == leaf}
+        names |= {leaf} if group <= chosen else mine
+    return sorted(names)
+
+
+def _prefixes(path: str) -> Iterable[str]:
+    parts = path.split(".")
+    return (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+
+
+def _commonest(values: Iterable[Any], default: Any) -> Any:
+    counts = Counter(values)
+    return max(counts, key=lambda v: (counts[v], v)) if counts else default
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,145 @@
+"""Which files make up a checkpoint: one file, a folder, or the shards an index names. No tensor data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, refuse_pickle, show
+from lorasurgery.errors import FormatError
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Located:
+    """The files of a checkpoint in order, and the index that names them (None for a single file)."""
+
+    folder: Path
+    files: list[str]
+    weight_map: dict[str, str] | None = None
+    index_name: str | None = None
+
+
+def locate(path: Path) -> Located:
+    """Find a checkpoint's files the way transformers does: model.safetensors, then the index, then a sole file.
+
+    Raises:
+        FormatError: nothing there, or more than one answer. UnsupportedError: only pickle files.
+    """
+    if path.is_file():
+        refuse_pickle(path)
+        if path.suffix == ".json":
+            raise FormatError(f"{show(str(path))}: is an index or a config; give its folder, {show(str(path.parent))}")
+        return Located(path.parent, [path.name])
+    if path.is_dir():
+        return _in_folder(path)
+    if path.exists():
+        raise FormatError(f"{show(str(path))}: is not a regular file")
+    text = str(path)
+    hub = text.count("/") == 1 and not text.startswith((".", "/", "~"))
+    hint = f"; download it first: hf download {text} --local-dir DIR" if hub else ""
+    raise FormatError(f"{show(text)}: is neither a file nor a folder{hint}")
+
+
+def _in_folder(folder: Path) -> Located:
+    names = sorted(f.name for f in folder.iterdir())
+    for name in _SINGLE:
+        if name in names:
+            return Located(folder, [name])
+    where = show(str(folder))
+    indexes = [n for n in names if n.endswith(INDEX_SUFFIX)]
+    if len(indexes) > 1:
+        raise FormatError(
+            f"{where}: has {len(indexes)} indexes ({', '.join(map(show, indexes))}); keep the one that is meant"
+        )
+    if indexes:
+        weight_map = read_index(folder / indexes[0])
+        return Located(folder, list(dict.fromkeys(weight_map.values())), weight_map, indexes[0])
+    files = [n for n in names if n.endswith(".safetensors") and not n.startswith(".") and n not in _ADAPTER]
+    if len(files) == 1:
+        return Located(folder, files)
+    if files:
+        raise FormatError(
+            f"{where}: has {len(files)} safetensors files and no index to say which belong together "
+            f"({', '.join(map(show, files[:3]))}{' …' if len(files) > 3 else ''}); give one file, or restore "
+            f"model{INDEX_SUFFIX}"
+        )
+    raise _nothing(folder, names)
+
+
+def _nothing(folder: Path, names: list[str]) -> FormatError:
+    for name in names:
+        if name.endswith(PICKLE_SUFFIXES):
+            refuse_pickle(folder / name)
+    if any(n in names for n in _ADAPTER):
+        return FormatError(f"{show(str(folder))}: is an adapter, not a checkpoint; it has no model weights")
+    return FormatError(f"{show(str(folder))}: no safetensors files here")
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Read an index's weight_map (tensor -> shard) and check that every shard lies in the index's folder.
+
+    Raises:
+        FormatError: not JSON, names twice, a shard outside the folder, or a missing shard.
+    """
+    where = show(str(file))
+    weight_map = _load(file, where).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise FormatError(f"{where}: expected a weight_map from tensor names to shard names")
+    if not weight_map:
+        raise FormatError(f"{where}: its weight_map is empty")
+    for shard in sorted(set(weight_map.values())):
+        _check_shard(file.parent, shard, where)
+    return weight_map
+
+
+def _check_shard(folder: Path, shard: str, where: str) -> None:
+    parts = Path(shard).parts
+    if not shard or "\x00" in shard or Path(shard).is_absolute() or ".." in parts or "\\" in shard:
+        raise FormatError(
+            f"{where}: shard {show(shard)} points outside the checkpoint's folder; a shard is a plain file name"
+        )
+    refuse_pickle(folder / shard)
+    path = folder / shard
+    if not path.exists():
+        raise FormatError(f"{where}: shard {show(shard)} is missing; download or copy it again")
+    real, home = path.resolve(), folder.resolve()
+    # The Hub's cache keeps snapshots/<revision>/ as links into the blobs/ of the same repository.
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if not real.is_relative_to(home) and not (blobs and real.is_relative_to(blobs)):
+        raise FormatError(f"{where}: shard {show(shard)} is a link that leads outside the checkpoint's folder")
+
+
+def _load(file: Path, where: str) -> dict[str, Any]:
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in items:
+            if name in found:
+                raise FormatError(f"{where}: {show(name)} stands twice")
+            found[name] = value
+        return found
+
+    return load_object(file, pairs)
+
+
+def load_object(file: Path, pairs: Any = None) -> dict[str, Any]:
+    """Read a JSON file that must hold an object.
+
+    Raises:
+        FormatError: unreadable, not JSON, or something else than an object.
+    """
+    where = show(str(file))
+    try:
+        found = json.loads(file.read_bytes(), object_pairs_hook=pairs)
+    except OSError as problem:
+        raise FormatError(f"{where}: {problem.strerror or problem}") from None
+    except (ValueError, RecursionError) as problem:
+        raise FormatError(f"{where}: not JSON ({show(str(problem))})") from None
+    if not isinstance(found, dict):
+        raise FormatError(f"{where}: expected a JSON object, found {type(found).__name__}")
+    return found

@@ -1,0 +1,193 @@
+"""Output that appears whole or not at all: every file under a temporary name, renamed when all are done.
+
+Each file is written beside its final place as `.NAME.lorasurgery-partial`, synced, and renamed at commit; the
+file that makes a reader take the folder for complete (the index, or adapter_config.json) comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.locate import INDEX_SUFFIX
+from lorasurgery.checkpoint.plan import PlannedFile
+from lorasurgery.checkpoint.writer import TensorFile
+from lorasurgery.errors import OutputError
+
+PARTIAL = ".lorasurgery-partial"
+_WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")
+
+
+def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    """Refuse an output that would touch an input, or that exists and may not be replaced.
+
+    Raises:
+        OutputError: with the next move.
+    """
+    where, real = show(str(out)), out.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if real == source or real.is_relative_to(source):
+            raise OutputError(f"{where}: is the input {show(str(path))}, or lies inside it; choose another output")
+        if source.is_relative_to(real):
+            raise OutputError(
+                f"{where}: holds the input {show(str(path))}, which could be replaced; choose another output"
+            )
+    if out.is_symlink() and not out.exists():
+        raise OutputError(f"{where}: is a link to nothing; remove it or choose another output")
+    if out.suffix == ".safetensors" and out.is_dir():
+        raise OutputError(f"{where}: is a folder but names a file; choose another output")
+    if out.exists() and out.suffix != ".safetensors" and not out.is_dir():
+        raise OutputError(f"{where}: exists and is not a folder; choose another output")
+    if not overwrite and out.exists():
+        _check_empty(out, where)
+
+
+def _check_empty(out: Path, where: str) -> None:
+    if out.is_file():
+        raise OutputError(f"{where}: exists; --overwrite replaces it")
+    names = [f.name for f in out.iterdir()]
+    if names and all(n.endswith(PARTIAL) for n in names):
+        raise OutputError(f"{where}: holds only the remains of an interrupted run; --overwrite clears them")
+    if names:
+        raise OutputError(f"{where}: exists and is not empty; --overwrite replaces what it holds")
+
+
+class Output:
+    """A folder (or one .safetensors file) being written; nothing is visible before commit().
+
+    Example:
+        with Output(Path("merged"), overwrite=False) as out:
+            with out.tensor_file(planned) as file:
+                file.write("w", tensor)
+            out.write_bytes("config.json", b"{}")
+            out.commit(last="model.safetensors")
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool) -> None:
+        self.single = out.suffix == ".safetensors"
+        self.folder = out.parent if self.single else out
+        self.overwrite = overwrite
+        self.bytes_written = 0
+        self._made: list[Path] = []
+        self._staged: dict[str, Path] = {}
+        self._committed = False
+
+    def __enter__(self) -> Output:
+        try:
+            self._make(self.folder)
+            if self.overwrite and not self.single:
+                for remains in self.folder.rglob(f".*{PARTIAL}"):
+                    remains.unlink()
+        except OSError as problem:
+            raise self._failed(problem) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if not self._committed:
+            for partial in self._staged.values():
+                with suppress(OSError):
+                    partial.unlink()
+            for folder in reversed(self._made):
+                with suppress(OSError):
+                    folder.rmdir()
+        if isinstance(problem, OSError):
+            raise self._failed(problem) from None
+
+    def tensor_file(self, planned: PlannedFile) -> TensorFile:
+        """A safetensors file to be filled tensor by tensor, in the planned order."""
+        return TensorFile(self._stage(planned.name), planned, self._count)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Stage a small file."""
+        with self._stage(name).open("wb") as file:
+            file.write(data)
+            _sync(file.fileno())
+        self._count(len(data))
+
+    def copy_file(self, name: str, source: Path) -> None:
+        """Stage a byte-for-byte copy of a file."""
+        target = self._stage(name)
+        with source.open("rb") as old, target.open("wb") as new:
+            shutil.copyfileobj(old, new, 1 << 20)
+            _sync(new.fileno())
+        self._count(target.stat().st_size)
+
+    def commit(self, *, last: str) -> None:
+        """Give every file its name, `last` at the end; a kill in between leaves a folder no reader takes for whole.
+
+        Raises:
+            OutputError: the system refuses a rename.
+        """
+        try:
+            if self.overwrite and not self.single:
+                self._retire()
+            order = [n for n in self._staged if n != last] + [last]
+            for name in order:
+                self._staged[name].replace(self.folder / name)
+            self._committed = True
+            for folder in {(self.folder / name).parent for name in order}:
+                _sync_folder(folder)
+        except OSError as problem:
+            raise self._failed(problem) from None
+
+    def _retire(self) -> None:
+        """Remove what the old output's readers go by, and its weights; nothing else of the user's."""
+        names = {f.name for f in self.folder.iterdir()}
+        indexes = [n for n in names if n.endswith(INDEX_SUFFIX)]
+        stale = {n for i in indexes for n in _indexed(self.folder / i)} | set(_WEIGHTS)
+        for name in [*indexes, "adapter_config.json", *sorted(stale & names)]:
+            if name in names and name not in self._staged:
+                (self.folder / name).unlink()
+        for name in indexes:  # a new index of the same name must not point at half-renamed shards
+            with suppress(FileNotFoundError):
+                (self.folder / name).unlink()
+
+    def _stage(self, name: str) -> Path:
+        final = self.folder / name
+        self._make(final.parent)
+        partial = final.parent / f".{final.name}{PARTIAL}"
+        self._staged[name] = partial
+        return partial
+
+    def _make(self, folder: Path) -> None:
+        missing = [p for p in [folder, *folder.parents] if not p.exists()]
+        for path in reversed(missing):
+            path.mkdir()
+            self._made.append(path)
+
+    def _count(self, written: int) -> None:
+        self.bytes_written += written
+
+    def _failed(self, problem: OSError) -> OutputError:
+        where = show(str(problem.filename or self.folder))
+        return OutputError(f"{where}: cannot be written ({problem.strerror or problem}); nothing was left behind")
+
+
+def _indexed(index: Path) -> Iterable[str]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        return [str(v) for v in weight_map.values()]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return []
+
+
+def _sync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder can't be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            _sync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,171 @@
+"""Checkpoint: the tensors of one file, a folder or a sharded index, read one at a time. Knows no LoRA."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import cached_property
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasurgery.checkpoint.header import Header, TensorInfo, read_header, show
+from lorasurgery.checkpoint.locate import Located, load_object, locate
+from lorasurgery.errors import FormatError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK = 16 << 20
+_READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB a call
+_MAX_OPEN = 16  # file descriptors: a checkpoint may have thousands of shards
+
+
+class Checkpoint:
+    """A checkpoint opened from its headers; tensors are read from disk when asked for.
+
+    Example:
+        with Checkpoint.open("llama") as base:
+            weight = base.read("model.norm.weight")
+
+    Attributes:
+        path: The reference as given. folder: Where config.json lies. is_file: Whether a file was given.
+        files: shard name -> Header, in order. tensors: name -> TensorInfo. file_of: name -> shard name.
+        index_name: The index's file name, None for a single file.
+        bytes_read: Tensor bytes read so far.
+    """
+
+    def __init__(self, path: Path, located: Located) -> None:
+        self.path, self.folder, self.is_file = path, located.folder, path.is_file()
+        self.index_name = located.index_name
+        self.files: dict[str, Header] = {name: read_header(located.folder / name) for name in located.files}
+        self.tensors: dict[str, TensorInfo] = {}
+        self.file_of: dict[str, str] = {}
+        self.bytes_read = 0
+        self._open: OrderedDict[str, FileIO] = OrderedDict()
+        self._place(located.weight_map)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a .safetensors file or a checkpoint folder; only headers are read.
+
+        Raises:
+            FormatError: missing or broken, in one line. UnsupportedError: pickle files.
+        """
+        path = Path(path)
+        try:
+            return cls(path, locate(path))
+        except OSError as problem:
+            raise FormatError(f"{show(str(path))}: {problem.strerror or problem}") from None
+
+    def _place(self, weight_map: dict[str, str] | None) -> None:
+        """Settle which shard serves each tensor: the index decides; what it doesn't list is kept all the same."""
+        for file, header in self.files.items():
+            for name, info in header.tensors.items():
+                if weight_map is not None and weight_map.get(name, file) != file:
+                    continue
+                if name in self.tensors:
+                    raise FormatError(
+                        f"{show(str(self.folder / file))}: {show(name)} is also in {self.file_of[name]}; "
+                        "the index must say which of them counts"
+                    )
+                self.tensors[name], self.file_of[name] = info, file
+        for name, file in (weight_map or {}).items():
+            if name not in self.tensors:
+                raise FormatError(f"{show(str(self.folder / file))}: has no {show(name)}, which the index promises")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json beside the weights; {} when it is missing or empty, for names and shapes often suffice."""
+        file = self.folder / "config.json"
+        if not file.is_file() or not file.stat().st_size:
+            return {}
+        return load_object(file)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own, on the CPU, with the dtype and shape of its header.
+
+        Raises:
+            FormatError: the file changed or ends too soon. UnsupportedError: torch has no such dtype.
+        """
+        from lorasurgery.checkpoint.dtypes import torch_dtype
+
+        info = self.tensors[name]
+        try:
+            dtype = torch_dtype(info.dtype)
+        except UnsupportedError as problem:
+            raise UnsupportedError(f"{self._where(name)}: {problem}") from None
+        return self.raw(name).view(dtype).reshape(info.shape)
+
+    def raw(self, name: str) -> Tensor:
+        """Read one tensor's bytes as a 1-D uint8 tensor."""
+        import torch
+
+        info = self.tensors[name]
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        self._fill(name, buffer.numpy().data, info.start)
+        return buffer
+
+    def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
+        """Yield one tensor's bytes in pieces, for copying byte for byte; each piece is reused for the next."""
+        info = self.tensors[name]
+        buffer = bytearray(min(size, info.nbytes))
+        for start in range(info.start, info.end, size):
+            piece = memoryview(buffer)[: min(size, info.end - start)]
+            self._fill(name, piece, start)
+            yield piece
+
+    def _fill(self, name: str, view: memoryview, start: int) -> None:
+        file, done = self._file(self.file_of[name]), 0
+        try:
+            file.seek(start)
+            while done < len(view):  # reads, not a memory map: a file cut short is an error here, not a crash
+                got = file.readinto(view[done : done + _READ_AT_ONCE])
+                if not got:
+                    raise FormatError(f"{self._where(name)}: the file ends inside this tensor; it was cut while in use")
+                done += got
+        except OSError as problem:
+            raise FormatError(f"{self._where(name)}: cannot be read ({problem.strerror})") from None
+        self.bytes_read += done
+
+    def _file(self, name: str) -> FileIO:
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        if len(self._open) >= _MAX_OPEN:
+            self._open.popitem(last=False)[1].close()
+        path = self.folder / name
+        try:
+            file = FileIO(path)
+        except OSError as problem:
+            raise FormatError(f"{show(str(path))}: {problem.strerror}") from None
+        self._open[name] = file
+        if os.fstat(file.fileno()).st_size != self.files[name].size:
+            raise FormatError(
+                f"{show(str(path))}: changed its size since its header was read; leave it alone and repeat"
+            )
+        return file
+
+    def _where(self, name: str) -> str:
+        return f"{show(str(self.folder / self.file_of[name]))}: {show(name)}"
+
+    def close(self) -> None:
+        """Close all file descriptors; reading again opens them anew."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):
+            self.close()

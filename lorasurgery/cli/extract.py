@@ -1,0 +1,72 @@
+"""`lorasurgery extract`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lorasurgery.cli import options, render
+
+
+@click.command("extract")
+@click.argument("base", metavar="BASE")
+@click.argument("tuned", metavar="TUNED")
+@click.option("--rank", type=int, help="Directions kept in every module.  [default: 16]")
+@click.option("--energy", type=float, help="Keep the least rank that holds this share of ‖ΔW‖², e.g. 0.9.")
+@click.option("--tolerance", type=float, help="Keep the least rank with a relative error of at most this.")
+@click.option("--max-rank", type=int, help="A cap on what --energy or --tolerance ask for.")
+@click.option("--target", metavar="PAT", multiple=True,
+              help="Only these modules: a suffix (q_proj), a regular expression on the whole path, or attention, "
+                   "mlp, all-linear. Repeatable.")  # fmt: skip
+@click.option("--exclude", metavar="PAT", multiple=True, help="Not these modules; patterns as for --target.")
+@click.option("--full", metavar="auto|none|PAT", multiple=True, default=["auto"], show_default=True,
+              help="What is stored whole beside the factors: what changed and is no matrix or changed its shape "
+                   "(auto), nothing (none), or what these patterns mean.")  # fmt: skip
+@click.option("--alpha", type=float, help="lora_alpha to write; the factors make up for it. [default: scale 1]")
+@click.option("--rslora", is_flag=True, help="Scale by alpha/√r instead of alpha/r.")
+@click.option("--uniform-rank", is_flag=True, help="Zero-pad all factors to one rank: the form every server takes.")
+@click.option("--svd", type=click.Choice(["auto", "randomized", "exact"]), default="auto", show_default=True,
+              help="exact is LAPACK/cuSOLVER on the whole matrix.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the randomized SVD.")
+@click.option("--dtype", type=options.DTYPE, help="Dtype of what is written. [default: the tuned weights' own]")
+@options.common
+@options.guarded
+def command(
+    base: str, tuned: str, out: str, as_json: bool, quiet: bool, verbose: bool, device: str, dry_run: bool,
+    overwrite: bool, **chosen: Any,
+) -> None:  # fmt: skip
+    """Extract a LoRA from a fine-tuned model: ΔW = W_tuned − W_base ≈ B·A, by truncated SVD.
+
+    Writes a PEFT adapter folder. Tensors that are equal are skipped; the stated error is measured on the factors
+    as they are written.
+
+    \b
+    Examples:
+      lorasurgery extract llama llama-chat -o adapter --rank 64
+      lorasurgery extract llama llama-chat -o adapter --energy 0.9 --max-rank 128
+      lorasurgery extract llama llama-chat -o adapter --target attention --exclude o_proj
+      lorasurgery extract llama llama-chat -o adapter --dry-run --json
+    """
+    from lorasurgery.ops.extract import extract
+
+    choice = _options(**chosen)
+    with render.progress("extract", quiet=quiet or as_json) as callback:
+        report = extract(
+            base, tuned, out, choice, device=device, overwrite=overwrite, dry_run=dry_run, progress=callback
+        )
+    render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)
+
+
+def _options(
+    rank: int | None, energy: float | None, tolerance: float | None, max_rank: int | None, target: tuple[str, ...],
+    exclude: tuple[str, ...], full: tuple[str, ...], **rest: Any,
+) -> Any:  # fmt: skip
+    from lorasurgery.linalg.rank import RankChoice
+    from lorasurgery.ops.extract import DEFAULT_RANK, ExtractOptions
+    from lorasurgery.ops.pairs import Selection
+
+    if rank is None and energy is None and tolerance is None:
+        rank = DEFAULT_RANK
+    choice = RankChoice(rank=rank, energy=energy, tolerance=tolerance, max_rank=max_rank)
+    return ExtractOptions(choice, Selection(target, exclude, full), **rest)

@@ -1,0 +1,62 @@
+"""The command group: commands are imported when they are called, so `--help` needs neither torch nor rich."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from lorasurgery import __version__
+
+COMMANDS = {
+    "extract": "Extract a LoRA adapter from a fine-tuned model.",
+    "merge": "Merge adapters into a checkpoint.",
+    "unmerge": "Take merged adapters out of a checkpoint again.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in lorasurgery.cli.<name>, each imported on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, in the order a person meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"lorasurgery.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the nearest command when there is none of this name."""
+        from lorasurgery.errors import nearest
+
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            ctx.fail(f"no command {args[0]!r}{nearest(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="`lorasurgery COMMAND --help` shows each command's options with examples.",
+)
+@click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")
+def main() -> None:
+    """LoRA surgery on safetensors checkpoints: offline, exact, one tensor at a time.
+
+    \b
+    lorasurgery extract BASE TUNED -o ADAPTER --rank 32
+    lorasurgery merge BASE ADAPTER -o MERGED
+    lorasurgery unmerge MERGED ADAPTER -o RESTORED
+    """

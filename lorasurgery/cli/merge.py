@@ -1,0 +1,37 @@
+"""`lorasurgery merge`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lorasurgery.cli import options, render
+
+
+@click.command("merge")
+@click.argument("base", metavar="BASE")
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+@options.checkpoint
+@options.common
+@options.guarded
+def command(
+    base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, verbose: bool, **chosen: Any
+) -> None:
+    """Merge adapters into a checkpoint: W' = round(W + Σ weight·scale·B·A), one rounding from float32.
+
+    BASE is a checkpoint folder or .safetensors file; each ADAPTER is a PEFT folder. Untouched tensors, config and
+    tokenizer files are copied byte for byte.
+
+    \b
+    Examples:
+      lorasurgery merge llama style -o merged
+      lorasurgery merge llama style topic -w 0.7 -w -0.3 -o merged
+      lorasurgery merge llama style -o merged --dtype float32      # when rounding would swallow the update
+      lorasurgery merge llama style -o merged --max-shard-size 5GB
+    """
+    from lorasurgery.ops.merge import merge
+
+    with render.progress("merge", quiet=quiet or as_json) as callback:
+        report = merge(base, adapters, out, progress=callback, **chosen)
+    render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)

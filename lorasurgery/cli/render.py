@@ -1,0 +1,104 @@
+"""Progress and reports for people and for programs. The only file that knows rich."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+
+from lorasurgery.report import ModuleReport, Progress, Report
+
+_PLAIN_STEPS = 10  # lines of progress when stderr is no terminal
+
+
+@contextmanager
+def progress(command: str, *, quiet: bool) -> Iterator[Progress | None]:
+    """A progress callback: a bar with bytes, rate and time left on a terminal, plain lines elsewhere."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with _bar(command) as callback:
+            yield callback
+    else:
+        yield _plain(command)
+
+
+@contextmanager
+def _bar(command: str) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[tensor]}", style="dim"))  # fmt: skip
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(command, tensor="")
+
+        def callback(name: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, tensor=name[-40:])
+
+        yield callback
+
+
+def _plain(command: str) -> Progress:
+    shown = 0
+
+    def callback(name: str, done: int, total: int) -> None:
+        nonlocal shown
+        step = done * _PLAIN_STEPS // total if total else _PLAIN_STEPS
+        if step > shown:
+            shown = step
+            click.echo(f"{command}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB ({name})", err=True)
+
+    return callback
+
+
+def show(report: Report, *, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Print a report: JSON and nothing else, or a table and the summary line; warnings go to stderr."""
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), allow_nan=False))
+    elif not quiet:
+        if report.modules and (verbose or len(report.modules) <= 24):
+            _table(report.modules)
+        click.echo(f"{'plan: ' if report.dry_run else ''}{report.summary}")
+        if not report.dry_run:
+            click.echo(
+                f"{report.output}: {report.bytes_written / 1e6:,.1f} MB written, "
+                f"{report.bytes_read / 1e6:,.1f} MB read, "
+                f"{report.seconds:.1f} s on {report.device}, {report.peak_memory_bytes / 1e6:,.0f} MB of memory at most"
+            )
+
+
+_COLUMNS = {
+    "rank": ("rank", "{}"), "alpha": ("alpha", "{:g}"), "delta_norm": ("‖ΔW‖", "{:.4g}"), "error": ("error", "{:.2%}"),
+    "energy": ("energy", "{:.2%}"), "retention": ("kept", "{:.1%}"), "noise": ("noise", "{:.1%}"),
+}  # fmt: skip
+
+
+def _table(modules: Sequence[ModuleReport]) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    used = [c for c in _COLUMNS if any(getattr(m, c) is not None for m in modules)]
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("module", overflow="fold")
+    table.add_column("shape", justify="right")
+    for column in used:
+        table.add_column(_COLUMNS[column][0], justify="right")
+    for m in modules:
+        cells = [_COLUMNS[c][1].format(getattr(m, c)) if getattr(m, c) is not None else "" for c in used]
+        table.add_row(m.name, "×".join(map(str, m.shape)), *cells)
+    width = None if sys.stdout.isatty() else 110
+    Console(width=width, highlight=False).print(table)

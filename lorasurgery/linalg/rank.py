@@ -1,0 +1,88 @@
+"""How many singular directions to keep: a number, an energy or a tolerance. No torch at import: plans use it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorasurgery.errors import UsageError
+
+# Σσ̂² and ‖ΔW‖² come out of float32 data, so they agree to about 1e-7 of ‖ΔW‖² at best.
+_SLACK = 2e-7
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """Exactly one rule, under an optional cap.
+
+    >>> RankChoice(energy=0.9).choose([8.0, 1.5, 0.5], total=10.0)
+    2
+    >>> RankChoice(tolerance=0.5, max_rank=1).choose([5.0, 4.0, 1.0], total=10.0)
+    1
+
+    Args:
+        rank: This many directions.
+        energy: The least r with Σ_{i≤r} σᵢ² ≥ energy · ‖ΔW‖².
+        tolerance: The least r with ‖ΔW − BA‖ ≤ tolerance · ‖ΔW‖.
+        max_rank: A cap on what energy or tolerance may ask for.
+
+    Raises:
+        UsageError: no rule, several rules, or a value out of range.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    tolerance: float | None = None
+    max_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        rules = [r for r in (self.rank, self.energy, self.tolerance) if r is not None]
+        if len(rules) != 1:
+            raise UsageError("give exactly one of --rank, --energy and --tolerance")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"--rank {self.rank}: expected at least 1")
+        if self.max_rank is not None and self.max_rank < 1:
+            raise UsageError(f"--max-rank {self.max_rank}: expected at least 1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UsageError(f"--energy {self.energy}: expected a share above 0 and up to 1")
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise UsageError(f"--tolerance {self.tolerance}: expected a relative error from 0 to below 1")
+
+    def upper(self, rows: int, columns: int) -> int:
+        """The largest rank this rule can give for a matrix of this shape."""
+        caps = [c for c in (self.rank, self.max_rank) if c is not None]
+        return min(rows, columns, *caps)
+
+    def choose(self, squares: Sequence[float], total: float) -> int | None:
+        """The rank for singular values σᵢ² in falling order, of which `squares` may hold only the first.
+
+        Returns:
+            The rank, or None when the values given do not reach the asked-for energy yet.
+        """
+        cap = min(len(squares), self.max_rank or len(squares), self.rank or len(squares))
+        if self.rank is not None:
+            return cap
+        share = self.energy if self.energy is not None else 1 - (self.tolerance or 0.0) ** 2
+        target, found = (share - _SLACK) * total, 0.0
+        for i in range(cap):
+            if found >= target:
+                return i
+            found += float(squares[i])
+        return cap if found >= target or cap == self.max_rank else None
+
+    def directions(self) -> int | None:
+        """The rank that is known beforehand; None for energy and tolerance."""
+        if self.rank is None:
+            return None
+        return min(self.rank, self.max_rank or self.rank)
+
+
+def numerical_rank(singular: Sequence[float], size: int, eps: float) -> int:
+    """How many singular values stand above the rounding noise eps·√size·σ₁, size the longer side.
+
+    >>> numerical_rank([1.0, 1e-3, 1e-12], 10, 1.2e-7)
+    2
+    """
+    floor = eps * math.sqrt(size) * singular[0] if len(singular) else 0.0
+    return sum(s > floor for s in singular)

@@ -1,0 +1,155 @@
+"""Casting an updated weight to its storage dtype, once, and how much of the update survives it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg.norms import row_blocks
+from lorasurgery.lowrank import LowRank
+
+Rounding = Literal["nearest", "stochastic"]
+_BITS = {1: torch.int8, 2: torch.int16}
+
+
+@dataclass(frozen=True)
+class Survival:
+    """What rounding left of an update Δ, with D = round(W + Δ) − W: ⟨D,Δ⟩, ‖Δ‖² and ‖D − Δ‖².
+
+    >>> (Survival(1.0, 2.0, 0.5) + Survival(1.0, 0.0, 0.0)).retention
+    1.0
+    """
+
+    dot: float
+    update: float
+    residue: float
+
+    def __add__(self, other: Survival) -> Survival:
+        """The survival of both updates together."""
+        return Survival(self.dot + other.dot, self.update + other.update, self.residue + other.residue)
+
+    @property
+    def retention(self) -> float:
+        """⟨D,Δ⟩/‖Δ‖²: 1 when the update is in the weights, 0 when rounding swallowed it."""
+        return self.dot / self.update if self.update else 1.0
+
+    @property
+    def noise(self) -> float:
+        """‖D − Δ‖/‖Δ‖: rounding error beside the update's size."""
+        return math.sqrt(self.residue / self.update) if self.update else 0.0
+
+    @property
+    def delta_norm(self) -> float:
+        """‖Δ‖_F."""
+        return math.sqrt(self.update)
+
+
+def round_to(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """Round to a storage dtype: to nearest even, or stochastically when a generator is given.
+
+    Stochastic rounding takes one of the two neighbours with the probability that makes the mean exact. 8-bit
+    floats saturate at their largest finite value, as hardware does.
+
+    >>> round_to(torch.tensor([1.001, 500.0]), torch.float8_e4m3fn).tolist()
+    [1.0, 448.0]
+
+    Args:
+        x: Any floating dtype.
+        generator: On x's device.
+    """
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) if x.dtype.itemsize == 1 else x
+        x = x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    near = x.to(dtype)
+    if generator is None or dtype.itemsize > 2:
+        return near
+    return _stochastic(x, near, generator)
+
+
+def _stochastic(x: Tensor, near: Tensor, generator: torch.Generator) -> Tensor:
+    """Move from the nearest value to the neighbour on x's side with probability |x − near| / gap."""
+    bits = near.view(_BITS[near.dtype.itemsize])
+    low = near.to(x.dtype)
+    away = (x - low).sign() * torch.where(bits < 0, -1, 1).to(x.dtype)  # +1: towards larger magnitude
+    step = torch.where(away > 0, 1, torch.where(away < 0, -1, 0)).to(bits.dtype)
+    zero = low == 0
+    tiny = torch.where(x < 0, torch.iinfo(bits.dtype).min + 1, 1).to(bits.dtype)  # the smallest subnormal of x's sign
+    other = torch.where(zero & (x != 0), tiny, bits + step).view(near.dtype)
+    gap = (other.to(x.dtype) - low).abs()
+    draw = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    move = draw * gap < (x - low).abs()
+    return torch.where(move & torch.isfinite(other.to(x.dtype)), other.to(x.dtype), low).to(near.dtype)
+
+
+def add_updates(
+    weight: Tensor,
+    updates: Sequence[LowRank],
+    dtype: torch.dtype,
+    *,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+) -> tuple[Tensor, Survival]:
+    """W' = round(W + Σ scale·up@down), formed in float32 (float64 for float64 weights) and rounded once.
+
+    Works through rows in blocks that stay in cache, so that upcast, update and downcast touch memory once.
+
+    >>> add_updates(torch.zeros(2, 2), [LowRank(torch.ones(2, 1), torch.ones(1, 2))], torch.float16)[1].retention
+    1.0
+
+    Args:
+        weight: (m, n), any floating dtype.
+        updates: up (m, r), down (r, n), on the weight's device.
+        dtype: Storage dtype of the result.
+        seed: For stochastic rounding.
+
+    Returns:
+        The new weight (m, n) and what survived of the update.
+
+    Raises:
+        SurgeryError: the sum is not finite in `dtype` though it should be.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32) if weight.dtype.itemsize > 1 else torch.float32
+    factors = [(u.scale * u.up.to(wide), u.down.to(wide).contiguous()) for u in updates]
+    generator = None
+    if rounding == "stochastic":
+        generator = torch.Generator(weight.device).manual_seed(seed & (2**63 - 1))
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    survival = Survival(0.0, 0.0, 0.0)
+    for rows in row_blocks(weight):
+        old = weight[rows].to(wide)
+        if not factors:
+            out[rows] = round_to(old, dtype, generator)
+            continue
+        delta = factors[0][0][rows] @ factors[0][1]  # (b, r) @ (r, n) -> (b, n)
+        for up, down in factors[1:]:
+            delta.addmm_(up[rows], down)
+        out[rows] = round_to(old + delta, dtype, generator)
+        survival = survival + _survived(old, delta, out[rows].to(wide))
+    if not math.isfinite(survival.residue):
+        raise SurgeryError(_overflow(weight, dtype))
+    return out, survival
+
+
+def _survived(old: Tensor, delta: Tensor, new: Tensor) -> Survival:
+    change = new - old
+    dot = _dot(change, delta)
+    rest = change.sub_(delta)
+    return Survival(dot, _dot(delta, delta), _dot(rest, rest))
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """⟨A,B⟩: a cache-sized block in its own precision; the blocks are summed in float64."""
+    return float(torch.dot(a.reshape(-1), b.reshape(-1)))
+
+
+def _overflow(weight: Tensor, dtype: torch.dtype) -> str:
+    if not bool(torch.isfinite(weight.to(torch.float32)).all()):
+        return "holds values that are not finite (NaN or infinity); repair the checkpoint first"
+    name = str(dtype).removeprefix("torch.")
+    return f"the merged values are not finite in {name}: the update is not, or is too large; try --dtype bfloat16"

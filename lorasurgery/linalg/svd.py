@@ -1,0 +1,149 @@
+"""Truncated SVD of an update, exact or randomized, with the certificate of its error.
+
+Both give U, S, Vᵀ with U·S·Vᵀ the projection of ΔW on the columns of U, so that ‖ΔW − USVᵀ‖² = ‖ΔW‖² − Σσ²
+holds by Pythagoras, whatever U is (Halko, Martinsson & Tropp 2011, section 5).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorasurgery.linalg.krylov import BlockKrylov
+from lorasurgery.linalg.norms import squared_norm
+from lorasurgery.linalg.rank import RankChoice, numerical_rank
+
+Method = Literal["auto", "randomized", "exact"]
+
+# Passes end when another would lower the squared error by less than this share: 0.05% of the error itself.
+GAIN = 1e-3
+_SMALL = 192  # up to this many rows or columns LAPACK is as fast as a sketch
+
+
+@dataclass(frozen=True)
+class TruncatedSVD:
+    """U (m, r), S (r,) in float64 and falling, Vᵀ (r, n), and ‖ΔW‖_F² of the whole.
+
+    >>> found = exact_svd(torch.diag(torch.tensor([4.0, 3.0])))
+    >>> found.truncate(1).error
+    0.6
+    """
+
+    u: Tensor
+    s: Tensor
+    vt: Tensor
+    total: float
+    passes: int = 0
+
+    def truncate(self, rank: int) -> TruncatedSVD:
+        """The first `rank` directions."""
+        return TruncatedSVD(self.u[:, :rank], self.s[:rank], self.vt[:rank], self.total, self.passes)
+
+    @property
+    def energy(self) -> float:
+        """Σσ²/‖ΔW‖²; 1 for a zero matrix."""
+        return min(1.0, float(self.s.square().sum()) / self.total) if self.total else 1.0
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − USVᵀ‖_F/‖ΔW‖_F by Pythagoras."""
+        return round(math.sqrt(max(0.0, 1 - self.energy)), 15)
+
+
+def truncated_svd(
+    delta: Tensor, choice: RankChoice, *, method: Method = "auto", seed: int = 0, gain: float = GAIN
+) -> TruncatedSVD:
+    """The leading singular directions of ΔW, as many as `choice` asks for and ΔW has.
+
+    >>> found = truncated_svd(torch.diag(torch.tensor([2.0, 1.0, 0.0])), RankChoice(rank=3))
+    >>> found.s.tolist()
+    [2.0, 1.0]
+
+    Args:
+        delta: (m, n), float32 or float64, finite, on any device.
+        method: `exact` is LAPACK or cuSOLVER on the whole matrix; `randomized` is block Krylov iteration
+            (Musco & Musco 2015, algorithm 2); `auto` takes the exact one where the sketch would not be smaller.
+        seed: For the random start; the same seed, device and thread count give the same bits.
+        gain: Randomized passes go on until one lowers the squared error by less than this share.
+
+    Returns:
+        Directions with σ above the rounding noise only, so the rank can be lower than asked for, even 0.
+    """
+    found = None
+    if method != "exact" and (method == "randomized" or min(delta.shape) > _SMALL):
+        found = randomized_svd(delta, choice, seed=seed, gain=gain)
+    if found is None:
+        found = exact_svd(delta)
+    rank = choice.choose(found.s.square().tolist(), found.total)
+    rank = len(found.s) if rank is None else rank
+    noise = numerical_rank(found.s.tolist(), max(delta.shape), torch.finfo(delta.dtype).eps)
+    return found.truncate(min(rank, noise))
+
+
+def exact_svd(delta: Tensor) -> TruncatedSVD:
+    """The full thin SVD by LAPACK or cuSOLVER.
+
+    >>> exact_svd(torch.zeros(2, 3)).total
+    0.0
+    """
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    return TruncatedSVD(u, s.cpu().to(torch.float64), vt, squared_norm(delta))
+
+
+def randomized_svd(
+    delta: Tensor, choice: RankChoice, *, seed: int = 0, gain: float = GAIN, max_passes: int = 60
+) -> TruncatedSVD | None:
+    """Block Krylov iteration with its stopping rule; None where the sketch would grow to the matrix itself.
+
+    Raises:
+        Nothing of its own; a matrix that is not finite gives values that are not finite.
+    """
+    total = squared_norm(delta)
+    narrow = delta if delta.shape[0] <= delta.shape[1] else delta.mT  # the basis lives on the shorter side
+    krylov = BlockKrylov(narrow, _block_size(choice, *narrow.shape), seed)
+    history: list[list[float]] = []
+    while krylov.passes < max_passes and total > 0:
+        if 2 * (krylov.width + krylov.block) > narrow.shape[0]:
+            return None
+        exhausted = krylov.step()
+        history.append(krylov.squares())
+        rank = choice.choose(history[-1], total)
+        if exhausted and rank is None:
+            return None  # the asked-for energy lies beyond what float32 can tell
+        if exhausted or (rank is not None and _settled(history, rank, total, gain)):
+            break
+    u, s, w = krylov.ritz(total)
+    u, vt = (u, w.mT) if narrow is delta else (w, u.mT)
+    return TruncatedSVD(u, s, vt, total, krylov.passes)
+
+
+def _settled(history: list[list[float]], rank: int, total: float, gain: float) -> bool:
+    """Whether another pass would add less than `gain` of the squared error at this rank.
+
+    The last pass's gain bounds the next one's; from three passes on, their ratio foretells all that is left,
+    with room to spare, for Krylov spaces converge faster than geometrically.
+    """
+    energies = [sum(squares[:rank]) for squares in history if len(squares) >= rank]
+    if len(energies) < 2:
+        return False
+    rest = total - energies[-1]
+    if rest < 1e-5 * total:  # float32 data can't tell it as a difference; the basis's own tail can
+        rest = sum(history[-1][rank:])
+    last = energies[-1] - energies[-2]
+    if last <= gain * rest:
+        return True
+    if len(energies) < 3 or energies[-2] <= energies[-3]:
+        return False
+    ratio = last / (energies[-2] - energies[-3])
+    return ratio < 1 and last * ratio / (1 - ratio) <= gain * rest
+
+
+def _block_size(choice: RankChoice, rows: int, columns: int) -> int:
+    """A block a little wider than the rank asked for; 64 where the rank is not known beforehand."""
+    rank = choice.directions()
+    wide = 64 if rank is None else min(rank, rows, columns) + 16
+    return -(-wide // 8) * 8  # GEMMs like multiples of 8

@@ -1,0 +1,74 @@
+"""Config and tokenizer files that go along with a checkpoint, and the few words in config.json that must change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasurgery.adapters.adapter import Adapter
+
+if TYPE_CHECKING:
+    from lorasurgery.checkpoint.output import Output
+
+CONFIG = "config.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data",
+            ".ot", ".tflite", ".npz", ".pkl", ".index.json", ".lorasurgery-partial")  # fmt: skip
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+              "chat_template.json")  # fmt: skip
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+           "F8_E5M2": "float8_e5m2"}  # fmt: skip
+
+
+def carried_files(folder: Path, adapters: Sequence[Adapter] = ()) -> dict[str, Path]:
+    """The files that make the weights a model again: name in the output -> source.
+
+    Everything in the folder goes along but weights, hidden files and the model card, which would describe
+    another model. An adapter's tokenizer wins over the base's, for it knows the tokens that were added.
+    """
+    found: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*")):
+        parts = file.relative_to(folder).parts
+        hidden = any(p.startswith(".") for p in parts)
+        if file.is_file() and not hidden and not file.name.endswith(_WEIGHTS) and parts != ("README.md",):
+            found["/".join(parts)] = file
+    for adapter in adapters:
+        own = {n: adapter.folder / n for n in _TOKENIZER if (adapter.folder / n).is_file()}
+        if own:  # one tokenizer's files, never a mixture of two
+            found = {n: f for n, f in found.items() if n not in _TOKENIZER} | own
+    return found
+
+
+def patched_config(
+    config: dict[str, Any], *, untied: bool = False, vocab_size: int | None = None, dtype: str | None = None
+) -> dict[str, Any]:
+    """A copy of config.json with what the new weights make untrue set right, text_config included.
+
+    >>> patched_config({"tie_word_embeddings": True, "vocab_size": 8}, untied=True, vocab_size=9)
+    {'tie_word_embeddings': False, 'vocab_size': 9}
+    """
+    new = dict(config)
+    if untied:
+        new["tie_word_embeddings"] = False
+    if vocab_size is not None and "vocab_size" in new:
+        new["vocab_size"] = vocab_size
+    if dtype is not None:
+        for key in ("dtype", "torch_dtype"):
+            if key in new:
+                new[key] = _DTYPES[dtype]
+    if isinstance(config.get("text_config"), dict):
+        new["text_config"] = patched_config(config["text_config"], vocab_size=vocab_size, dtype=dtype)
+        if untied and "tie_word_embeddings" in config["text_config"]:
+            new["text_config"]["tie_word_embeddings"] = False
+    return new
+
+
+def write_carried(output: Output, files: dict[str, Path], config: dict[str, Any], new: dict[str, Any]) -> None:
+    """Copy the files byte for byte; config.json is written anew only when a word in it changed."""
+    for name, source in files.items():
+        if name == CONFIG and new != config:
+            output.write_bytes(name, (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode())
+        else:
+            output.copy_file(name, source)

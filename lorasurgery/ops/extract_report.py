@@ -1,0 +1,100 @@
+"""What extract says: the plan before it starts, and one line a person can act on when it is done."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.ops.pairs import Pair
+from lorasurgery.report import ModuleReport, Report
+
+if TYPE_CHECKING:
+    from lorasurgery.ops.extract_write import AdapterDraft
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A tensor that changed and is not in the adapter; `norm` is ‖ΔW‖, None when it can't be told."""
+
+    pair: Pair
+    norm: float | None
+
+
+def plan_report(
+    base: Checkpoint, tuned: Checkpoint, out: Path, pairs: Sequence[Pair], choice: RankChoice, dry_run: bool
+) -> Report:
+    """The report as far as headers can tell it: how many tensors get which treatment, and the most bytes."""
+    report = Report("extract", [str(base.path), str(tuned.path)], str(out), dry_run=dry_run)
+    counts = Counter(p.treatment for p in pairs)
+    matrices = [p for p in pairs if p.treatment in ("linear", "conv1d", "embedding")]
+    upper = sum(choice.upper(*p.tuned.shape) * sum(p.tuned.shape) for p in matrices)
+    report.totals = {"tensors": dict(counts), "parameters_at_most": upper, "model_bytes": tuned.nbytes}
+    if dry_run:
+        for p in matrices:
+            rank = choice.upper(*p.tuned.shape)
+            report.modules.append(
+                ModuleReport(p.name.removesuffix(".weight"), p.tuned.shape, kind=p.treatment, rank=rank)
+            )
+    report.summary = (
+        f"{len(matrices)} matrices to compare, at most {upper:,} parameters in factors; "
+        f"{counts['full']} other tensors are stored whole if they changed"
+    )
+    return report
+
+
+def summarise(
+    report: Report, draft: AdapterDraft, left_out: Sequence[LeftOut], model_bytes: int, *, unchanged: int
+) -> None:
+    """Total error and energy over all changed matrices, sizes, and where most of what was lost lies."""
+    change = sum((m.delta_norm or 0) ** 2 for m in report.modules)
+    lost = sum(((m.error or 0) * (m.delta_norm or 0)) ** 2 for m in report.modules)
+    error = math.sqrt(lost / change) if change else 0.0
+    ranks = [m.rank or 0 for m in report.modules]
+    report.left_out = [
+        ModuleReport(item.pair.name, item.pair.tuned.shape, kind=item.pair.why or "left out", delta_norm=item.norm)
+        for item in left_out
+    ]
+    report.totals |= {
+        "modules": len(report.modules), "unchanged": unchanged, "full": len(report.full), "left_out": len(left_out),
+        "delta_norm": math.sqrt(change), "error": error, "energy": 1 - error**2,
+        "rank_min": min(ranks, default=0), "rank_max": max(ranks, default=0),
+        "adapter_bytes": report.bytes_written, "model_bytes": model_bytes,
+        "size_ratio": report.bytes_written / model_bytes if model_bytes else None,
+    }  # fmt: skip
+    _warn_left_out(report, change)
+    report.summary = (
+        f"error {error:.2%}, energy {1 - error**2:.2%} over {len(report.modules)} modules; adapter "
+        f"{report.bytes_written / 1e6:.2f} MB, {report.bytes_written / max(model_bytes, 1):.2%} of the model"
+        + _worst(report.modules, lost)
+    )
+
+
+def _worst(modules: Sequence[ModuleReport], lost: float) -> str:
+    """Name the modules that hold most of the squared error, with their share: where more rank would help."""
+    if lost <= 0:
+        return ""
+    shares = sorted((((m.error or 0) * (m.delta_norm or 0)) ** 2 / lost, m.name) for m in modules)[::-1]
+    return "; most was lost in " + ", ".join(f"{name} ({share:.0%})" for share, name in shares[:3])
+
+
+def _warn_left_out(report: Report, kept: float) -> None:
+    if not report.left_out:
+        return
+    missing = sum((m.delta_norm or 0) ** 2 for m in report.left_out)
+    whole = kept + missing + sum((m.delta_norm or 0) ** 2 for m in report.full)
+    share = math.sqrt(missing / whole) if whole else 0.0
+    unknown = sum(m.delta_norm is None for m in report.left_out)
+    report.totals["left_out_norm"] = math.sqrt(missing)
+    report.totals["left_out_share"] = share
+    names = ", ".join(m.name for m in report.left_out[:3]) + (" …" if len(report.left_out) > 3 else "")
+    report.warnings.append(
+        f"{len(report.left_out)} changed tensors are left out ({names}): {share:.2%} of the change's norm is lost"
+        + (f", and {unknown} of them are new or resized and can't be measured" if unknown else "")
+        + "; --full auto stores them whole"
+    )

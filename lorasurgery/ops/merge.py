@@ -1,0 +1,130 @@
+"""merge: W' = round(W + Σᵢ wᵢ·scaleᵢ·BᵢAᵢ), streamed from checkpoint to checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.checkpoint.output import check_output
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import UsageError
+from lorasurgery.ops.apply import Recipe, Rounding, plan_files, run
+from lorasurgery.ops.edits import plan_edits
+from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
+from lorasurgery.report import Progress, Report
+
+LOW_RETENTION = 0.9
+
+
+def merge(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] = (),
+    dtype: str | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    device: str = "auto",
+    max_shard_size: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Merge adapters into a checkpoint, one rounding from float32, tensor by tensor.
+
+    Example:
+        merge("llama", ["style", "topic"], "merged", weights=[0.7, -0.3])
+
+    Args:
+        base: Checkpoint folder or file.
+        weights: One strength per adapter, any finite number; the rest are 1.
+        dtype: safetensors name (BF16, F32 …) of all floating tensors written; None keeps each tensor's own.
+        rounding: `nearest` (even), or `stochastic`, which is unbiased and seeded by `seed`.
+        max_shard_size: Bytes per shard; None keeps the base's layout.
+        dry_run: Settle everything from headers, write nothing (torch is not imported).
+
+    Raises:
+        SurgeryError: one line saying which file, what was expected, what was found and the next move.
+    """
+    clock = Clock()
+    strengths = check_weights(weights, len(adapters))
+    check_device_name(device)
+    checkpoint, opened = Checkpoint.open(base), [open_adapter(a) for a in adapters]
+    check_output(Path(out), [Path(base), *map(Path, adapters)], overwrite)
+    recipe = Recipe(
+        checkpoint, [a for a, w in zip(opened, strengths, strict=True) if w], plan_edits(checkpoint, opened, strengths),
+        Path(out), dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, overwrite=overwrite,
+    )  # fmt: skip
+    plan_files(recipe)
+    report = start_report("merge", recipe, [str(base), *map(str, adapters)], strengths, dry_run)
+    if not dry_run:
+        chosen = resolve_device(device)
+        report.device = str(chosen)
+        run(recipe, report, chosen, progress)
+        judge_retention(report, recipe)
+    return clock.stamp(report)
+
+
+def check_weights(weights: Sequence[float], adapters: int) -> list[float]:
+    """Give every adapter its strength; the n-th weight belongs to the n-th adapter, the rest are 1.
+
+    >>> check_weights([0.5], 2)
+    [0.5, 1.0]
+    """
+    if not adapters:
+        raise UsageError("no adapter given; name at least one adapter folder")
+    if len(weights) > adapters:
+        raise UsageError(f"{len(weights)} weights for {adapters} adapters; the n-th -w belongs to the n-th adapter")
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise UsageError(f"weight {weight} is not a finite number")
+    return [float(w) for w in weights] + [1.0] * (adapters - len(weights))
+
+
+def start_report(command: str, recipe: Recipe, inputs: list[str], weights: list[float], dry_run: bool) -> Report:
+    """The report as far as headers can tell it: counts, sizes and the plan."""
+    edits = recipe.edits
+    report = Report(command, inputs, str(recipe.out), dry_run=dry_run)
+    touched = [e for e in edits.edits.values() if e.contributions]
+    report.totals = {
+        "weights": weights,
+        "tensors": sum(len(f.tensors) for f in recipe.files),
+        "tensors_touched": len(touched),
+        "tensors_replaced": sum(e.replacement is not None for e in edits.edits.values()),
+        "adapter_tensors_matched": edits.matched,
+        "files": [f.name for f in recipe.files],
+        "output_bytes": recipe.bytes_planned,
+        "untied": edits.untied,
+        "vocab_size": edits.vocab_size,
+    }
+    if edits.untied:
+        report.warnings.append(
+            "lm_head no longer equals the input embedding: it is written as its own tensor and "
+            "tie_word_embeddings is set to false"
+        )
+    report.summary = f"{len(touched)} tensors to change, {recipe.bytes_planned:,} bytes to write"
+    return report
+
+
+def judge_retention(report: Report, recipe: Recipe) -> None:
+    """Say in one line how much of the update survived rounding, and the way out when it is too little."""
+    totals = report.totals
+    kept, noise = totals["retention"], totals["noise"]
+    report.summary = (
+        f"{totals['tensors_touched']} tensors changed, {totals['tensors_replaced']} replaced: "
+        f"{kept:.1%} of the update is in the weights, rounding noise is {noise:.1%} of it"
+    )
+    noisy = [m.name for m in sorted(report.modules, key=lambda m: -(m.noise or 0))[:3]]
+    if report.modules and (kept < LOW_RETENTION or noise > math.sqrt(1 - LOW_RETENTION**2)):
+        report.warnings.append(
+            f"rounding keeps {kept:.1%} of the update and adds noise of {noise:.1%} of its norm "
+            f"(most in {', '.join(noisy)}): the update is small beside the weights' precision; "
+            "--dtype float32 keeps all of it" + _stochastic_hint(recipe)
+        )
+
+
+def _stochastic_hint(recipe: Recipe) -> str:
+    return ", --rounding stochastic keeps it right on average" if recipe.rounding == "nearest" else ""

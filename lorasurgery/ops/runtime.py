@@ -1,0 +1,69 @@
+"""What every operation measures about itself: device, seconds, peak memory. Imports torch only when asked to."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from lorasurgery.errors import UsageError
+from lorasurgery.report import Report
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `auto|cpu|cuda|cuda:N|mps` into a device that is there; auto takes CUDA when it can.
+
+    Raises:
+        UsageError: unknown, or not present on this machine.
+    """
+    import torch
+
+    check_device_name(name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: not available on this machine; try --device cpu")
+    return device
+
+
+def check_device_name(name: str) -> None:
+    """Refuse a device name that no machine has, without importing torch."""
+    if not DEVICE.fullmatch(name):
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+
+
+def peak_memory() -> int:
+    """The process's peak resident memory in bytes; 0 where the platform doesn't tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Clock:
+    """Seconds and peak memory of one operation, written into its report."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def stamp(self, report: Report) -> Report:
+        """Fill in the measured fields and the version; returns the report."""
+        from lorasurgery import __version__
+
+        report.version = __version__
+        report.seconds = time.monotonic() - self._start
+        report.peak_memory_bytes = peak_memory()
+        return report

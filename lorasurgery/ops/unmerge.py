@@ -1,0 +1,122 @@
+"""unmerge: W = round(W' − Σᵢ wᵢ·scaleᵢ·BᵢAᵢ), the inverse of merge up to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.adapters.naming import BaseNames, module_of
+from lorasurgery.checkpoint.output import check_output
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import MismatchError
+from lorasurgery.ops.apply import Recipe, Rounding, plan_files, run
+from lorasurgery.ops.edits import Edit, EditPlan, Replacement, plan_edits
+from lorasurgery.ops.merge import check_weights, start_report
+from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
+from lorasurgery.report import ModuleReport, Progress, Report
+
+
+def unmerge(
+    merged: str | Path,
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    weights: Sequence[float] = (),
+    dtype: str | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    device: str = "auto",
+    max_shard_size: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Subtract adapters from a checkpoint they were merged into; the inverse of merge up to rounding.
+
+    Example:
+        unmerge("merged", ["style"], "restored", weights=[0.7], base="llama")
+
+    Args:
+        merged: Checkpoint the adapters were merged into, with the same weights as given here.
+        base: Where replaced tensors (modules_to_save, biases) are restored from; without it they stay as
+            they are and the report names them. Deltas are subtracted either way.
+
+    Raises:
+        SurgeryError: as merge does.
+    """
+    clock = Clock()
+    strengths = check_weights(weights, len(adapters))
+    check_device_name(device)
+    checkpoint, opened = Checkpoint.open(merged), [open_adapter(a) for a in adapters]
+    original = Checkpoint.open(base) if base is not None else None
+    inputs = [str(merged), *map(str, adapters), *([str(base)] if base is not None else [])]
+    check_output(Path(out), [Path(i) for i in inputs], overwrite)
+    plan = plan_edits(checkpoint, opened, [-w for w in strengths], replace=False)
+    plan.untied, dropped = False, frozenset[str]()
+    if original is not None:
+        dropped = restore_from(original, checkpoint, plan)
+    recipe = Recipe(
+        checkpoint, [], plan, Path(out), dtype=dtype, rounding=rounding, seed=seed,
+        max_shard_size=max_shard_size, overwrite=overwrite, dropped=dropped, config_from=original,
+    )  # fmt: skip
+    plan_files(recipe)
+    report = start_report("unmerge", recipe, inputs, strengths, dry_run)
+    _name_unrestored(report, checkpoint, plan)
+    if not dry_run:
+        chosen = resolve_device(device)
+        report.device = str(chosen)
+        run(recipe, report, chosen, progress)
+        _summarise(report)
+    return clock.stamp(report)
+
+
+def restore_from(original: Checkpoint, merged: Checkpoint, plan: EditPlan) -> frozenset[str]:
+    """Turn every replaced tensor into a copy of the original's; returns the tensors the original never had."""
+    source = Adapter(str(original.path), original.folder, original, {}, {})
+    names = BaseNames(original.tensors, original.config, str(original.path))
+    for name in plan.unrestored:
+        path, leaf = module_of(name), name[len(module_of(name)) + 1 :]
+        found = names.find(path, leaf)
+        target = found if found in merged.tensors else None
+        if found is not None and target is not None:
+            source.replaced[target] = found
+            info = merged.tensors[target]
+            plan.edits[target] = Edit(
+                target, info, original.tensors[found].shape, replacement=Replacement(source, target, 1.0)
+            )
+    dropped = frozenset(merged.tensors) - frozenset(original.tensors)
+    explained = set(plan.unrestored) | set(plan.edits)
+    strange = sorted(dropped - explained)
+    if strange:
+        raise MismatchError(
+            f"{original.path}: has no {strange[0]}, which {merged.path} has and no adapter explains; "
+            "is this the base the adapters were merged into?"
+        )
+    for name in dropped:
+        plan.edits.pop(name, None)
+    restored = set(source.replaced) | dropped
+    plan.unrestored = [n for n in plan.unrestored if n not in restored]
+    return dropped
+
+
+def _name_unrestored(report: Report, merged: Checkpoint, plan: EditPlan) -> None:
+    for name in plan.unrestored:
+        info = merged.tensors.get(name)
+        report.left_out.append(ModuleReport(name, info.shape if info else (), kind="replaced"))
+    if plan.unrestored:
+        first = ", ".join(plan.unrestored[:3])
+        report.warnings.append(
+            f"{len(plan.unrestored)} tensors that the adapter replaced are left as they are ({first}"
+            f"{' …' if len(plan.unrestored) > 3 else ''}): only --base BASE can restore them"
+        )
+
+
+def _summarise(report: Report) -> None:
+    totals = report.totals
+    report.summary = (
+        f"{totals['tensors_touched']} tensors restored up to rounding (noise {totals['noise']:.1%} of the update), "
+        f"{totals['tensors_replaced']} copied from the base, {len(report.left_out)} not restored"
+    )

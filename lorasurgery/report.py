@@ -1,0 +1,82 @@
+"""What an operation did, as plain data. Knows no rich and prints nothing; `to_dict()` is the JSON contract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(name, bytes_done, bytes_total) after each tensor."""
+
+
+@dataclass
+class ModuleReport:
+    """One module's line: its tensor's name in the base without `.weight`, and what is known of its change.
+
+    >>> ModuleReport("model.norm", (8,), delta_norm=0.5).to_dict()
+    {'name': 'model.norm', 'shape': [8], 'delta_norm': 0.5}
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    delta_norm: float | None = None
+    error: float | None = None
+    energy: float | None = None
+    retention: float | None = None
+    noise: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that apply, with numbers that JSON can hold."""
+        return _fields(self)
+
+
+@dataclass
+class Report:
+    """What one command did: the same object feeds `--json`, the terminal and the tests.
+
+    >>> Report("merge", ["base", "adapter"], "out").to_dict()["command"]
+    'merge'
+    """
+
+    command: str
+    inputs: list[str]
+    output: str
+    version: str = ""
+    dry_run: bool = False
+    device: str = "cpu"
+    seconds: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    peak_memory_bytes: int = 0
+    totals: dict[str, Any] = field(default_factory=dict)
+    modules: list[ModuleReport] = field(default_factory=list)
+    full: list[ModuleReport] = field(default_factory=list)
+    left_out: list[ModuleReport] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    summary: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON report of the command-line contract (docs/design.md)."""
+        return _fields(self)
+
+
+def _fields(item: ModuleReport | Report) -> dict[str, Any]:
+    values = {f.name: _plain(getattr(item, f.name)) for f in fields(item)}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (ModuleReport, Report)):
+        return value.to_dict()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no infinities
+    return value
