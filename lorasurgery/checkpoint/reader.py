@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -109,7 +110,7 @@ class Checkpoint:
 
         info = self.tensors[name]
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        self._fill(name, buffer.numpy().data, info.start)
+        self.fill(name, buffer.numpy().data, 0)
         return buffer
 
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
@@ -118,13 +119,18 @@ class Checkpoint:
         buffer = bytearray(min(size, info.nbytes))
         for start in range(info.start, info.end, size):
             piece = memoryview(buffer)[: min(size, info.end - start)]
-            self._fill(name, piece, start)
+            self.fill(name, piece, start - info.start)
             yield piece
 
-    def _fill(self, name: str, view: memoryview, start: int) -> None:
+    def fill(self, name: str, view: memoryview, start: int) -> None:
+        """Read `len(view)` bytes of a tensor, from its byte `start` on, into memory that is already there.
+
+        Raises:
+            FormatError: the file changed, can't be read, or ends too soon.
+        """
         file, done = self._file(self.file_of[name]), 0
         try:
-            file.seek(start)
+            file.seek(self.tensors[name].start + start)
             while done < len(view):  # reads, not a memory map: a file cut short is an error here, not a crash
                 got = file.readinto(view[done : done + _READ_AT_ONCE])
                 if not got:
@@ -133,6 +139,14 @@ class Checkpoint:
         except OSError as problem:
             raise FormatError(f"{self._where(name)}: cannot be read ({problem.strerror})") from None
         self.bytes_read += done
+
+    def prefetch(self, name: str) -> None:
+        """Ask the system to read a tensor into its cache while we compute; does nothing where it can't be asked."""
+        advise = getattr(os, "posix_fadvise", None)
+        if advise is not None:
+            info = self.tensors[name]
+            with suppress(OSError):
+                advise(self._file(self.file_of[name]).fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def _file(self, name: str) -> FileIO:
         if name in self._open:

@@ -23,6 +23,7 @@ class BlockKrylov:
         start = torch.randn(matrix.shape[1], block, generator=generator, dtype=torch.float32)
         self._z: list[Tensor] = [start.to(matrix)]
         self._q: list[Tensor] = []
+        self._wide: list[Tensor] = []  # Z in float64, for the Gram matrix
         self._gram = torch.zeros(0, 0, dtype=torch.float64)
 
     @property
@@ -50,18 +51,22 @@ class BlockKrylov:
 
     def squares(self) -> list[float]:
         """The Ritz values σ̂² of the basis, falling; each is at most its σ²."""
-        values: list[float] = torch.linalg.eigvalsh(self._gram).flip(0).clamp(min=0).tolist()
-        return values
-
-    def ritz(self, total: float) -> tuple[Tensor, Tensor, Tensor]:
-        """U (m, w), σ̂ (w,) in float64 and falling, V (n, w) with U·diag(σ̂)·Vᵀ = QQᵀA."""
         values, vectors = torch.linalg.eigh(self._gram)
-        order = values.flip(0)
-        keep = order > 1e-14 * total  # below this a Gram matrix of float32 data holds only rounding
-        s = order[keep].sqrt()
-        mix = vectors.flip(1)[:, keep].to(self.a)
-        u = torch.cat(self._q, 1) @ mix if self._q else self.a[:, :0]  # (m, w) @ (w, k) -> (m, k)
-        v = torch.cat(self._z, 1) @ (mix / s.to(self.a)) if self._q else self.a[:0].mT
+        self._ritz = values.flip(0).clamp(min=0), vectors.flip(1)
+        found: list[float] = self._ritz[0].tolist()
+        return found
+
+    def ritz(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """U (m, rank), σ̂ (rank,) in float64 and falling, V (n, rank) with U·diag(σ̂)·Vᵀ = UUᵀA.
+
+        To be called after squares(); σ̂ = 0 gives a column of zeros in V.
+        """
+        squares, vectors = self._ritz
+        s = squares[:rank].sqrt()
+        mix = vectors[:, :rank]
+        shrink = torch.where(s > 0, 1 / s, 0.0)
+        u = torch.cat(self._q, 1) @ mix.to(self.a)  # (m, w) @ (w, r) -> (m, r)
+        v = torch.cat(self._z, 1) @ (mix * shrink).to(self.a)  # (n, w) @ (w, r) -> (n, r)
         return u, s, v
 
     def _deflate(self, y: Tensor) -> Tensor:
@@ -71,16 +76,13 @@ class BlockKrylov:
 
     def _grow(self, z: Tensor) -> None:
         """Extend the Gram matrix ZᵀZ by one block, in float64 so that small σ² beside σ₁² are not lost."""
-        new = torch.cat([_gram(old, z) for old in self._z])
+        if z.device.type == "mps":  # has no float64
+            z = z.cpu()
+        self._wide.append(z.to(torch.float64))
+        new = torch.cat([old.mT @ self._wide[-1] for old in self._wide]).cpu()
         width = self._gram.shape[0]
         gram = torch.empty(width + self.block, width + self.block, dtype=torch.float64)
         gram[:width, :width] = self._gram
         gram[:, width:] = new
         gram[width:, :] = new.mT
         self._gram = gram
-
-
-def _gram(old: Tensor, new: Tensor) -> Tensor:
-    if old.device.type == "mps":  # has no float64
-        old, new = old.cpu(), new.cpu()
-    return (old.mT.to(torch.float64) @ new.to(torch.float64)).cpu()

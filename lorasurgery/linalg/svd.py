@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.krylov import BlockKrylov
 from lorasurgery.linalg.norms import squared_norm
 from lorasurgery.linalg.rank import RankChoice, numerical_rank
@@ -70,16 +71,21 @@ def truncated_svd(
         seed: For the random start; the same seed, device and thread count give the same bits.
         gain: Randomized passes go on until one lowers the squared error by less than this share.
 
+    Raises:
+        SurgeryError: ΔW holds NaN or infinity.
+
     Returns:
         Directions with σ above the rounding noise only, so the rank can be lower than asked for, even 0.
     """
+    if not bool(torch.isfinite(delta.sum())):
+        raise SurgeryError("the difference is not finite: one of the two checkpoints holds NaN or infinity here")
     found = None
     if method != "exact" and (method == "randomized" or min(delta.shape) > _SMALL):
         found = randomized_svd(delta, choice, seed=seed, gain=gain)
     if found is None:
         found = exact_svd(delta)
-    rank = choice.choose(found.s.square().tolist(), found.total)
-    rank = len(found.s) if rank is None else rank
+    chosen = choice.choose(found.s.square().tolist(), found.total)
+    rank = len(found.s) if chosen is None else chosen
     noise = numerical_rank(found.s.tolist(), max(delta.shape), torch.finfo(delta.dtype).eps)
     return found.truncate(min(rank, noise))
 
@@ -103,10 +109,13 @@ def randomized_svd(
         Nothing of its own; a matrix that is not finite gives values that are not finite.
     """
     total = squared_norm(delta)
+    if total == 0:
+        return TruncatedSVD(delta[:, :0], torch.zeros(0, dtype=torch.float64), delta[:0], 0.0)
     narrow = delta if delta.shape[0] <= delta.shape[1] else delta.mT  # the basis lives on the shorter side
     krylov = BlockKrylov(narrow, _block_size(choice, *narrow.shape), seed)
     history: list[list[float]] = []
-    while krylov.passes < max_passes and total > 0:
+    rank: int | None = None
+    while krylov.passes < max_passes:
         if 2 * (krylov.width + krylov.block) > narrow.shape[0]:
             return None
         exhausted = krylov.step()
@@ -116,7 +125,7 @@ def randomized_svd(
             return None  # the asked-for energy lies beyond what float32 can tell
         if exhausted or (rank is not None and _settled(history, rank, total, gain)):
             break
-    u, s, w = krylov.ritz(total)
+    u, s, w = krylov.ritz(rank if rank is not None else krylov.width)
     u, vt = (u, w.mT) if narrow is delta else (w, u.mT)
     return TruncatedSVD(u, s, vt, total, krylov.passes)
 
