@@ -115,7 +115,7 @@ def add_updates(
         SurgeryError: the sum is not finite in `dtype` though it should be.
     """
     wide = torch.promote_types(weight.dtype, torch.float32) if weight.dtype.itemsize > 1 else torch.float32
-    factors = [(u.scale * u.up.to(wide), u.down.to(wide).contiguous()) for u in updates]
+    factors = [LowRank(u.up.to(wide), u.down.to(wide).contiguous(), u.scale) for u in updates]
     generator = None
     if rounding == "stochastic":
         generator = torch.Generator(weight.device).manual_seed(seed & (2**63 - 1))
@@ -126,14 +126,33 @@ def add_updates(
         if not factors:
             out[rows] = round_to(old, dtype, generator)
             continue
-        delta = factors[0][0][rows] @ factors[0][1]  # (b, r) @ (r, n) -> (b, n)
-        for up, down in factors[1:]:
-            delta.addmm_(up[rows], down)
+        delta = _sum(factors, rows, wide)
+        if _needs_float64(old, delta, dtype):
+            old, delta = old.to(torch.float64), _sum(factors, rows, torch.float64)
         out[rows] = round_to(old + delta, dtype, generator)
-        survival = survival + _survived(old, delta, out[rows].to(wide))
+        survival = survival + _survived(old, delta, out[rows].to(old.dtype))
     if not math.isfinite(survival.residue):
         raise SurgeryError(_overflow(weight, dtype))
     return out, survival
+
+
+def _sum(factors: Sequence[LowRank], rows: slice, wide: torch.dtype) -> Tensor:
+    """Rows of Σ scale·up@down; each scale multiplies the finished product, not a rounded factor."""
+    first, *others = factors
+    total = (first.up[rows].to(wide) @ first.down.to(wide)).mul_(first.scale)  # (b, r) @ (r, n) -> (b, n)
+    for f in others:
+        total.addmm_(f.up[rows].to(wide), f.down.to(wide), alpha=f.scale)
+    return total
+
+
+def _needs_float64(old: Tensor, delta: Tensor, dtype: torch.dtype) -> bool:
+    """Whether float32's error in Δ could move more than one in 10⁴ of the roundings to 16 bits.
+
+    That error is about 2⁻²⁴·|Δ|, so it only matters for updates as large as the weights, which are rare.
+    """
+    if dtype.itemsize != 2 or delta.dtype != torch.float32 or delta.device.type == "mps":
+        return False
+    return bool(torch.linalg.vector_norm(delta) > 0.25 * torch.linalg.vector_norm(old))
 
 
 def _survived(old: Tensor, delta: Tensor, new: Tensor) -> Survival:

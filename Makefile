@@ -1,0 +1,51 @@
+# Everything runs in .venv in this checkout; each target makes what it needs and says so.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TESTS ?=
+
+.PHONY: help install demo test test-slow lint types check docs bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+install: $(STAMP) ## Make .venv and install lorasurgery with all it needs
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== making $(VENV) with the versions in constraints.txt (the first time takes minutes: torch is large)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first and alone, so that pip takes the build that constraints.txt names
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,plot,bench]'
+	@touch $@
+
+demo: $(STAMP) ## Fine-tune MiniLM, then extract, merge, compare and unmerge on real weights (about 3 minutes)
+	@echo "== demo: everything it makes lies under .demo/"
+	@$(BIN)/python -W ignore examples/demo.py
+
+test: $(STAMP) ## Run the tests (minutes; needs no network once installed)
+	@echo "== tests"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m 'not slow' $(TESTS)
+
+test-slow: $(STAMP) ## The proofs that take minutes each
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(TESTS)
+
+lint: $(STAMP) ## ruff, formatting included
+	@echo "== lint"
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy, strict
+	@echo "== types"
+	@$(BIN)/mypy
+
+check: lint types test ## lint + types + tests
+
+docs: $(STAMP) ## Write docs/cli.md anew from the commands' help
+	@$(BIN)/python docs/generate_cli.py
+
+bench: $(STAMP) ## extract against mergekit-extract-lora (minutes; makes an environment for mergekit)
+	@$(BIN)/python benchmarks/extract.py
+
+clean: ## Remove what the demo, the benchmarks and the tests made (not .venv)
+	rm -rf .demo .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis
