@@ -21,7 +21,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSF
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from minilm_finetune import Schedule, base_model, docstring_pairs, embed, finetune, retrieval, split
+from minilm_finetune import Schedule, base_model, docstring_pairs, embed_pairs, finetune, split, top1
 from peft import PeftModel
 from rich.box import SIMPLE
 from rich.console import Console
@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 logging.disable_progress_bar()
 HERE = Path(__file__).parent
-HELD_OUT = 256
+HELD_OUT = 160
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def main() -> int:
     if (tuned / "model.safetensors").exists():
         print(f"{tuned} is there already; delete it to train again")
     else:
-        finetune(tuned, Schedule(steps=4, batch=8) if args.quick else Schedule())
+        finetune(tuned, Schedule(steps=4, batch=8) if args.quick else Schedule(), HELD_OUT)
     bench = Bench(base, tuned, 32 if args.quick else HELD_OUT)
     rows = [bench.row_of_model("base", base)]
     for rank in (4, 64) if args.quick else (4, 8, 16, 32, 64, 128):
@@ -88,16 +88,14 @@ class Bench:
         self.reference = self.embed(_load(tuned))
 
     def embed(self, model: torch.nn.Module) -> Tensor:
-        """Embeddings of all held-out texts, queries and docstrings."""
-        with torch.inference_mode():
-            return embed(model.eval(), self.tokenizer, [t for pair in self.pairs for t in pair])
+        """Embeddings (2, n, 384) of the held-out queries and docstrings."""
+        return embed_pairs(model.eval(), self.tokenizer, self.pairs)
 
     def row_of_model(self, name: str, path: Path) -> dict[str, Any]:
         """How near a whole checkpoint is to the tuned model."""
-        model = _load(path)
-        cosine = (self.embed(model) * self.reference).sum(-1)
-        top1 = retrieval(model, self.tokenizer, self.pairs)
-        return {"name": name, "mean": float(cosine.mean()), "min": float(cosine.min()), "top1": top1}
+        found = self.embed(_load(path))
+        cosine = (found * self.reference).sum(-1)
+        return {"name": name, "mean": float(cosine.mean()), "min": float(cosine.min()), "top1": top1(found)}
 
     def cosine_of_adapter(self, adapter: Path) -> float:
         """The same for base + adapter as PEFT runs it, unmerged."""

@@ -39,11 +39,11 @@ xmlrpc.client zipapp zipfile zipimport zlib
 class Schedule:
     """How long and how hard to train."""
 
-    steps: int = 110
+    steps: int = 50
     batch: int = 32
-    rate: float = 6e-5
+    rate: float = 1.2e-4
     temperature: float = 0.05
-    tokens: int = 48
+    tokens: int = 32
 
 
 def base_model() -> Path:
@@ -91,7 +91,7 @@ def split(pairs: list[tuple[str, str]], held_out: int) -> tuple[list[tuple[str, 
     return ordered[held_out:], ordered[:held_out]
 
 
-def embed(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str], tokens: int = 48) -> Tensor:
+def embed(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str], tokens: int = 32) -> Tensor:
     """Sentence embeddings (n, 384) of unit length: mean over tokens, as sentence-transformers does for this model."""
     rows = []
     for start in range(0, len(texts), 64):
@@ -104,15 +104,19 @@ def embed(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: lis
     return torch.cat(rows)
 
 
-def retrieval(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> float:
-    """The share of queries whose own docstring is the nearest of all held-out ones."""
+def embed_pairs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> Tensor:
+    """Embeddings (2, n, 384) of the queries and of their docstrings."""
     with torch.inference_mode():
-        queries = embed(model, tokenizer, [q for q, _ in pairs])
-        texts = embed(model, tokenizer, [t for _, t in pairs])
-    return float((queries @ texts.T).argmax(1).eq(torch.arange(len(pairs))).float().mean())
+        return torch.stack([embed(model, tokenizer, list(side)) for side in zip(*pairs, strict=True)])
 
 
-def finetune(out: Path, schedule: Schedule, held_out: int = 256) -> None:
+def top1(embeddings: Tensor) -> float:
+    """The share of queries whose own docstring is the nearest of all, from embeddings (2, n, d)."""
+    queries, texts = embeddings
+    return float((queries @ texts.T).argmax(1).eq(torch.arange(len(texts))).float().mean())
+
+
+def finetune(out: Path, schedule: Schedule, held_out: int) -> None:
     """Train, say what it did, and save model and tokenizer to `out`."""
     torch.manual_seed(0)
     source = base_model()
@@ -120,9 +124,9 @@ def finetune(out: Path, schedule: Schedule, held_out: int = 256) -> None:
     model = AutoModel.from_pretrained(source, dtype=torch.float32)
     train, test = split(docstring_pairs(), held_out)
     print(f"fine-tuning all weights on {len(train)} docstrings, {schedule.steps} steps of {schedule.batch}")
-    before = retrieval(model.eval(), tokenizer, test)
+    before = top1(embed_pairs(model.eval(), tokenizer, test))
     losses = _train(model, tokenizer, train, schedule)
-    after = retrieval(model.eval(), tokenizer, test)
+    after = top1(embed_pairs(model.eval(), tokenizer, test))
     print(f"loss {sum(losses[:5]) / 5:.3f} → {sum(losses[-5:]) / 5:.3f}; held-out top-1 {before:.1%} → {after:.1%}")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -96,7 +96,11 @@ def test_broken_headers_are_refused_in_one_line(case: str, tmp_path: Path) -> No
 def test_every_dtype_reads_back_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     """Matrices, scalars and empty tensors of every dtype come back as safetensors itself reads them."""
     raw = torch.randint(0, 2 if dtype == torch.bool else 100, (3 * 4 * dtype.itemsize,), dtype=torch.uint8)
-    tensors = {"m": raw.view(dtype).reshape(3, 4), "scalar": raw.view(dtype)[0].clone(), "empty": raw.view(dtype)[:0].clone()}
+    tensors = {
+        "m": raw.view(dtype).reshape(3, 4),
+        "scalar": raw.view(dtype)[0].clone(),
+        "empty": raw.view(dtype)[:0].clone(),
+    }
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with Checkpoint.open(tmp_path) as found:
         assert found.files["model.safetensors"].metadata == {"format": "pt"}
@@ -105,7 +109,9 @@ def test_every_dtype_reads_back_to_the_bit(dtype: torch.dtype, tmp_path: Path) -
             assert (ours.dtype, ours.shape) == (tensor.dtype, tensor.shape)
             assert torch.equal(ours.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
             assert found.tensors[name].dtype == dtype_name(dtype)
-            assert b"".join(bytes(c) for c in found.chunks(name, 5)) == bytes(tensor.reshape(-1).view(torch.uint8).tolist())
+            assert b"".join(bytes(c) for c in found.chunks(name, 5)) == bytes(
+                tensor.reshape(-1).view(torch.uint8).tolist()
+            )
 
 
 @given(st.binary(max_size=200), st.integers(0, 400))

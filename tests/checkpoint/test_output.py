@@ -83,7 +83,9 @@ def test_overwrite_replaces_weights_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "model-00001-of-00002.safetensors").write_bytes(b"old")
-    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "model-00001-of-00002.safetensors"}}))
+    (out / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"w": "model-00001-of-00002.safetensors"}})
+    )
     (out / "notes.txt").write_text("mine")
     (out / "other.safetensors").write_bytes(b"mine")
     (out / f".model.safetensors{PARTIAL}").write_bytes(b"of a killed run")

@@ -1,0 +1,284 @@
+"""merge beyond parity: layout, bytes, dtypes, what is refused, and a kill in the middle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorasurgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError
+from lorasurgery.ops.merge import merge
+from lorasurgery.ops.unmerge import unmerge
+
+
+def llama(tmp: Path, dtype: torch.dtype = torch.float32, **config: Any) -> tuple[Path, Path]:
+    """(base, adapter) of a tiny Llama."""
+    base = models.save(models.make("llama", dtype), tmp / "base")
+    models.peft_adapter("llama", tmp / "adapter", **({"r": 4, "target_modules": ["q_proj"]} | config))
+    return base, tmp / "adapter"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_weight_zero_changes_no_byte(tmp_path: Path) -> None:
+    """An adapter at weight 0 gives the base's own file, byte for byte, header included."""
+    base, adapter = llama(tmp_path)
+    merge(base, [adapter], tmp_path / "merged", weights=[0.0])
+    assert (tmp_path / "merged/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+def test_layout_files_and_metadata_are_kept(tmp_path: Path) -> None:
+    """Shards, index and all other files come along; untouched shards are the same bytes; no weights in disguise do."""
+    base, adapter = llama(tmp_path)
+    shards = tmp_path / "shards"
+    models.load("llama", base).save_pretrained(shards, max_shard_size="10KB")
+    (shards / "1_Pooling").mkdir()
+    (shards / "1_Pooling/config.json").write_text("{}")
+    (shards / "vocab.txt").write_text("a\nb\n")
+    (shards / "pytorch_model.bin").write_bytes(b"old pickle")
+    merge(shards, [adapter], tmp_path / "merged")
+    ours = {str(p.relative_to(tmp_path / "merged")) for p in (tmp_path / "merged").rglob("*") if p.is_file()}
+    theirs = {str(p.relative_to(shards)) for p in shards.rglob("*") if p.is_file()} - {"pytorch_model.bin"}
+    assert ours == theirs
+    index = json.loads((shards / "model.safetensors.index.json").read_text())
+    assert (
+        json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())["weight_map"] == index["weight_map"]
+    )
+    touched = {f for n, f in index["weight_map"].items() if "q_proj" in n}
+    for file in set(index["weight_map"].values()) - touched:
+        assert (tmp_path / "merged" / file).read_bytes() == (shards / file).read_bytes()
+
+
+def test_max_shard_size_splits_anew(tmp_path: Path) -> None:
+    """--max-shard-size deals the tensors into numbered shards that transformers loads to the same weights."""
+    base, adapter = llama(tmp_path)
+    merge(base, [adapter], tmp_path / "one")
+    merge(base, [adapter], tmp_path / "many", max_shard_size=20_000)
+    files = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    torch.testing.assert_close(
+        models.outputs(models.load("llama", tmp_path / "many")), models.outputs(models.load("llama", tmp_path / "one")),
+        rtol=0, atol=0,
+    )  # fmt: skip
+
+
+def test_a_single_file_in_and_out(tmp_path: Path) -> None:
+    """A checkpoint that is one .safetensors file merges into one .safetensors file."""
+    base, adapter = llama(tmp_path)
+    merge(base, [adapter], tmp_path / "folder")
+    merge(base / "model.safetensors", [adapter], tmp_path / "single.safetensors")
+    one, two = load_file(tmp_path / "single.safetensors"), load_file(tmp_path / "folder/model.safetensors")
+    assert all(torch.equal(one[n], t) for n, t in two.items())
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F8_E4M3"])
+def test_dtype_of_what_is_written(dtype: str, tmp_path: Path) -> None:
+    """--dtype casts every floating tensor once from float32, and config.json says so."""
+    base, adapter = llama(tmp_path, torch.bfloat16)
+    merge(base, [adapter], tmp_path / "wide", dtype="F32")
+    merge(base, [adapter], tmp_path / "merged", dtype=dtype)
+    wide, found = (load_file(tmp_path / d / "model.safetensors") for d in ("wide", "merged"))
+    for name, tensor in found.items():
+        assert torch.equal(tensor.float(), wide[name].to(tensor.dtype).float())
+    assert len({t.dtype for t in found.values()}) == 1
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == str(tensor.dtype).removeprefix(
+        "torch."
+    )
+
+
+def test_low_retention_warns_with_the_way_out(tmp_path: Path) -> None:
+    """A tiny update in bfloat16 is lost to rounding: the report has the figures and the warning names --dtype."""
+    base, _ = llama(tmp_path, torch.bfloat16)
+    models.peft_adapter("llama", tmp_path / "tiny", std=0.002, r=4, target_modules=["q_proj"])
+    report = merge(base, [tmp_path / "tiny"], tmp_path / "merged")
+    assert report.totals["retention"] < 0.9
+    assert any("--dtype float32" in w for w in report.warnings)
+    assert all(m.retention is not None and m.noise is not None for m in report.modules)
+    wide = merge(base, [tmp_path / "tiny"], tmp_path / "wide", dtype="F32")
+    assert wide.totals["retention"] == pytest.approx(1, abs=1e-3)
+    assert not wide.warnings
+
+
+def test_stochastic_rounding_is_seeded(tmp_path: Path) -> None:
+    """The same seed gives the same bytes, another seed others; the mean is nearer than rounding to nearest."""
+    base, _ = llama(tmp_path, torch.bfloat16)
+    models.peft_adapter("llama", tmp_path / "tiny", std=0.002, r=4, target_modules=["q_proj"])
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        merge(base, [tmp_path / "tiny"], tmp_path / name, rounding="stochastic", seed=seed)
+    a, b, c = ((tmp_path / n / "model.safetensors").read_bytes() for n in "abc")
+    assert a == b != c
+
+
+def test_replaced_tensors_at_other_weights(tmp_path: Path) -> None:
+    """A replaced tensor at weight w is W + w·(R − W): half way at 0.5, the base at 0."""
+    base, adapter = llama(tmp_path, modules_to_save=["norm"])
+    merge(base, [adapter], tmp_path / "half", weights=[0.5])
+    before, half = (load_file(p / "model.safetensors") for p in (base, tmp_path / "half"))
+    saved = load_file(adapter / "adapter_model.safetensors")["base_model.model.model.norm.weight"]
+    torch.testing.assert_close(half["model.norm.weight"], (before["model.norm.weight"] + saved) / 2)
+
+
+def test_two_adapters_that_replace_differently(tmp_path: Path) -> None:
+    """Equal replacements pass; different ones are an error that names both adapters."""
+    base, one = llama(tmp_path, modules_to_save=["norm"])
+    merge(base, [one, one], tmp_path / "twice")
+    weights = load_file(one / "adapter_model.safetensors")
+    two = tmp_path / "two"
+    two.mkdir()
+    weights["base_model.model.model.norm.weight"] += 1
+    save_file(weights, two / "adapter_model.safetensors")
+    (two / "adapter_config.json").write_text((one / "adapter_config.json").read_text())
+    with pytest.raises(MismatchError, match="both replace"):
+        merge(base, [one, two], tmp_path / "merged")
+
+
+def test_a_key_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
+    """The field's commonest bug: names that don't match must not be 'applied' in silence."""
+    base, adapter = llama(tmp_path)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({k.replace("q_proj", "q_porj"): v for k, v in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(MismatchError, match=r"q_porj matches no tensor .*nearest: .*q_proj"):
+        merge(base, [adapter], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"use_dora": True}, "DoRA"), ({"peft_type": "IA3"}, "IA3"), ({"peft_type": "PREFIX_TUNING"}, "no weight update"),
+     ({"init_lora_weights": "pissa"}, "pissa"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
+     ({"use_qalora": True}, "QALoRA"), ({"alora_invocation_tokens": [1]}, "aLoRA"), ({"arrow_config": {"top_k": 1}}, "Arrow"),
+     ({"target_parameters": ["experts.down_proj"]}, "experts"), ({"trainable_token_indices": [1]}, "trainable_token"),
+     ({"kasa_config": {"a": 1}}, "KaSA")],
+    ids=str,
+)  # fmt: skip
+def test_variants_are_refused_by_name(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """What changes the meaning of the factors and isn't understood is refused by its name, never ignored."""
+    base, adapter = llama(tmp_path)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UnsupportedError, match=said):
+        merge(base, [adapter], tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "said"),
+    [("q_proj.lora_magnitude_vector", (32,), "DoRA"), ("conv.lora_A.weight", (4, 3, 3, 3), "convolution"),
+     ("experts.base_layer.lora_A.weight", (4, 32), "fused experts"), ("q_proj.lora_Z.weight", (4, 4), "does not know"),
+     ("embed_tokens.token_adapter.trainable_tokens_delta", (2, 32), "trainable_token")],
+)  # fmt: skip
+def test_tensors_of_variants_are_refused_by_name(key: str, shape: tuple[int, ...], said: str, tmp_path: Path) -> None:
+    """The tensors tell as well as the config: none is passed over."""
+    base, adapter = llama(tmp_path)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    stem = f"base_model.model.{key}"
+    weights[stem] = torch.zeros(shape)
+    if "lora_A" in key:
+        weights[stem.replace("lora_A", "lora_B")] = torch.zeros(8, 4)
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(UnsupportedError, match=said):
+        merge(base, [adapter], tmp_path / "merged")
+
+
+def test_foreign_formats_are_refused_by_name(tmp_path: Path) -> None:
+    """A kohya file is named for what it is."""
+    base, _ = llama(tmp_path)
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(4, 4)}, tmp_path / "kohya.safetensors")
+    with pytest.raises(UnsupportedError, match="kohya"):
+        merge(base, [tmp_path / "kohya.safetensors"], tmp_path / "merged")
+
+
+def test_quantized_and_scaled_weights_are_refused(tmp_path: Path) -> None:
+    """An int8 weight, or an fp8 weight with a scale beside it, can't take an update."""
+    base, adapter = llama(tmp_path)
+    weights = load_file(base / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    for change in ({f"{name}.weight": torch.zeros(32, 32, dtype=torch.int8)}, {f"{name}.weight_scale": torch.ones(1)}):
+        save_file(weights | change, base / "model.safetensors")
+        with pytest.raises(UnsupportedError, match="dequantize"):
+            merge(base, [adapter], tmp_path / "merged")
+
+
+def test_wrong_base_is_said_with_both_shapes(tmp_path: Path) -> None:
+    """An adapter of another size is refused from headers, with both shapes."""
+    base, adapter = llama(tmp_path)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    cut = {k: v[:, :16].clone() if "lora_A" in k else v for k, v in weights.items()}
+    save_file(cut, adapter / "adapter_model.safetensors")
+    with pytest.raises(MismatchError, match=r"32×16 .* is 32×32"):
+        merge(base, [adapter], tmp_path / "merged")
+
+
+@pytest.mark.parametrize("weights", [[float("nan")], [float("inf")], [1.0, 2.0]])
+def test_senseless_weights(weights: list[float], tmp_path: Path) -> None:
+    """NaN, infinite or surplus weights are wrong usage."""
+    with pytest.raises(UsageError):
+        merge(tmp_path, [tmp_path], tmp_path / "o", weights=weights)
+
+
+def test_not_finite_weights_are_named(tmp_path: Path) -> None:
+    """A NaN in the base stops the merge with the tensor's name, and nothing is left behind."""
+    base, adapter = llama(tmp_path)
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(weights, base / "model.safetensors")
+    with pytest.raises(SurgeryError, match=r"layers.0.self_attn.q_proj.weight: .*not finite"):
+        merge(base, [adapter], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_unmerge_refuses_a_stranger_as_base(tmp_path: Path) -> None:
+    """--base must be the model that was merged into; a tensor nobody explains is named."""
+    base, adapter = llama(tmp_path)
+    merge(base, [adapter], tmp_path / "merged")
+    weights = load_file(base / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, base / "model.safetensors")
+    with pytest.raises(MismatchError, match="up_proj"):
+        unmerge(tmp_path / "merged", [adapter], tmp_path / "restored", base=base)
+
+
+def test_config_of_the_adapter_may_be_minimal_but_not_missing(tmp_path: Path) -> None:
+    """Only peft_type is required; defaults are PEFT's (r 8, alpha 8). Without the file alpha is unknown."""
+    base, adapter = llama(tmp_path, r=8)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    merge(base, [adapter], tmp_path / "merged")
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(FormatError, match="adapter_config.json"):
+        merge(base, [adapter], tmp_path / "again")
+
+
+def test_kill_in_the_middle_leaves_nothing_finished(tmp_path: Path) -> None:
+    """kill -9 during a merge: no file in the output looks finished, inputs are untouched, --overwrite then succeeds."""
+    base, adapter = llama(tmp_path)
+    weights = load_file(base / "model.safetensors")
+    weights |= {f"more.{i}.weight": torch.zeros(1024, 1024) for i in range(300)}  # 1.2 GB: seconds to write
+    save_file(weights, base / "model.safetensors")
+    before = hashes(base) | hashes(adapter)
+    out = tmp_path / "merged"
+    command = [sys.executable, "-m", "lorasurgery", "merge", str(base), str(adapter), "-o", str(out)]
+    command += ["--max-shard-size", "100MB", "-q"]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob(".*"))) < 4 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    left = [p.name for p in out.iterdir()]
+    assert left, "killed too early to prove anything"
+    assert all(n.endswith(".lorasurgery-partial") for n in left)
+    assert hashes(base) | hashes(adapter) == before
+    assert subprocess.run(command, capture_output=True).returncode == 1
+    subprocess.run([*command, "--overwrite"], check=True)
+    assert not list(out.glob(".*"))
+    assert (out / "model.safetensors.index.json").exists()
