@@ -136,8 +136,8 @@ def _finish(recipe: Recipe, output: Output) -> None:
             config = patched_config(source.config, untied=True)
             output.write_bytes(CONFIG, json.dumps(config, indent=2).encode())
         if len(recipe.files) > 1:
-            output.write_bytes(INDEX, (json.dumps(index_json(recipe.files), indent=2) + "\n").encode())
-            last = INDEX
+            last = recipe.base.index_name or INDEX
+            output.write_bytes(last, (json.dumps(index_json(recipe.files), indent=2) + "\n").encode())
     output.commit(last=last)
 
 

@@ -1,0 +1,268 @@
+"""The command line as a person or a script meets it: JSON, exit statuses, one-line errors, no torch for --help."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+REQUIRED = {"command", "version", "inputs", "output", "device", "seconds", "bytes_read", "bytes_written",
+            "peak_memory_bytes", "totals", "modules"}  # fmt: skip
+
+
+def lorasurgery(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the program as a process of its own."""
+    command = [sys.executable, "-m", "lorasurgery", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, tuned, and an adapter extracted from them, for all tests of this file to read."""
+    root = tmp_path_factory.mktemp("world")
+    models.save(models.make("llama"), root / "base")
+    models.save(models.perturb(models.make("llama")), root / "tuned")
+    done = lorasurgery("extract", root / "base", root / "tuned", "-o", root / "adapter", "--rank", "4", "--json")
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def test_json_is_one_object_and_nothing_else(world: Path, tmp_path: Path) -> None:
+    """--json prints one report with the contract's fields on stdout; no progress goes to stderr."""
+    for words in (
+        ("extract", world / "base", world / "tuned", "-o", tmp_path / "a", "--rank", "4"),
+        ("merge", world / "base", world / "adapter", "-o", tmp_path / "m"),
+        ("unmerge", tmp_path / "m", world / "adapter", "-o", tmp_path / "u", "--base", world / "base"),
+    ):
+        done = lorasurgery(*words, "--json")
+        report = json.loads(done.stdout)
+        assert report.keys() >= REQUIRED
+        assert report["command"] == words[0]
+        assert report["bytes_written"] == sum(
+            f.stat().st_size for f in Path(report["output"]).rglob("*") if f.is_file()
+        )
+        assert report["bytes_read"] > 0
+        assert report["peak_memory_bytes"] > 0
+        assert done.stderr == ""
+    module = json.loads(lorasurgery("extract", world / "base", world / "tuned", "-o", tmp_path / "b", "--json").stdout)[
+        "modules"
+    ][0]
+    assert module.keys() >= {"name", "shape", "rank", "alpha", "delta_norm", "error", "energy"}
+
+
+def test_progress_is_plain_lines_off_a_terminal(world: Path, tmp_path: Path) -> None:
+    """stderr that is no terminal gets plain lines without escapes; stdout the table and the summary."""
+    done = lorasurgery("merge", world / "base", world / "adapter", "-o", tmp_path / "m", NO_COLOR="1")
+    assert "merge: " in done.stderr
+    assert "MB" in done.stderr
+    assert "\x1b" not in done.stderr + done.stdout
+    assert "of the update is in the weights" in done.stdout
+    assert lorasurgery("merge", world / "base", world / "adapter", "-o", tmp_path / "q", "-q").stdout == ""
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["-h"], ["--version"], ["extract", "--help"], ["merge", "-h"], ["unmerge", "-h"]]
+)
+def test_help_does_not_import_torch(words: list[str]) -> None:
+    """Help and version answer at once: torch, numpy and rich stay out."""
+    script = (
+        "import sys; from lorasurgery.cli.main import main\n"
+        f"try: main({words!r})\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'rich', 'transformers') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"
+    assert done.stdout
+
+
+def test_dry_run_reads_headers_without_torch_and_writes_nothing(world: Path, tmp_path: Path) -> None:
+    """--dry-run plans all three commands from headers: no torch, no output, the same checks."""
+    for words in (
+        ["extract", world / "base", world / "tuned", "-o", tmp_path / "o", "--rank", "4"],
+        ["merge", world / "base", world / "adapter", "-o", tmp_path / "o"],
+        ["unmerge", world / "base", world / "adapter", "-o", tmp_path / "o"],
+    ):
+        script = (
+            "import sys; from lorasurgery.cli.main import main\n"
+            f"try: main({[str(w) for w in words] + ['--dry-run', '--json']!r})\nexcept SystemExit as e: assert not e.code, e.code\n"
+            "assert 'torch' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["dry_run"] is True
+        assert not (tmp_path / "o").exists()
+
+
+def broken(world: Path, tmp: Path, case: str) -> list[str | Path]:
+    """The arguments of one bad call, with the files it needs."""
+    base, tuned, adapter, out = world / "base", world / "tuned", world / "adapter", tmp / "out"
+    bad = tmp / "bad"
+
+    def copy(source: Path, **changes: Any) -> Path:
+        bad.mkdir()
+        for file in source.iterdir():
+            (bad / file.name).write_bytes(file.read_bytes())
+        for name, content in changes.items():
+            (bad / name.replace("__", ".")).write_bytes(content)
+        return bad
+
+    def config(**changes: Any) -> Path:
+        found = json.loads((adapter / "adapter_config.json").read_text()) | changes
+        return copy(adapter, adapter_config__json=json.dumps(found).encode())
+
+    def tensors(source: Path, file: str, change: Any) -> Path:
+        copy(source)
+        weights = load_file(bad / file)
+        change(weights)
+        save_file(weights, bad / file)
+        return bad
+
+    weights = "adapter_model.safetensors"
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    merge: list[str | Path] = ["merge", base]
+    extract: list[str | Path] = ["extract", base, tuned, "-o", out]
+    cases: dict[str, Any] = {
+        # arguments
+        "no arguments": lambda: ["merge"],
+        "no output": lambda: [*merge, adapter],
+        "no adapter": lambda: ["merge", base, "-o", out],
+        "unknown command": lambda: ["mrege", base],
+        "unknown option": lambda: [*merge, adapter, "-o", out, "--wieght", "1"],
+        "weight no number": lambda: [*merge, adapter, "-o", out, "-w", "much"],
+        "weight nan": lambda: [*merge, adapter, "-o", out, "-w", "nan"],
+        "weight inf": lambda: [*merge, adapter, "-o", out, "-w", "-inf"],
+        "more weights than adapters": lambda: [*merge, adapter, "-o", out, "-w", "1", "-w", "1"],
+        "unknown dtype": lambda: [*merge, adapter, "-o", out, "--dtype", "int3"],
+        "adapter in fp8": lambda: [*extract, "--dtype", "float8_e4m3fn"],
+        "unknown rounding": lambda: [*merge, adapter, "-o", out, "--rounding", "up"],
+        "unknown device": lambda: [*merge, adapter, "-o", out, "--device", "tpu"],
+        "device not there": lambda: [*merge, adapter, "-o", out, "--device", "cuda:99"],
+        "shard size": lambda: [*merge, adapter, "-o", out, "--max-shard-size", "big"],
+        "rank and energy": lambda: [*extract, "--rank", "4", "--energy", "0.9"],
+        "rank 0": lambda: [*extract, "--rank", "0"],
+        "energy 2": lambda: [*extract, "--energy", "2"],
+        "energy nan": lambda: [*extract, "--energy", "nan"],
+        "tolerance -1": lambda: [*extract, "--tolerance", "-1"],
+        "max-rank 0": lambda: [*extract, "--energy", "0.5", "--max-rank", "0"],
+        "alpha 0": lambda: [*extract, "--alpha", "0"],
+        "svd by guess": lambda: [*extract, "--svd", "guess"],
+        "unknown target": lambda: [*extract, "--target", "q_porj"],
+        "unknown exclude": lambda: [*extract, "--exclude", "nothing_like_it"],
+        "target no regex": lambda: [*extract, "--target", "q_proj("],
+        "full none and more": lambda: [*extract, "--full", "none", "--full", "norm"],
+        "adapter into a file": lambda: ["extract", base, tuned, "-o", tmp / "a.safetensors"],
+        "output is the base": lambda: [*merge, adapter, "-o", base, "--overwrite"],
+        "output in the base": lambda: [*merge, adapter, "-o", base / "x"],
+        "output around the base": lambda: [*merge, adapter, "-o", world, "--overwrite"],
+        # references
+        "base missing": lambda: ["merge", tmp / "nowhere", adapter, "-o", out],
+        "base on the Hub": lambda: ["merge", "org/name", adapter, "-o", out],
+        "adapter missing": lambda: [*merge, tmp / "nowhere", "-o", out],
+        "base is an adapter": lambda: ["merge", adapter, adapter, "-o", out],
+        "adapter is a base": lambda: [*merge, base, "-o", out],
+        "the same model twice": lambda: ["extract", base, base, "-o", out],
+        "base a pickle": lambda: ["merge", copy(adapter, pytorch_model__bin=b"x") / "pytorch_model.bin", adapter, "-o", out],
+        "base cut short": lambda: ["merge", copy(base, model__safetensors=(base / "model.safetensors").read_bytes()[:-9]), adapter, "-o", out],
+        "base config broken": lambda: ["merge", copy(base, config__json=b"{"), adapter, "-o", out],
+        "base config a list": lambda: ["merge", copy(base, config__json=b"[]"), adapter, "-o", out],
+        "tensor missing in tuned": lambda: ["extract", base, tensors(tuned, "model.safetensors", lambda w: w.pop("model.layers.0.mlp.up_proj.weight")), "-o", out],
+        "nan in tuned": lambda: ["extract", base, tensors(tuned, "model.safetensors", lambda w: w["model.layers.0.mlp.up_proj.weight"].fill_(float("nan"))), "-o", out],
+        # adapters
+        "config not JSON": lambda: [*merge, copy(adapter, adapter_config__json=b"{'a'}"), "-o", out],
+        "config a list": lambda: [*merge, copy(adapter, adapter_config__json=b"[1]"), "-o", out],
+        "config nested deep": lambda: [*merge, copy(adapter, adapter_config__json=b"[" * 100_000), "-o", out],
+        "config empty": lambda: [*merge, copy(adapter, adapter_config__json=b""), "-o", out],
+        "alpha a string": lambda: [*merge, config(lora_alpha="16"), "-o", out],
+        "alpha NaN": lambda: [*merge, config(lora_alpha=float("nan")), "-o", out],
+        "r zero": lambda: [*merge, config(r=0), "-o", out],
+        "r another": lambda: [*merge, config(r=64), "-o", out],
+        "rank_pattern a list": lambda: [*merge, config(rank_pattern=[1]), "-o", out],
+        "rank_pattern no regex": lambda: [*merge, config(rank_pattern={"(": 1}), "-o", out],
+        "alpha_pattern of words": lambda: [*merge, config(alpha_pattern={"q_proj": "x"}), "-o", out],
+        "modules_to_save a number": lambda: [*merge, config(modules_to_save=3), "-o", out],
+        "dora": lambda: [*merge, config(use_dora=True), "-o", out],
+        "weights cut short": lambda: [*merge, copy(adapter, adapter_model__safetensors=(adapter / weights).read_bytes()[:-5]), "-o", out],
+        "weights are text": lambda: [*merge, copy(adapter, adapter_model__safetensors=b"hello world, this is text"), "-o", out],
+        "half a pair": lambda: [*merge, tensors(adapter, weights, lambda w: w.pop(key)), "-o", out],
+        "ranks that disagree": lambda: [*merge, tensors(adapter, weights, lambda w: w.update({key: torch.zeros(3, 32)})), "-o", out],
+        "factor of integers": lambda: [*merge, tensors(adapter, weights, lambda w: w.update({key: torch.zeros(4, 32, dtype=torch.int32)})), "-o", out],
+        "stray tensor": lambda: [*merge, tensors(adapter, weights, lambda w: w.update({"base_model.model.nothing.weight": torch.zeros(2)})), "-o", out],
+        "infinite factor": lambda: [*merge, tensors(adapter, weights, lambda w: w[key].fill_(float("inf"))), "-o", out],
+    }  # fmt: skip
+    if case == "":
+        return list(cases)
+    made: list[str | Path] = cases[case]()
+    return made
+
+
+CASES = broken(Path(), Path(), "")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_ends_in_one_clear_line(case: str, world: Path, tmp_path: Path) -> None:
+    """Exit status 1 or 2, the error in one line at the end of stderr, no traceback, no output left behind."""
+    words = broken(world, tmp_path, str(case))
+    before = {p for p in world.rglob("*")} | {p for p in tmp_path.rglob("*")}
+    done = lorasurgery(*words)
+    assert done.returncode in (1, 2), done
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "rror: " in line or line.startswith("lorasurgery: ")]
+    assert len(lines) == 1, done.stderr
+    assert {p for p in world.rglob("*")} | {p for p in tmp_path.rglob("*")} == before
+
+
+def test_there_are_at_least_forty_bad_inputs() -> None:
+    """The table is as long as promised."""
+    assert len(CASES) >= 40
+
+
+def test_an_existing_output_needs_overwrite(world: Path, tmp_path: Path) -> None:
+    """A folder that holds something is refused with the option that replaces it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    refused = lorasurgery("merge", world / "base", world / "adapter", "-o", out)
+    assert refused.returncode == 1
+    assert "--overwrite" in refused.stderr
+    assert lorasurgery("merge", world / "base", world / "adapter", "-o", out, "--overwrite").returncode == 0
+    assert (out / "mine.txt").read_text() == "mine"
+
+
+def test_misspelt_names_get_suggestions(world: Path, tmp_path: Path) -> None:
+    """Commands, options and targets that don't exist name the nearest that do."""
+    assert "merge" in lorasurgery("mrege").stderr
+    assert (
+        "--weight"
+        in lorasurgery("merge", world / "base", world / "adapter", "-o", tmp_path / "o", "--wieght", "1").stderr
+    )
+    misspelt = lorasurgery("extract", world / "base", world / "tuned", "-o", tmp_path / "o", "--target", "q_porj")
+    assert misspelt.returncode == 2
+    assert "q_proj" in misspelt.stderr
+
+
+def test_sigterm_leaves_nothing(world: Path, tmp_path: Path) -> None:
+    """SIGTERM in the middle removes what was staged and exits non-zero."""
+    base = tmp_path / "base"
+    base.mkdir()
+    weights = load_file(world / "base/model.safetensors") | {
+        f"m{i}.weight": torch.zeros(1024, 1024) for i in range(200)
+    }
+    save_file(weights, base / "model.safetensors")
+    process = subprocess.Popen([sys.executable, "-m", "lorasurgery", "merge", str(base), str(world / "adapter"), "-o",
+                                str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stderr is not None
+    process.stderr.readline()  # the first line of progress: it is writing
+    process.terminate()
+    rest = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 1
+    assert "Traceback" not in rest
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,83 @@
+"""The structure holds: imports point down, only cli/ prints, and the written reference is what the help says."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lorasurgery"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# What each room may import of the package: DESIGN's cli -> ops -> adapters -> checkpoint, linalg and lowrank beneath.
+LEAVES = {"errors", "report"}
+ALLOWED = {
+    "errors": set(),
+    "report": set(),
+    "lowrank": {"errors"},
+    "linalg": LEAVES | {"lowrank"},
+    "checkpoint": LEAVES,
+    "adapters": LEAVES | {"lowrank", "checkpoint", "linalg"},
+    "ops": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters"},
+    "cli": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters", "ops"},
+}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of the package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        found |= {n.split(".")[1] for n in names if n.startswith("lorasurgery.")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    """No room imports one that stands above it."""
+    room = room_of(path)
+    if room in ALLOWED:
+        assert imports(path) <= ALLOWED[room] | {room}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_cli_prints(path: Path) -> None:
+    """Library code returns reports; click and rich stay in cli/."""
+    if room_of(path) == "cli":
+        return
+    tree = ast.parse(path.read_text())
+    calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    assert "print" not in calls
+    words = path.read_text()
+    assert "import click" not in words
+    assert "import rich" not in words
+    assert "from rich" not in words
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_readable(path: Path) -> None:
+    """A file of more than 300 lines has a second room inside."""
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_the_cli_reference_is_current() -> None:
+    """docs/cli.md is what `make docs` would write now."""
+    done = subprocess.run([sys.executable, ROOT / "docs/generate_cli.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_is_documented() -> None:
+    """README and the reference name every command."""
+    from lorasurgery.cli.main import COMMANDS
+
+    for text in ((ROOT / "README.md").read_text(), (ROOT / "docs/cli.md").read_text()):
+        assert all(f"lorasurgery {name}" in text for name in COMMANDS)
