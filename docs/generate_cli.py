@@ -15,7 +15,9 @@ TARGET = Path(__file__).parent / "cli.md"
 def reference() -> str:
     """The help of the program and of every command, as one page."""
     parts = ["# Command-line reference", "", "Made from the commands' help by `make docs`; do not edit.", ""]
-    context = click.Context(main, info_name="lorasurgery", max_content_width=100, terminal_width=100)
+    context = click.Context(
+        main, info_name="lorasurgery", max_content_width=100, terminal_width=100, help_option_names=["-h", "--help"]
+    )
     parts += ["## lorasurgery", "", "```text", main.get_help(context), "```", ""]
     for name in COMMANDS:
         command = main.get_command(context, name)

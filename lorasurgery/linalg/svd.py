@@ -77,40 +77,40 @@ def truncated_svd(
     Returns:
         Directions with σ above the rounding noise only, so the rank can be lower than asked for, even 0.
     """
-    if not bool(torch.isfinite(delta.sum())):
+    total = squared_norm(delta)
+    if not math.isfinite(total):
         raise SurgeryError("the difference is not finite: one of the two checkpoints holds NaN or infinity here")
+    if total == 0:
+        return TruncatedSVD(delta[:, :0], torch.zeros(0, dtype=torch.float64), delta[:0], 0.0)
     found = None
     if method != "exact" and (method == "randomized" or min(delta.shape) > _SMALL):
-        found = randomized_svd(delta, choice, seed=seed, gain=gain)
+        found = randomized_svd(delta, choice, total, seed=seed, gain=gain)
     if found is None:
-        found = exact_svd(delta)
+        found = exact_svd(delta, total)
     chosen = choice.choose(found.s.square().tolist(), found.total)
     rank = len(found.s) if chosen is None else chosen
     noise = numerical_rank(found.s.tolist(), max(delta.shape), torch.finfo(delta.dtype).eps)
     return found.truncate(min(rank, noise))
 
 
-def exact_svd(delta: Tensor) -> TruncatedSVD:
-    """The full thin SVD by LAPACK or cuSOLVER.
+def exact_svd(delta: Tensor, total: float | None = None) -> TruncatedSVD:
+    """The full thin SVD by LAPACK or cuSOLVER; `total` is ‖ΔW‖² where it is known already.
 
     >>> exact_svd(torch.zeros(2, 3)).total
     0.0
     """
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)
-    return TruncatedSVD(u, s.cpu().to(torch.float64), vt, squared_norm(delta))
+    return TruncatedSVD(u, s.cpu().to(torch.float64), vt, squared_norm(delta) if total is None else total)
 
 
 def randomized_svd(
-    delta: Tensor, choice: RankChoice, *, seed: int = 0, gain: float = GAIN, max_passes: int = 60
+    delta: Tensor, choice: RankChoice, total: float, *, seed: int = 0, gain: float = GAIN, max_passes: int = 60
 ) -> TruncatedSVD | None:
     """Block Krylov iteration with its stopping rule; None where the sketch would grow to the matrix itself.
 
-    Raises:
-        Nothing of its own; a matrix that is not finite gives values that are not finite.
+    Args:
+        total: ‖ΔW‖_F², positive and finite.
     """
-    total = squared_norm(delta)
-    if total == 0:
-        return TruncatedSVD(delta[:, :0], torch.zeros(0, dtype=torch.float64), delta[:0], 0.0)
     narrow = delta if delta.shape[0] <= delta.shape[1] else delta.mT  # the basis lives on the shorter side
     krylov = BlockKrylov(narrow, _block_size(choice, *narrow.shape), seed)
     history: list[list[float]] = []

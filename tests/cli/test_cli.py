@@ -210,13 +210,13 @@ CASES = broken(Path(), Path(), "")
 def test_bad_input_ends_in_one_clear_line(case: str, world: Path, tmp_path: Path) -> None:
     """Exit status 1 or 2, the error in one line at the end of stderr, no traceback, no output left behind."""
     words = broken(world, tmp_path, str(case))
-    before = {p for p in world.rglob("*")} | {p for p in tmp_path.rglob("*")}
+    before = set(world.rglob("*")) | set(tmp_path.rglob("*"))
     done = lorasurgery(*words)
     assert done.returncode in (1, 2), done
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if "rror: " in line or line.startswith("lorasurgery: ")]
     assert len(lines) == 1, done.stderr
-    assert {p for p in world.rglob("*")} | {p for p in tmp_path.rglob("*")} == before
+    assert set(world.rglob("*")) | set(tmp_path.rglob("*")) == before
 
 
 def test_there_are_at_least_forty_bad_inputs() -> None:
