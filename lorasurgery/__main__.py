@@ -1,6 +1,6 @@
 """`python -m lorasurgery` is the same program as `lorasurgery`."""
 
-from lorasurgery.cli.main import main
+from lorasurgery.cli.main import run
 
 if __name__ == "__main__":
-    main()
+    run()

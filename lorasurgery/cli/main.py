@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 
 import click
 
@@ -60,3 +62,18 @@ def main() -> None:
     lorasurgery merge BASE ADAPTER -o MERGED
     lorasurgery unmerge MERGED ADAPTER -o RESTORED
     """
+
+
+def run() -> None:
+    """The console script: main(), then out of the process without taking torch apart piece by piece (0.2–0.5 s)."""
+    status = 0
+    try:
+        main()
+    except SystemExit as done:
+        status = done.code if isinstance(done.code, int) else int(done.code is not None)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # the reader of our output went away
+        status = status or 1
+    os._exit(status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
 import sys
@@ -76,6 +77,7 @@ def guarded(function: F) -> F:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         signal.signal(signal.SIGTERM, _interrupted)
+        gc.set_threshold(200_000)  # importing torch makes objects that all live on; looking for waste costs 0.2 s
         try:
             return function(*args, **kwargs)
         except UsageError as problem:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,7 @@ class BlockKrylov:
 
     def __init__(self, matrix: Tensor, block: int, seed: int) -> None:
         self.a, self.block, self.passes = matrix, block, 0
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(matrix.shape[1], block, generator=generator, dtype=torch.float32)
-        self._z: list[Tensor] = [start.to(matrix)]
+        self._z: list[Tensor] = [_gaussian(matrix.shape[1], block, seed).to(matrix)]
         self._q: list[Tensor] = []
         self._wide: list[Tensor] = []  # Z in float64, for the Gram matrix
         self._gram = torch.zeros(0, 0, dtype=torch.float64)
@@ -86,3 +86,9 @@ class BlockKrylov:
         gram[:, width:] = new
         gram[width:, :] = new.mT
         self._gram = gram
+
+
+@lru_cache(maxsize=4)
+def _gaussian(rows: int, columns: int, seed: int) -> Tensor:
+    """The random start; a model has many matrices of one shape, and drawing it anew takes as long as a GEMM."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)

@@ -154,5 +154,5 @@ def _settled(history: list[list[float]], rank: int, total: float, gain: float) -
 def _block_size(choice: RankChoice, rows: int, columns: int) -> int:
     """A block a little wider than the rank asked for; 64 where the rank is not known beforehand."""
     rank = choice.directions()
-    wide = 64 if rank is None else min(rank, rows, columns) + 16
+    wide = 64 if rank is None else min(rank, rows, columns) + 8
     return -(-wide // 8) * 8  # GEMMs like multiples of 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,8 @@ class Difference:
     def __init__(self, base: Checkpoint, tuned: Checkpoint, device: torch.device) -> None:
         self.base, self.tuned, self.device = base, tuned, device
         self._scratch: dict[torch.dtype, Tensor] = {}
-        self._blocks = (torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8))
+        self._blocks = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
+        self._other = ThreadPoolExecutor(1, "read-base")  # the two sides are read side by side
 
     def read(self, old: TensorInfo, new: TensorInfo) -> Tensor | None:
         """ΔW = new − old in float32 (float64 when either side is), or None when all bytes are equal.
@@ -49,7 +51,7 @@ class Difference:
         equal = True
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            before, after = self._rows(0, old, start, stop, columns), self._rows(1, new, start, stop, columns)
+            before, after = self._both(old, new, start, stop, columns)
             if equal and old.dtype == new.dtype and torch.equal(before, after):
                 continue
             if equal:
@@ -80,15 +82,18 @@ class Difference:
         upper = after.view(torch_dtype(new.dtype)).view(out.shape).to(self.device)
         torch.sub(upper.to(out.dtype), lower.to(out.dtype), out=out)
 
+    def _both(self, old: TensorInfo, new: TensorInfo, start: int, stop: int, columns: int) -> tuple[Tensor, Tensor]:
+        before = self._other.submit(self._rows, 0, old, start, stop, columns)
+        after = self._rows(1, new, start, stop, columns)
+        return before.result(), after
+
     def _rows(self, side: int, info: TensorInfo, start: int, stop: int, columns: int) -> Tensor:
         size = columns * _itemsize(info)
         return self._bytes(side, info, start * size, stop * size)
 
     def _bytes(self, side: int, info: TensorInfo, start: int, stop: int) -> Tensor:
         if self._blocks[side].numel() < stop - start:
-            both = list(self._blocks)
-            both[side] = torch.empty(stop - start, dtype=torch.uint8)
-            self._blocks = (both[0], both[1])
+            self._blocks[side] = torch.empty(stop - start, dtype=torch.uint8)
         view = self._blocks[side][: stop - start]
         (self.tuned if side else self.base).fill(info.name, view.numpy().data, start)
         return view
