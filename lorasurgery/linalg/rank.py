@@ -1,7 +1,8 @@
-"""How many singular directions to keep: a number, an energy or a tolerance. No torch at import: plans use it."""
+"""How many singular directions to keep: a number, an energy, a tolerance or a budget. No torch: plans use it."""
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,23 @@ from dataclasses import dataclass
 from lorasurgery.errors import UsageError
 
 # Σσ̂² and ‖ΔW‖² come out of float32 data, so they agree to about 1e-7 of ‖ΔW‖² at best.
-_SLACK = 2e-7
+SLACK = 2e-7
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes for all factors together, given as they are or as a share of what there was.
+
+    >>> Budget(share=0.25).bytes_of(1000), Budget(size=300).bytes_of(1000)
+    (250, 300)
+    """
+
+    size: int | None = None
+    share: float | None = None
+
+    def bytes_of(self, whole: int) -> int:
+        """The bytes allowed, where `whole` is what a share is taken of."""
+        return self.size if self.size is not None else int((self.share or 0.0) * whole)
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,8 @@ class RankChoice:
         rank: This many directions.
         energy: The least r with Σ_{i≤r} σᵢ² ≥ energy · ‖ΔW‖².
         tolerance: The least r with ‖ΔW − BA‖ ≤ tolerance · ‖ΔW‖.
-        max_rank: A cap on what energy or tolerance may ask for.
+        budget: Directions of all modules compete until these bytes are spent (see `allocate`).
+        max_rank: A cap on what the other rules may ask for.
 
     Raises:
         UsageError: no rule, several rules, or a value out of range.
@@ -34,12 +52,13 @@ class RankChoice:
     rank: int | None = None
     energy: float | None = None
     tolerance: float | None = None
+    budget: Budget | None = None
     max_rank: int | None = None
 
     def __post_init__(self) -> None:
-        rules = [r for r in (self.rank, self.energy, self.tolerance) if r is not None]
+        rules = [r for r in (self.rank, self.energy, self.tolerance, self.budget) if r is not None]
         if len(rules) != 1:
-            raise UsageError("give exactly one of --rank, --energy and --tolerance")
+            raise UsageError("give exactly one of --rank, --energy, --tolerance and --budget")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank {self.rank}: expected at least 1")
         if self.max_rank is not None and self.max_rank < 1:
@@ -54,17 +73,20 @@ class RankChoice:
         caps = [c for c in (self.rank, self.max_rank) if c is not None]
         return min(rows, columns, *caps)
 
-    def choose(self, squares: Sequence[float], total: float) -> int | None:
+    def choose(self, squares: Sequence[float], total: float, slack: float = SLACK) -> int | None:
         """The rank for singular values σᵢ² in falling order, of which `squares` may hold only the first.
+
+        Args:
+            slack: Share of the total below which a sum of σᵢ² can't be told from another.
 
         Returns:
             The rank, or None when the values given do not reach the asked-for energy yet.
         """
         cap = min(len(squares), self.max_rank or len(squares), self.rank or len(squares))
-        if self.rank is not None:
+        if self.rank is not None or self.budget is not None:
             return cap
         share = self.energy if self.energy is not None else 1 - (self.tolerance or 0.0) ** 2
-        target, found = (share - _SLACK) * total, 0.0
+        target, found = (share - slack) * total, 0.0
         for i in range(cap):
             if found >= target:
                 return i
@@ -76,6 +98,37 @@ class RankChoice:
         if self.rank is None:
             return None
         return min(self.rank, self.max_rank or self.rank)
+
+
+# Every direction an update has: what an exact sum is written with.
+EVERYTHING = RankChoice(tolerance=0.0)
+
+
+def allocate(spectra: Sequence[Sequence[float]], costs: Sequence[int], budget: int) -> list[int]:
+    """Ranks that keep the most energy within a budget: directions go by σ² for each byte (optimal, being convex).
+
+    >>> allocate([[9.0, 1.0], [4.0, 3.0]], [10, 10], 30)
+    [1, 2]
+    >>> allocate([[9.0, 1.0], [4.0, 3.0]], [10, 2], 15)
+    [1, 2]
+
+    Args:
+        spectra: σᵢ² of each module, falling.
+        costs: Bytes of one direction of each module.
+        budget: Bytes in all; a direction that no longer fits closes its module, and cheaper ones go on.
+    """
+    ranks = [0] * len(spectra)
+    heap = [(-s[0] / c, i) for i, (s, c) in enumerate(zip(spectra, costs, strict=True)) if len(s) and s[0] > 0]
+    heapq.heapify(heap)
+    while heap:
+        _, i = heapq.heappop(heap)
+        if costs[i] > budget:
+            continue
+        budget -= costs[i]
+        ranks[i] += 1
+        if ranks[i] < len(spectra[i]) and spectra[i][ranks[i]] > 0:
+            heapq.heappush(heap, (-spectra[i][ranks[i]] / costs[i], i))
+    return ranks
 
 
 def numerical_rank(singular: Sequence[float], size: int, eps: float) -> int:

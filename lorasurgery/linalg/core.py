@@ -1,0 +1,163 @@
+"""Recompression: the SVD of Σ scaleᵢ·BᵢAᵢ from its factors, without the matrix itself.
+
+With U = [B₁ B₂ …] and D = [A₁; A₂; …]ᵀ the sum is U·diag(scales)·Dᵀ. Thin QR of both sides leaves a core of R×R numbers,
+R the sum of the ranks, whose singular values are those of the whole; Eckart–Young then gives every truncation and its
+exact error. It is done in float64: thin factors make that cheap, and terms may cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorasurgery.linalg.thin import Thin, thin_qr
+from lorasurgery.lowrank import LowRank
+
+# Singular values below float32's precision of the largest are rounding of the factors, not update.
+NOISE = torch.finfo(torch.float32).eps
+_CANCELLED = 1e-12  # of the terms' own size: what float64 leaves where they cancel
+_LARGE = 256  # cores wider than this, of which few directions are wanted, go the fast way
+
+
+@dataclass(frozen=True)
+class Core:
+    """The singular values of a sum of low-rank terms, and what writes any truncation of it.
+
+    >>> a = LowRank(torch.tensor([[3.0], [0.0]]), torch.tensor([[1.0, 0.0]]))
+    >>> b = LowRank(torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0, 2.0]]))
+    >>> core = recompress([a, b])
+    >>> [round(s, 6) for s in core.singular.tolist()], core.rank, round(core.error(1), 6)
+    ([4.0, 3.0], 2, 0.6)
+
+    Attributes:
+        left, right: QR of U (m, R) and of D (n, R).
+        singular: all singular values, (min(m, n, R),) in float64 on the CPU, falling.
+        x, y: the core's leading singular vectors, as columns.
+        size: norm of the terms' rank-one parts, by which cancellation is measured.
+    """
+
+    left: Thin
+    right: Thin
+    singular: Tensor
+    x: Tensor
+    y: Tensor
+    size: float
+
+    @property
+    def total(self) -> float:
+        """‖ΔW‖_F²."""
+        return float(self.singular.square().sum())
+
+    @property
+    def rank(self) -> int:
+        """The numerical rank of the sum: σ above float32's precision of σ₁, and above what cancellation leaves."""
+        if not len(self.singular):
+            return 0
+        floor = max(NOISE * float(self.singular[0]), _CANCELLED * self.size)
+        return int((self.singular > floor).sum())
+
+    def error(self, rank: int) -> float:
+        """‖ΔW − ΔW_r‖_F/‖ΔW‖_F of the best approximation of this rank (Eckart & Young 1936): exact, not estimated."""
+        tail, total = float(self.singular[rank:].square().sum()), self.total
+        return math.sqrt(tail / total) if total else 0.0
+
+    def truncate(self, rank: int) -> LowRank:
+        """The best approximation of at most this rank: up = U√S (m, r) and down = √S Vᵀ (r, n) in float32, scale 1."""
+        r = min(rank, self.rank, self.x.shape[1])
+        root = self.singular[:r].sqrt().to(self.x)
+        up, down = self.left.times(self.x[:, :r] * root), self.right.times(self.y[:, :r] * root)
+        return LowRank(up.to(torch.float32).mT.contiguous(), down.to(torch.float32))
+
+    def basis(self) -> Tensor:
+        """An orthonormal basis (m, rank) of the sum's column space."""
+        return self.left.times(self.x[:, : self.rank]).mT
+
+
+def recompress(terms: Sequence[LowRank], most: int | None = None) -> Core:
+    """The exact SVD of Σ scaleᵢ·upᵢ@downᵢ, for any mix of ranks, scales, signs and dtypes.
+
+    >>> w = LowRank(torch.ones(3, 1), torch.ones(1, 2))
+    >>> recompress([w, w.times(-1.0)]).rank
+    0
+
+    Args:
+        terms: up (m, rᵢ), down (rᵢ, n), all of one shape (m, n) and on one device; at least one.
+        most: No truncation above this rank will be asked for. Where it is far below the ranks' sum and the terms are
+            well-conditioned, float32 and an eigensolver then tell the energies to about 1e-6 in half the time.
+
+    Raises:
+        SurgeryError: a factor holds NaN or infinity.
+    """
+    if most is not None and sum(t.rank for t in terms) > max(_LARGE, 4 * most):
+        fast = _leading(terms, most)
+        if fast is not None:
+            return fast
+    left, right, core, size = _core(terms, torch.float64)
+    x, s, yt = torch.linalg.svd(core, full_matrices=False)
+    return Core(left, right, s, x, yt.mT, size)
+
+
+def _leading(terms: Sequence[LowRank], most: int) -> Core | None:
+    """The same from float32 and the squared core; None where columns depend, terms cancel or σ falls too far."""
+    left, right, core, size = _core(terms, torch.float32)
+    if core.dtype != torch.float32:
+        return None
+    squares, vectors = torch.linalg.eigh(core @ core.mT)
+    s = squares.flip(0).clamp(min=0).to(torch.float64).sqrt()
+    x = vectors.flip(1)[:, :most]
+    if float(s.square().sum()) < 0.1 * size**2 or s[most - 1] < 0.01 * s[0]:
+        return None
+    return Core(left, right, s, x, (core.mT @ x) / s[:most].to(x), size)
+
+
+def inner(a: Sequence[LowRank], b: Sequence[LowRank]) -> float:
+    """⟨ΔW_a, ΔW_b⟩ of two sums of terms of one shape, from the factors, in float64.
+
+    >>> w = LowRank(torch.ones(3, 1), torch.ones(1, 2))
+    >>> inner([w], [w, w.times(-0.5)])
+    3.0
+    """
+    (u, d, g), (v, e, h) = _stack(a, torch.float64), _stack(b, torch.float64)
+    return float(g @ ((u @ v.mT) * (d @ e.mT)).cpu() @ h)
+
+
+def distance(exact: LowRank, written: LowRank) -> float:
+    """‖exact − written‖_F of two factorings that agree nearly, such as one and its rounding; no digits cancel.
+
+    >>> a = LowRank(torch.ones(3, 1), torch.ones(1, 3))
+    >>> distance(a, LowRank(a.up, a.down * 1.5))
+    1.5
+    """
+    up, down = written.up.to(exact.up.dtype), written.down.to(exact.down.dtype)
+    terms = [LowRank(exact.up - up, exact.down), LowRank(up, exact.down - down)]
+    return math.sqrt(max(0.0, inner(terms, terms)))
+
+
+def _core(terms: Sequence[LowRank], dtype: torch.dtype) -> tuple[Thin, Thin, Tensor, float]:
+    """QR of both sides and the core between them, on the CPU, where small matrices are fastest."""
+    up, down, scales = _stack(terms, dtype)
+    left, right = thin_qr(up), thin_qr(down)
+    weights = scales * left.norms * right.norms
+    size = float(torch.linalg.vector_norm(weights))
+    wide = torch.promote_types(left.r.dtype, right.r.dtype)
+    return left, right, (left.r.to(wide) * weights.to(wide)) @ right.r.to(wide).mT, size
+
+
+def _stack(terms: Sequence[LowRank], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Uᵀ (R, m) and Dᵀ (R, n) in `dtype`, and the scales (R,) in float64 on the CPU."""
+    scales = torch.cat([torch.full((t.rank,), t.scale, dtype=torch.float64) for t in terms])
+    return _rows([t.up.mT for t in terms], dtype), _rows([t.down for t in terms], dtype), scales
+
+
+def _rows(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    device = parts[0].device if parts[0].device.type != "mps" else torch.device("cpu")  # MPS has no float64
+    whole = torch.empty(sum(p.shape[0] for p in parts), parts[0].shape[1], dtype=dtype, device=device)
+    start = 0
+    for part in parts:
+        whole[start : start + part.shape[0]] = part
+        start += part.shape[0]
+    return whole

@@ -1,0 +1,86 @@
+"""Thin QR of a tall matrix with its columns brought to norm 1: by the Gram matrix where that is safe, else Householder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorasurgery.errors import SurgeryError
+
+# Cholesky pivots are the columns' distances from the span of those before them; above these, Q is orthonormal to
+# about 1e-9 in float64 and 1e-5 in float32.
+_SAFE_PIVOT = {torch.float64: 1e-3, torch.float32: 0.1}
+_BLOCK = 128  # columns of a Gram matrix made at once: only its lower blocks need arithmetic
+
+
+@dataclass(frozen=True)
+class Thin:
+    """A = Q·R·diag(norms), with Q given either as it is or as A·diag(1/norms)·R⁻¹, which is never formed.
+
+    Attributes:
+        rows: Aᵀ (R, m); the factors lie nearly so in memory.
+        norms: of the columns of A, (R,) on the CPU.
+        q: Q (m, min(m, R)), or None.
+        r: R (min(m, R), R), upper triangular with unit columns, on the CPU.
+    """
+
+    rows: Tensor
+    norms: Tensor
+    q: Tensor | None
+    r: Tensor
+
+    def times(self, mix: Tensor) -> Tensor:
+        """(Q @ mix)ᵀ for mix (min(m, R), k) on the CPU: (k, m) on the rows' device."""
+        if self.q is not None:
+            return mix.mT.to(self.q) @ self.q.mT
+        small = torch.linalg.solve_triangular(self.r, mix, upper=True) / _divisor(self.norms)[:, None]
+        return small.mT.to(self.rows) @ self.rows  # (k, R) @ (R, m) -> (k, m)
+
+
+def thin_qr(rows: Tensor) -> Thin:
+    """Q, R and norms of a matrix A (m, R), given as Aᵀ in float32 or float64.
+
+    The Gram matrix needs a third of Householder's time, and loses digits only where columns are nearly dependent; its
+    Cholesky pivots tell, and then Householder does it in float64 (Golub & Van Loan, section 5.2). A column of zeros
+    has norm 0 and any direction.
+
+    Raises:
+        SurgeryError: a value is NaN or infinite.
+
+    >>> thin = thin_qr(2 * torch.eye(3, dtype=torch.float64)[:2])
+    >>> torch.equal(thin.times(thin.r * thin.norms), thin.rows)
+    True
+    """
+    gram = _gram(rows).cpu()
+    norms = gram.diagonal().sqrt()
+    if rows.shape[0] <= rows.shape[1] and bool(torch.isfinite(norms).all()):
+        unit = gram.div_(_divisor(norms)).div_(_divisor(norms)[:, None])
+        unit.diagonal().fill_(1)
+        lower, failed = torch.linalg.cholesky_ex(unit)
+        if not failed and bool((lower.diagonal() > _SAFE_PIVOT[rows.dtype]).all()):
+            return Thin(rows, norms, None, lower.mT)
+    rows = rows.to(torch.float64)
+    norms = torch.linalg.vector_norm(rows, dim=1).cpu()
+    if not bool(torch.isfinite(norms).all()):
+        raise SurgeryError("holds values that are not finite (NaN or infinity); repair the adapter first")
+    q, r = torch.linalg.qr((rows / _divisor(norms).to(rows.device)[:, None]).mT)
+    return Thin(rows, norms, q, r.cpu())
+
+
+def _divisor(norms: Tensor) -> Tensor:
+    return torch.where(norms == 0, 1.0, norms)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """AᵀA; of wide matrices only the blocks on and below the diagonal are multiplied."""
+    width = rows.shape[0]
+    if width <= 2 * _BLOCK:
+        return rows @ rows.mT
+    gram = rows.new_empty(width, width)
+    for start in range(0, width, _BLOCK):
+        stop = min(start + _BLOCK, width)
+        gram[start:stop, :stop] = rows[start:stop] @ rows[:stop].mT
+        gram[:stop, start:stop] = gram[start:stop, :stop].mT
+    return gram
