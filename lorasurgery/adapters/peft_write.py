@@ -10,7 +10,7 @@ from typing import Any
 from lorasurgery.adapters.peft import PREFIX
 
 # What PEFT accepts when only full modules were saved (peft.utils.constants.DUMMY_TARGET_MODULES).
-_NO_TARGETS = "dummy-target-modules"
+NO_TARGETS = "dummy-target-modules"
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -46,10 +46,8 @@ class PeftLayout:
 
     def config(self) -> dict[str, Any]:
         """adapter_config.json, with patterns only for modules that differ from the commonest rank and alpha."""
-        r = _commonest(self.ranks.values(), 8)
-        alpha = _commonest(self.alphas.values(), float(r))
         return {
-            "alpha_pattern": {p: _whole(a) for p, a in sorted(self.alphas.items()) if a != alpha},
+            **rank_fields(self.ranks, self.alphas),
             "auto_mapping": None,
             "base_model_name_or_path": self.base_model,
             "bias": self.bias,
@@ -60,15 +58,12 @@ class PeftLayout:
             "init_lora_weights": True,
             "layers_pattern": None,
             "layers_to_transform": None,
-            "lora_alpha": _whole(alpha),
             "lora_bias": False,
             "lora_dropout": 0.0,
             "modules_to_save": exact_suffixes(self.saved, self.paths, whole_parts=False) or None,
             "peft_type": "LORA",
-            "r": r,
-            "rank_pattern": {p: k for p, k in sorted(self.ranks.items()) if k != r},
             "revision": None,
-            "target_modules": exact_suffixes(set(self.ranks), self.paths) or _NO_TARGETS,
+            "target_modules": exact_suffixes(set(self.ranks), self.paths) or NO_TARGETS,
             "task_type": self._task(),
             "use_dora": False,
             "use_rslora": self.rslora,
@@ -80,6 +75,22 @@ class PeftLayout:
                 if architecture.endswith(ending):
                     return task
         return None
+
+
+def rank_fields(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+    """r and lora_alpha by the commonest values, and patterns with full paths, which cannot overlap, for the others.
+
+    >>> rank_fields({"a.q": 4, "b.q": 4, "b.v": 2}, {"a.q": 4.0, "b.q": 4.0, "b.v": 2.0})["rank_pattern"]
+    {'b.v': 2}
+    """
+    r = _commonest(ranks.values(), 8)
+    alpha = _commonest(alphas.values(), float(r))
+    return {
+        "r": r,
+        "lora_alpha": _whole(alpha),
+        "rank_pattern": {p: k for p, k in sorted(ranks.items()) if k != r},
+        "alpha_pattern": {p: _whole(a) for p, a in sorted(alphas.items()) if a != alpha},
+    }
 
 
 def factor_keys(path: str, kind: str) -> tuple[str, str]:

@@ -12,10 +12,7 @@ from lorasurgery.cli import options, render
 @click.command("extract")
 @click.argument("base", metavar="BASE")
 @click.argument("tuned", metavar="TUNED")
-@click.option("--rank", type=int, help="Directions kept in every module.  [default: 16]")
-@click.option("--energy", type=float, help="Keep the least rank that holds this share of ‖ΔW‖², e.g. 0.9.")
-@click.option("--tolerance", type=float, help="Keep the least rank with a relative error of at most this.")
-@click.option("--max-rank", type=int, help="A cap on what --energy or --tolerance ask for.")
+@options.ranks
 @click.option("--target", metavar="PAT", multiple=True,
               help="Only these modules: a suffix (q_proj), a regular expression on the whole path, or attention, "
                    "mlp, all-linear. Repeatable.")  # fmt: skip
@@ -25,7 +22,6 @@ from lorasurgery.cli import options, render
                    "(auto), nothing (none), or what these patterns mean.")  # fmt: skip
 @click.option("--alpha", type=float, help="lora_alpha to write; the factors make up for it. [default: scale 1]")
 @click.option("--rslora", is_flag=True, help="Scale by alpha/√r instead of alpha/r.")
-@click.option("--uniform-rank", is_flag=True, help="Zero-pad all factors to one rank: the form every server takes.")
 @click.option("--svd", type=click.Choice(["auto", "randomized", "exact"]), default="auto", show_default=True,
               help="exact is LAPACK/cuSOLVER on the whole matrix.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the randomized SVD.")
@@ -39,12 +35,14 @@ def command(
     """Extract a LoRA from a fine-tuned model: ΔW = W_tuned − W_base ≈ B·A, by truncated SVD.
 
     Writes a PEFT adapter folder. Tensors that are equal are skipped; the stated error is measured on the factors
-    as they are written.
+    as they are written. The rank is 16 unless one of the options says otherwise; a --budget given as a share is of
+    the base's bytes.
 
     \b
     Examples:
       lorasurgery extract llama llama-chat -o adapter --rank 64
       lorasurgery extract llama llama-chat -o adapter --energy 0.9 --max-rank 128
+      lorasurgery extract llama llama-chat -o adapter --budget 100MB
       lorasurgery extract llama llama-chat -o adapter --target attention --exclude o_proj
       lorasurgery extract llama llama-chat -o adapter --dry-run --json
     """
@@ -59,14 +57,12 @@ def command(
 
 
 def _options(
-    rank: int | None, energy: float | None, tolerance: float | None, max_rank: int | None, target: tuple[str, ...],
-    exclude: tuple[str, ...], full: tuple[str, ...], **rest: Any,
+    rank: int | None, energy: float | None, tolerance: float | None, budget: Any, max_rank: int | None,
+    target: tuple[str, ...], exclude: tuple[str, ...], full: tuple[str, ...], **rest: Any,
 ) -> Any:  # fmt: skip
-    from lorasurgery.linalg.rank import RankChoice
     from lorasurgery.ops.extract import DEFAULT_RANK, ExtractOptions
     from lorasurgery.ops.pairs import Selection
 
-    if rank is None and energy is None and tolerance is None:
-        rank = DEFAULT_RANK
-    choice = RankChoice(rank=rank, energy=energy, tolerance=tolerance, max_rank=max_rank)
+    choice = options.rank_choice(rank, energy, tolerance, budget, max_rank, DEFAULT_RANK)
+    assert choice is not None
     return ExtractOptions(choice, Selection(target, exclude, full), **rest)

@@ -14,6 +14,8 @@ COMMANDS = {
     "extract": "Extract a LoRA adapter from a fine-tuned model.",
     "merge": "Merge adapters into a checkpoint.",
     "unmerge": "Take merged adapters out of a checkpoint again.",
+    "rerank": "Change an adapter's ranks, optimally, from its factors.",
+    "blend": "Blend several adapters into one.",
 }
 
 
@@ -61,6 +63,8 @@ def main() -> None:
     lorasurgery extract BASE TUNED -o ADAPTER --rank 32
     lorasurgery merge BASE ADAPTER -o MERGED
     lorasurgery unmerge MERGED ADAPTER -o RESTORED
+    lorasurgery rerank ADAPTER -o SMALLER --budget 50MB
+    lorasurgery blend STYLE TOPIC -w 0.7 -w 0.3 -o BOTH
     """
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import click
 from lorasurgery.checkpoint.dtypes import parse_dtype
 from lorasurgery.checkpoint.plan import parse_size
 from lorasurgery.errors import SurgeryError, UsageError
+from lorasurgery.linalg.rank import Budget, RankChoice
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,8 +35,27 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(str(problem), param, ctx)
 
 
+def parse_budget(text: str) -> Budget:
+    """A size such as 100MB, or a share such as 0.25 or 25% of what there was.
+
+    >>> parse_budget("25%"), parse_budget("1KB").size
+    (Budget(size=None, share=0.25), 1000)
+
+    Raises:
+        UsageError: neither, or a share of 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text.strip())
+    share = float(match[1]) / (100 if match[2] else 1) if match else math.inf
+    if 0 < share <= 1:
+        return Budget(share=share)
+    if match and (match[2] or share == 0):
+        raise UsageError(f"budget {text!r}: expected a share above 0 and up to 1 (25%), or a size such as 100MB")
+    return Budget(size=parse_size(text))
+
+
 DTYPE = _Parsed("dtype", parse_dtype)
 SIZE = _Parsed("size", parse_size)
+BUDGET = _Parsed("size|share", parse_budget)
 
 _COMMON = [
     click.option("-o", "--output", "out", required=True, metavar="OUT", help="Where the result goes."),
@@ -43,6 +65,19 @@ _COMMON = [
     click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
     click.option("-q", "--quiet", is_flag=True, help="No progress and no report; warnings and errors only."),
     click.option("-v", "--verbose", is_flag=True, help="Show every module."),
+]
+_RANKS = [
+    click.option("--rank", type=int, help="Directions kept in every module."),
+    click.option("--energy", type=float, help="Keep the least rank that holds this share of ‖ΔW‖², e.g. 0.9."),
+    click.option("--tolerance", type=float, help="Keep the least rank with a relative error of at most this."),
+    click.option(
+        "--budget",
+        type=BUDGET,
+        help="Bytes for the whole file, e.g. 100MB, or a share of what goes in, e.g. 25%: the directions of "
+        "all modules compete by σ² for each parameter until they are spent.",
+    ),
+    click.option("--max-rank", type=int, help="A cap on what --energy, --tolerance or --budget ask for."),
+    click.option("--uniform-rank", is_flag=True, help="Zero-pad all factors to one rank: the form every server takes."),
 ]
 _CHECKPOINT = [
     click.option("-w", "--weight", "weights", type=float, multiple=True,
@@ -67,8 +102,23 @@ def _apply(options: list[Callable[[F], F]]) -> Callable[[F], F]:
 common: Callable[[F], F] = _apply(_COMMON)
 """-o, --device, --json, --dry-run, --overwrite, -q, -v: every command that writes has them."""
 
+ranks: Callable[[F], F] = _apply(_RANKS)
+"""--rank, --energy, --tolerance, --budget, --max-rank, --uniform-rank: every command that chooses ranks has them."""
+
 checkpoint: Callable[[F], F] = _apply(_CHECKPOINT)
 """-w, --dtype, --rounding, --seed, --max-shard-size: every command that writes a checkpoint has them."""
+
+
+def rank_choice(
+    rank: int | None, energy: float | None, tolerance: float | None, budget: Budget | None, max_rank: int | None,
+    default: int | None = None,
+) -> RankChoice | None:  # fmt: skip
+    """The choice that the options make; without one the default rank, or all directions up to the cap, or None."""
+    if rank is None and energy is None and budget is None and tolerance is None:
+        rank = default or max_rank
+        if rank is None:
+            return None
+    return RankChoice(rank=rank, energy=energy, tolerance=tolerance, budget=budget, max_rank=max_rank)
 
 
 def guarded(function: F) -> F:

@@ -1,8 +1,8 @@
 """Recompression: the SVD of Σ scaleᵢ·BᵢAᵢ from its factors, without the matrix itself.
 
-With U = [B₁ B₂ …] and D = [A₁; A₂; …]ᵀ the sum is U·diag(scales)·Dᵀ. Thin QR of both sides leaves a core of R×R numbers,
-R the sum of the ranks, whose singular values are those of the whole; Eckart–Young then gives every truncation and its
-exact error. It is done in float64: thin factors make that cheap, and terms may cancel.
+With U = [B₁ B₂ …] and D = [A₁; A₂; …]ᵀ the sum is U·diag(scales)·Dᵀ. Thin QR of both sides leaves a core of R×R
+numbers, R the sum of the ranks, whose singular values are those of the whole; Eckart–Young then gives every truncation
+and its exact error. It is done in float64: thin factors make that cheap, and terms may cancel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Thin QR of a tall matrix with its columns brought to norm 1: by the Gram matrix where that is safe, else Householder."""
+"""Thin QR of a tall matrix: by the Gram matrix of its columns where that is safe, else by Householder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Thin:
         if self.q is not None:
             return mix.mT.to(self.q) @ self.q.mT
         small = torch.linalg.solve_triangular(self.r, mix, upper=True) / _divisor(self.norms)[:, None]
-        return small.mT.to(self.rows) @ self.rows  # (k, R) @ (R, m) -> (k, m)
+        found: Tensor = small.mT.to(self.rows) @ self.rows  # (k, R) @ (R, m) -> (k, m)
+        return found
 
 
 def thin_qr(rows: Tensor) -> Thin:

@@ -34,11 +34,19 @@ def carried_files(folder: Path, adapters: Sequence[Adapter] = ()) -> dict[str, P
         hidden = any(p.startswith(".") for p in parts)
         if file.is_file() and not hidden and not file.name.endswith(_WEIGHTS) and parts != ("README.md",):
             found["/".join(parts)] = file
-    for adapter in adapters:
-        own = {n: adapter.folder / n for n in _TOKENIZER if (adapter.folder / n).is_file()}
-        if own:  # one tokenizer's files, never a mixture of two
-            found = {n: f for n, f in found.items() if n not in _TOKENIZER} | own
+    own = tokenizer_files(adapters)
+    if own:  # one tokenizer's files, never a mixture of two
+        found = {n: f for n, f in found.items() if n not in _TOKENIZER} | own
     return found
+
+
+def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, Path]:
+    """The tokenizer of the last adapter that brings one: name -> source."""
+    for adapter in reversed(adapters):
+        own = {n: adapter.folder / n for n in _TOKENIZER if (adapter.folder / n).is_file()}
+        if own:
+            return own
+    return {}
 
 
 def patched_config(

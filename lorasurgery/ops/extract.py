@@ -26,7 +26,7 @@ class ExtractOptions:
     """How extract chooses ranks and scales and what it keeps.
 
     Args:
-        choice: Rank by number, energy or tolerance.
+        choice: Rank by number, energy, tolerance or a budget (of which a share is taken of the base's bytes).
         alpha: lora_alpha of the adapter; None makes every scale 1, so the factors say ΔW as they are.
         rslora: scale = alpha/√r instead of alpha/r (arXiv:2312.03732).
         uniform_rank: zero-pad all factors to one rank, the form every server takes.
@@ -101,5 +101,10 @@ def extract(
         report.bytes_written = write_adapter(draft, second, out, overwrite)
         report.bytes_read = first.bytes_read + second.bytes_read
         report.modules, report.full = job.modules, job.full
-        summarise(report, draft, job.left_out, first.nbytes, unchanged=job.unchanged)
+        summarise(report, job.left_out, first.nbytes, unchanged=job.unchanged)
+        if job.capped:
+            report.warnings.append(
+                f"{len(job.capped)} modules kept all {job.choice.rank} directions they were allowed to bring "
+                f"({', '.join(job.capped[:3])}); a larger --max-rank lets them have more of the budget"
+            )
     return clock.stamp(report)

@@ -7,15 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.pairs import Pair
 from lorasurgery.report import ModuleReport, Report
-
-if TYPE_CHECKING:
-    from lorasurgery.ops.extract_write import AdapterDraft
 
 
 @dataclass(frozen=True)
@@ -48,34 +44,40 @@ def plan_report(
     return report
 
 
-def summarise(
-    report: Report, draft: AdapterDraft, left_out: Sequence[LeftOut], model_bytes: int, *, unchanged: int
-) -> None:
-    """Total error and energy over all changed matrices, sizes, and where most of what was lost lies."""
+def total_error(report: Report) -> tuple[float, float]:
+    """(‖ΔW‖², what of it was lost) over all modules; the totals get error, energy and the range of ranks."""
     change = sum((m.delta_norm or 0) ** 2 for m in report.modules)
     lost = sum(((m.error or 0) * (m.delta_norm or 0)) ** 2 for m in report.modules)
     error = math.sqrt(lost / change) if change else 0.0
     ranks = [m.rank or 0 for m in report.modules]
+    report.totals |= {
+        "modules": len(report.modules), "delta_norm": math.sqrt(change), "error": error, "energy": 1 - error**2,
+        "rank_min": min(ranks, default=0), "rank_max": max(ranks, default=0), "adapter_bytes": report.bytes_written,
+    }  # fmt: skip
+    return change, lost
+
+
+def summarise(report: Report, left_out: Sequence[LeftOut], model_bytes: int, *, unchanged: int) -> None:
+    """Total error and energy over all changed matrices, sizes, and where most of what was lost lies."""
+    change, lost = total_error(report)
+    error = report.totals["error"]
     report.left_out = [
         ModuleReport(item.pair.name, item.pair.tuned.shape, kind=item.pair.why or "left out", delta_norm=item.norm)
         for item in left_out
     ]
     report.totals |= {
-        "modules": len(report.modules), "unchanged": unchanged, "full": len(report.full), "left_out": len(left_out),
-        "delta_norm": math.sqrt(change), "error": error, "energy": 1 - error**2,
-        "rank_min": min(ranks, default=0), "rank_max": max(ranks, default=0),
-        "adapter_bytes": report.bytes_written, "model_bytes": model_bytes,
+        "unchanged": unchanged, "full": len(report.full), "left_out": len(left_out), "model_bytes": model_bytes,
         "size_ratio": report.bytes_written / model_bytes if model_bytes else None,
     }  # fmt: skip
     _warn_left_out(report, change)
     report.summary = (
         f"error {error:.2%}, energy {1 - error**2:.2%} over {len(report.modules)} modules; adapter "
         f"{report.bytes_written / 1e6:.2f} MB, {report.bytes_written / max(model_bytes, 1):.2%} of the model"
-        + _worst(report.modules, lost)
+        + worst(report.modules, lost)
     )
 
 
-def _worst(modules: Sequence[ModuleReport], lost: float) -> str:
+def worst(modules: Sequence[ModuleReport], lost: float) -> str:
     """Name the modules that hold most of the squared error, with their share: where more rank would help."""
     if lost <= 0:
         return ""

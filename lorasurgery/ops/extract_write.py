@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,9 @@ from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.lowrank import LowRank
+from lorasurgery.ops.factored import Factored, Scaling, check_room, spend
 from lorasurgery.ops.pairs import Pair
+from lorasurgery.report import ModuleReport
 
 if TYPE_CHECKING:
     import torch
@@ -27,37 +28,47 @@ class AdapterDraft:
     """Factors in PEFT's orientation (on the CPU), and the pairs that will be stored whole.
 
     Args:
-        factors: (pair, update with up (out, r) and down (r, in), alpha), in the order found.
+        factors: (pair, its factors), in the order found.
         full: pairs whose tuned tensor is stored whole.
+        dropped: modules that a budget left without any direction.
     """
 
     base: Checkpoint
     tuned: Checkpoint
     rslora: bool
     dtype: str | None
-    factors: list[tuple[Pair, LowRank, float]] = field(default_factory=list)
+    factors: list[tuple[Pair, Factored]] = field(default_factory=list)
     full: list[Pair] = field(default_factory=list)
+    dropped: list[ModuleReport] = field(default_factory=list)
 
     def factor_dtype(self, pair: Pair) -> torch.dtype:
         """What factors are written in: --dtype, else the tuned weight's; 8-bit floats hold no factors, so BF16."""
         name = self.dtype or pair.tuned.dtype
         return torch_dtype("BF16" if name.startswith("F8") else name)
 
-    def add(self, pair: Pair, update: LowRank, alpha: float) -> None:
-        """Keep one module's factors, on the CPU and contiguous as they will be written."""
-        cpu = LowRank(update.up.cpu().contiguous(), update.down.cpu().contiguous(), update.scale)
-        self.factors.append((pair, cpu, alpha))
-
     def pad(self) -> None:
-        """Zero-pad every module to the largest rank; alpha grows with it so that the scale stays."""
-        from torch.nn.functional import pad
+        """Zero-pad every module to the largest rank."""
+        top = max((f.update.rank for _, f in self.factors), default=0)
+        self.factors = [(pair, f.pad(top, self.rslora)) for pair, f in self.factors]
 
-        top = max((u.rank for _, u, _ in self.factors), default=0)
-        for i, (pair, update, alpha) in enumerate(self.factors):
-            more = top - update.rank
-            ratio = (top / update.rank) ** (0.5 if self.rslora else 1.0)
-            wide = LowRank(pad(update.up, (0, more)), pad(update.down, (0, 0, 0, more)), update.scale)
-            self.factors[i] = (pair, wide, alpha * ratio)
+    def hold(self, room: int, scaling: Scaling) -> None:
+        """Drop directions that can't be among the best any more, so that memory stays near the budget."""
+        if sum(f.cost * f.update.rank for _, f in self.factors) > 2 * room:
+            self._keep(spend([f for _, f in self.factors], room, scaling))
+
+    def spend(self, budget: int, scaling: Scaling, *, uniform: bool) -> None:
+        """Cut the factors so that the file takes at most `budget` bytes, all else in it counted."""
+        self._keep([replace(f, copies=1 + len(_aliases(self, pair))) for pair, f in self.factors])
+        file = _Folder(self).file
+        modules = [f for _, f in self.factors]
+        factors = sum(f.cost * f.update.rank for f in modules)
+        overhead = len(file.header()) + sum(t.nbytes for t in file.tensors) - factors
+        check_room(modules, budget, overhead, uniform=uniform)
+        self._keep(spend(modules, budget - overhead, scaling, uniform=uniform))
+
+    def _keep(self, modules: list[Factored]) -> None:
+        self.dropped += [f.report for f in modules if not f.update.rank]
+        self.factors = [(pair, f) for (pair, _), f in zip(self.factors, modules, strict=True) if f.update.rank]
 
     @property
     def names(self) -> BaseNames:
@@ -65,29 +76,35 @@ class AdapterDraft:
         return BaseNames(self.base.tensors, self.base.config, str(self.base.path))
 
 
+class _Folder:
+    """The files that a draft becomes: the planned tensors, the factors by key, and what is copied whole."""
+
+    def __init__(self, draft: AdapterDraft) -> None:
+        self.layout = PeftLayout(
+            paths=_all_paths(draft),
+            rslora=draft.rslora,
+            base_model=_base_name(draft.base),
+            architectures=tuple(a for a in draft.base.config.get("architectures") or [] if isinstance(a, str)),
+            fan_in_fan_out=any(pair.treatment == "conv1d" for pair, _ in draft.factors),
+        )
+        self.factors = _factor_tensors(draft, self.layout)
+        self.whole = _full_tensors(draft, self.layout)
+        planned = [PlannedTensor(key, dtype_name(t.dtype), tuple(t.shape)) for key, t in self.factors.items()]
+        for key, name in self.whole.items():
+            info = draft.tuned.tensors[name]
+            planned.append(PlannedTensor(key, (draft.dtype or info.dtype) if info.is_float else info.dtype, info.shape))
+        self.file = PlannedFile(WEIGHTS_NAME, tuple(sorted(planned, key=lambda t: t.name)), {"format": "pt"})
+
+
 def write_adapter(draft: AdapterDraft, tuned: Checkpoint, out: Path, overwrite: bool) -> int:
     """Write adapter_model.safetensors and, last, adapter_config.json; returns the bytes written."""
-    layout = PeftLayout(
-        paths=_all_paths(draft),
-        rslora=draft.rslora,
-        base_model=_base_name(draft.base),
-        architectures=tuple(a for a in draft.base.config.get("architectures") or [] if isinstance(a, str)),
-        fan_in_fan_out=any(pair.treatment == "conv1d" for pair, _, _ in draft.factors),
-    )
-    tensors = _factor_tensors(draft, layout)
-    whole = _full_tensors(draft, layout)
-    planned = [PlannedTensor(key, dtype_name(t.dtype), tuple(t.shape)) for key, t in tensors.items()]
-    for key, name in whole.items():
-        info = tuned.tensors[name]
-        planned.append(PlannedTensor(key, (draft.dtype or info.dtype) if info.is_float else info.dtype, info.shape))
-    planned.sort(key=lambda t: t.name)
-    file = PlannedFile(WEIGHTS_NAME, tuple(planned), {"format": "pt"})
+    folder = _Folder(draft)
     with Output(out, overwrite=overwrite) as output:
-        with output.tensor_file(file) as writer:
-            for item in file.tensors:
-                data = tensors.get(item.name)
-                writer.write(item.name, _whole(tuned, whole[item.name], item) if data is None else data)
-        output.write_bytes(CONFIG_NAME, (json.dumps(layout.config(), indent=2) + "\n").encode())
+        with output.tensor_file(folder.file) as writer:
+            for item in folder.file.tensors:
+                data = folder.factors.get(item.name)
+                writer.write(item.name, _whole(tuned, folder.whole[item.name], item) if data is None else data)
+        output.write_bytes(CONFIG_NAME, (json.dumps(folder.layout.config(), indent=2) + "\n").encode())
         output.commit(last=CONFIG_NAME)
         return output.bytes_written
 
@@ -98,9 +115,10 @@ def _whole(tuned: Checkpoint, name: str, planned: PlannedTensor) -> Tensor:
 
 def _factor_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for pair, update, alpha in draft.factors:
+    for pair, found in draft.factors:
+        update, alpha = found.update, found.report.alpha or 0.0
         kind = "embedding" if pair.treatment == "embedding" else "linear"
-        aliases = _tied_paths(draft, pair) if kind == "embedding" else []
+        aliases = _aliases(draft, pair)
         layout.tied |= bool(aliases)
         for path in [pair.path, *aliases]:
             as_head = is_head(path) and kind == "embedding"
@@ -111,9 +129,11 @@ def _factor_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, Tensor
     return tensors
 
 
-def _tied_paths(draft: AdapterDraft, pair: Pair) -> list[str]:
+def _aliases(draft: AdapterDraft, pair: Pair) -> list[str]:
     """Modules that share the pair's table in memory; PEFT adapts each on its own, so each gets the update."""
-    own_head = any(is_head(p.path) for p, _, _ in draft.factors) or any(is_head(p.path) for p in draft.full)
+    if pair.treatment != "embedding":
+        return []
+    own_head = any(is_head(p.path) for p, _ in draft.factors) or any(is_head(p.path) for p in draft.full)
     untied = own_head or any(is_head(module_of(n)) for n in draft.tuned.tensors)
     paths = draft.names.tied_paths(pair.base.name) if pair.base else []
     return [p for p in paths if not (is_head(p) and untied)]
@@ -122,7 +142,7 @@ def _tied_paths(draft: AdapterDraft, pair: Pair) -> list[str]:
 def _full_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, str]:
     """Adapter key -> tuned tensor, for all that is stored whole; the layout learns how PEFT will load it."""
     keys: dict[str, str] = {}
-    factored = {pair.path for pair, _, _ in draft.factors}
+    factored = {pair.path for pair, _ in draft.factors}
     stored_whole = {p.path for p in draft.full if p.leaf == "weight"}
     for pair in draft.full:
         if pair.leaf == "bias" and _is_matrix(draft, pair.path) and pair.path not in stored_whole:
@@ -152,7 +172,7 @@ def _is_matrix(draft: AdapterDraft, path: str) -> bool:
 def _all_paths(draft: AdapterDraft) -> set[str]:
     names = draft.names
     paths = {module_of(n) for n in draft.tuned.tensors} | {module_of(n) for n in draft.base.tensors}
-    paths |= {p.path for p, _, _ in draft.factors} | {p.path for p in draft.full}
+    paths |= {p.path for p, _ in draft.factors} | {p.path for p in draft.full}
     return paths | (set(names.tied_paths(names.input_embedding)) if names.input_embedding else set())
 
 

@@ -12,14 +12,19 @@ from lorasurgery.checkpoint.header import FLOAT_DTYPES
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, SurgeryError
 from lorasurgery.linalg.norms import residual_norm, squared_norm
+from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.difference import Difference
 from lorasurgery.ops.extract import ExtractOptions
 from lorasurgery.ops.extract_report import LeftOut
 from lorasurgery.ops.extract_write import AdapterDraft
+from lorasurgery.ops.factored import Factored, even_share
 from lorasurgery.ops.pairs import Pair
 from lorasurgery.report import ModuleReport, Progress
+
+# With a budget, a module may bring this many times the rank that all could have alike; --max-rank says otherwise.
+GENEROUS = 8
 
 
 class Extraction:
@@ -29,7 +34,7 @@ class Extraction:
         self.base, self.tuned, self.options, self.device = base, tuned, options, device
         self.difference = Difference(base, tuned, device)
         self.draft = AdapterDraft(base, tuned, options.rslora, options.dtype)
-        self.modules: list[ModuleReport] = []
+        self.choice = options.choice
         self.full: list[ModuleReport] = []
         self.left_out: list[LeftOut] = []
         self.unchanged = 0
@@ -43,6 +48,7 @@ class Extraction:
         """
         total = sum(p.tuned.nbytes for p in pairs if p.treatment != "skipped")
         done = 0
+        budget = self._set_budget(pairs)
         wanted = [p for p in pairs if p.treatment != "skipped"]
         for pair, following in zip(wanted, [*wanted[1:], None], strict=True):
             if following is not None:
@@ -51,6 +57,8 @@ class Extraction:
                 self._take(pair)
             except SurgeryError as problem:
                 raise type(problem)(f"{pair.name}: {problem}") from None
+            if budget:
+                self.draft.hold(budget, self.options.scaling)
             done += pair.tuned.nbytes
             if progress:
                 progress(pair.name, done, total)
@@ -58,9 +66,34 @@ class Extraction:
             raise MismatchError(
                 f"{self.tuned.path}: equals {self.base.path} in every tensor compared; nothing to extract"
             )
+        if budget:
+            self.draft.spend(budget, self.options.scaling, uniform=self.options.uniform_rank)
         if self.options.uniform_rank:
             self.draft.pad()
         return self.draft
+
+    @property
+    def modules(self) -> list[ModuleReport]:
+        """The reports of all changed matrices, those that a budget left out last."""
+        return [f.report for _, f in self.draft.factors] + self.draft.dropped
+
+    @property
+    def capped(self) -> list[str]:
+        """Modules that brought all they were allowed to and kept it: a budget would have given them more."""
+        if self.options.choice.budget is None:
+            return []
+        return [m.name for m in self.modules if m.rank == self.choice.upper(*m.shape) < min(m.shape)]
+
+    def _set_budget(self, pairs: Sequence[Pair]) -> int | None:
+        """Bytes to spend, and how many directions a module may bring to the competition."""
+        choice = self.options.choice
+        if choice.budget is None:
+            return None
+        budget = choice.budget.bytes_of(self.base.nbytes)
+        matrices = [p for p in pairs if p.treatment in ("linear", "conv1d", "embedding")]
+        even = even_share(budget, [sum(p.tuned.shape) * self.draft.factor_dtype(p).itemsize for p in matrices])
+        self.choice = RankChoice(rank=choice.max_rank or GENEROUS * even)
+        return budget
 
     def _take(self, pair: Pair) -> None:
         factored = pair.treatment in ("linear", "conv1d", "embedding")
@@ -89,7 +122,7 @@ class Extraction:
 
     def _factor(self, pair: Pair, delta: Tensor) -> None:
         options = self.options
-        found = truncated_svd(delta, options.choice, method=options.svd, seed=options.seed)
+        found = truncated_svd(delta, self.choice, method=options.svd, seed=options.seed)
         rank = len(found.s)
         norm = math.sqrt(found.total)
         if rank == 0:  # the bytes differ but the values do not (a signed zero)
@@ -100,10 +133,10 @@ class Extraction:
         dtype = self.draft.factor_dtype(pair)
         update = LowRank((found.u * root).to(dtype), (root[:, None] * found.vt).to(dtype), scale)
         error = residual_norm(delta, update) / norm
-        self.draft.add(pair, update.transposed if pair.treatment != "linear" else update, alpha)
-        self.modules.append(
-            ModuleReport(
-                pair.name.removesuffix(".weight"), tuple(delta.shape), kind=pair.treatment, rank=rank, alpha=alpha,
-                delta_norm=norm, error=error, energy=1 - error**2,
-            )
+        report = ModuleReport(
+            pair.name.removesuffix(".weight"), tuple(delta.shape), kind=pair.treatment, rank=rank, alpha=alpha,
+            delta_norm=norm, error=error, energy=1 - error**2,
         )  # fmt: skip
+        kept = update.transposed if pair.treatment != "linear" else update
+        kept = LowRank(kept.up.cpu().contiguous(), kept.down.cpu().contiguous(), kept.scale)
+        self.draft.factors.append((pair, Factored(report, kept, found.s.square().tolist())))

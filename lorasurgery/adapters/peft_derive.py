@@ -1,0 +1,54 @@
+"""adapter_config.json of an adapter made from others: what their configs share, with ranks and scales made true."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.adapters.peft_write import NO_TARGETS, rank_fields
+
+# What PEFT selects modules by; kept together or not at all, for each restricts the others.
+_SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_BIAS = ("none", "lora_only", "all")
+
+
+def derived_config(
+    sources: Sequence[Adapter], ranks: dict[str, int], alphas: dict[str, float], *, bias: bool
+) -> dict[str, Any]:
+    """The config for factors of these ranks and alphas, scale alpha/r, that came out of the sources.
+
+    Args:
+        sources: At least one; the first one's task, base model and other fields go along.
+        ranks, alphas: By full module path, of every module in the file.
+        bias: Whether the factors have biases of their own (lora_bias).
+    """
+    configs = [a.config for a in sources]
+    known = {path for a in sources for path in a.deltas}
+    saved = sorted({m for c in configs for m in c.get("modules_to_save") or []})
+    kinds = [c.get("bias") for c in configs]
+    return {
+        **configs[0],
+        **rank_fields(ranks, alphas),
+        **_selection(configs, set(ranks), known),
+        "bias": max((k for k in kinds if k in _BIAS), key=_BIAS.index, default="none"),
+        "ensure_weight_tying": any(a.tied for a in sources),
+        "fan_in_fan_out": any(a.fan_in_fan_out for a in sources),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_bias": bias,
+        "modules_to_save": saved or None,
+        "peft_type": "LORA",
+        "use_rslora": False,
+    }
+
+
+def _selection(configs: Sequence[dict[str, Any]], chosen: set[str], known: set[str]) -> dict[str, Any]:
+    """The sources' own words where they still mean exactly the chosen modules, else every full path."""
+    words = [{key: c.get(key) for key in _SELECTION} for c in configs]
+    if chosen == known and all(w == words[0] for w in words) and words[0]["target_modules"]:
+        return words[0]
+    lists = [w["target_modules"] for w in words if isinstance(w["target_modules"], list)]
+    plain = len(lists) == len(words) and not any(w[k] for w in words for k in _SELECTION[1:])
+    names = {name for t in lists for name in t} if plain and chosen == known else chosen
+    return {**dict.fromkeys(_SELECTION), "target_modules": sorted(names) or NO_TARGETS}

@@ -1,0 +1,58 @@
+"""`lorasurgery blend`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lorasurgery.cli import options, render
+
+_METHODS = ["linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots-ties", "cat"]
+
+
+@click.command("blend")
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+@click.option("-w", "--weight", "weights", type=float, multiple=True,
+              help="Strength; the n-th belongs to the n-th adapter, the rest are 1. May be negative.")  # fmt: skip
+@click.option("--normalize", is_flag=True, help="Divide the weights by their sum.")
+@click.option("--method", type=click.Choice(_METHODS), default="linear", show_default=True,
+              help="linear is the exact weighted sum; see docs/maths.md for the others.")  # fmt: skip
+@click.option("--density", type=float,
+              help="Share of entries that ties, dare and pruning keep of each update.  [default: 0.5]")  # fmt: skip
+@options.ranks
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of dare's masks and of the randomized SVD.")
+@click.option("--average-replaced", is_flag=True,
+              help="Take the weighted mean of tensors that adapters store whole (modules_to_save) with different "
+                   "values; otherwise they are an error.")  # fmt: skip
+@click.option("--dtype", type=options.DTYPE,
+              help="Dtype of what is written.  [default: the adapters' widest, float32 for an exact sum]")  # fmt: skip
+@options.common
+@options.guarded
+def command(
+    adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, verbose: bool, device: str, dry_run: bool,
+    overwrite: bool, rank: int | None, energy: float | None, tolerance: float | None, budget: Any,
+    max_rank: int | None, **chosen: Any,
+) -> None:  # fmt: skip
+    """Blend several adapters into one: Σ weight·scale·B·A, or one of its kin.
+
+    Adapters may differ in ranks, scaling (alpha/r, rsLoRA), dtypes and modules; one that lacks a module adds nothing
+    to it. linear, cat and knots-ties work on the factors alone. Without an option that chooses ranks, linear
+    keeps the minimal exact rank. A --budget given as a share is of the adapters' bytes together.
+
+    \b
+    Examples:
+      lorasurgery blend style topic -w 0.7 -w 0.3 -o both
+      lorasurgery blend style topic -w 1 -w -0.5 -o less-topic --rank 32
+      lorasurgery blend a b c --method ties --density 0.2 --rank 64 -o abc
+      lorasurgery blend a b c --normalize --budget 100MB -o mean
+    """
+    from lorasurgery.ops.blend import BlendOptions, blend
+
+    choice = options.rank_choice(rank, energy, tolerance, budget, max_rank)
+    with render.progress("blend", quiet=quiet or as_json) as callback:
+        report = blend(
+            adapters, out, BlendOptions(choice=choice, **chosen), device=device, overwrite=overwrite,
+            dry_run=dry_run, progress=callback,
+        )  # fmt: skip
+    render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)

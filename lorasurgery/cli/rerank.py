@@ -1,0 +1,39 @@
+"""`lorasurgery rerank`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lorasurgery.cli import options, render
+
+
+@click.command("rerank")
+@click.argument("adapter", metavar="ADAPTER")
+@options.ranks
+@click.option("--dtype", type=options.DTYPE, help="Dtype of what is written. [default: the adapter's own]")
+@options.common
+@options.guarded
+def command(
+    adapter: str, out: str, as_json: bool, quiet: bool, verbose: bool, rank: int | None, energy: float | None,
+    tolerance: float | None, budget: Any, max_rank: int | None, **chosen: Any,
+) -> None:  # fmt: skip
+    """Change an adapter's ranks: the best approximation of each module (Eckart–Young), from its factors alone.
+
+    Without an option that chooses ranks every module keeps its minimal exact rank; a module that has no more
+    directions than asked for keeps its factors as they are. A --budget given as a share is of ADAPTER's bytes.
+
+    \b
+    Examples:
+      lorasurgery rerank adapter -o smaller --rank 16
+      lorasurgery rerank adapter -o smaller --energy 0.95 --max-rank 64
+      lorasurgery rerank adapter -o smaller --budget 50MB     # the ranks go where the update is
+      lorasurgery rerank adapter -o portable --uniform-rank   # zero-padded, for servers that take one rank
+    """
+    from lorasurgery.ops.rerank import rerank
+
+    choice = options.rank_choice(rank, energy, tolerance, budget, max_rank)
+    with render.progress("rerank", quiet=quiet or as_json) as callback:
+        report = rerank(adapter, out, choice, progress=callback, **chosen)
+    render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)

@@ -1,0 +1,108 @@
+"""Blending that works entry by entry: TIES, DARE and magnitude pruning, in row blocks of matrices held in factors.
+
+Definitions and sources are in docs/maths.md. Only the result is ever dense: every block of every term is made when
+it is needed, twice where a term's entries must be ranked first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorasurgery.linalg.norms import row_blocks
+from lorasurgery.lowrank import LowRank
+
+Elementwise = Literal["ties", "dare-linear", "dare-ties", "magnitude-prune"]
+ELEMENTWISE: tuple[Elementwise, ...] = ("ties", "dare-linear", "dare-ties", "magnitude-prune")
+
+
+def combine(
+    terms: Sequence[LowRank], weights: Sequence[float], method: Elementwise, *, density: float, seed: int = 0
+) -> Tensor:
+    """Blend terms entry by entry; the result is dense, of full rank in general.
+
+    >>> up = torch.eye(2)
+    >>> a, b = LowRank(up, torch.tensor([[3.0, 1.0], [-2.0, 0.5]])), LowRank(up, torch.tensor([[1.0, 0.0], [5.0, 0.5]]))
+    >>> combine([a, b], [1.0, 1.0], "ties", density=0.5).tolist()
+    [[2.0, 0.0], [5.0, 0.0]]
+
+    Args:
+        terms: tᵢ, all of one shape (m, n) and on one device.
+        weights: One strength wᵢ for each; a negative one turns the term's signs before they are compared.
+        density: Share of each term's entries that is kept, in (0, 1].
+        seed: Of the Bernoulli masks of DARE; they are drawn on the CPU, so that all devices agree.
+
+    Returns:
+        (m, n) in float32.
+    """
+    signed = [t.times(math.copysign(1.0, w)) for t, w in zip(terms, weights, strict=True)]
+    sizes = [abs(w) for w in weights]
+    out = torch.empty(terms[0].shape, dtype=torch.float32, device=terms[0].up.device)
+    if method.startswith("dare"):
+        trimmed = [_dropped(t, density, seed + i, out) for i, t in enumerate(signed)]
+    else:
+        trimmed = [_trimmed(t, _threshold(t, density, out), out) for t in signed]
+    merge = _disjoint if method.endswith("ties") else _sum
+    for rows, *blocks in zip(row_blocks(out), *trimmed, strict=True):
+        out[rows] = merge(blocks, sizes)
+    return out
+
+
+def _blocks(term: LowRank, like: Tensor) -> Iterator[Tensor]:
+    """The rows of scale·up@down, block by block, in float32."""
+    up, down = term.up.to(torch.float32), term.down.to(torch.float32)
+    for rows in row_blocks(like):
+        yield (up[rows] @ down).mul_(term.scale)  # (b, r) @ (r, n) -> (b, n)
+
+
+def _trimmed(term: LowRank, threshold: float, like: Tensor) -> Iterator[Tensor]:
+    for block in _blocks(term, like):
+        yield torch.where(block.abs() >= threshold, block, 0.0)
+
+
+def _dropped(term: LowRank, density: float, seed: int, like: Tensor) -> Iterator[Tensor]:
+    """Keep each entry with probability `density` and divide by it, so that the mean stays (Yu et al. 2024)."""
+    generator = torch.Generator().manual_seed(seed & (2**63 - 1))
+    for block in _blocks(term, like):
+        mask = torch.rand(block.shape, generator=generator) < density
+        yield block * mask.to(block.device) / density
+
+
+def _threshold(term: LowRank, density: float, scratch: Tensor) -> float:
+    """The magnitude of the ⌊density·m·n⌋-th largest entry; `scratch` (m, n) is overwritten."""
+    keep = int(density * scratch.numel())
+    if keep >= scratch.numel():
+        return 0.0
+    if keep == 0:
+        return math.inf
+    for rows, block in zip(row_blocks(scratch), _blocks(term, scratch), strict=True):
+        scratch[rows] = block.abs_()
+    flat, place = scratch.view(-1), scratch.numel() - keep
+    if scratch.device.type != "cpu":
+        return float(flat.kthvalue(place + 1).values)
+    values = flat.numpy()
+    values.partition(place)  # in place, where torch's kthvalue would need indices of twice the size
+    return float(values[place])
+
+
+def _sum(blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = blocks[0] * weights[0]
+    for block, weight in zip(blocks[1:], weights[1:], strict=True):
+        total.add_(block, alpha=weight)
+    return total
+
+
+def _disjoint(blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The mean of wᵢtᵢ over the terms whose sign is that of Σtᵢ (Yadav et al. 2023, sections 3.2 and 3.3)."""
+    elected = torch.where(_sum(blocks, [1.0] * len(blocks)) >= 0, 1.0, -1.0)
+    agree = [block.sign() == elected for block in blocks]
+    total = _sum([torch.where(a, b, 0.0) for a, b in zip(agree, blocks, strict=True)], weights)
+    return total / _count(agree).clamp_(min=1)
+
+
+def _count(masks: Sequence[Tensor]) -> Tensor:
+    return _sum([m.to(torch.float32) for m in masks], [1.0] * len(masks))

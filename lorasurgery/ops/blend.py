@@ -1,0 +1,226 @@
+"""blend: one adapter out of several, Σ wᵢ·ΔWᵢ or one of its kin; rerank is the blend of one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.checkpoint.header import DTYPE_BITS
+from lorasurgery.checkpoint.output import check_output
+from lorasurgery.errors import MismatchError, UsageError
+from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.ops.compose import Joint, Whole, base_models, join, whole_tensors
+from lorasurgery.ops.extract_report import total_error, worst
+from lorasurgery.ops.merge import check_weights
+from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
+from lorasurgery.report import ModuleReport, Progress, Report
+
+if TYPE_CHECKING:
+    from lorasurgery.ops.compose_write import Composed
+
+Method = Literal["linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots-ties", "cat"]
+METHODS: tuple[Method, ...] = ("linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots-ties", "cat")
+DENSITY = 0.5
+
+
+@dataclass(frozen=True)
+class BlendOptions:
+    """How adapters are brought together and at which rank the result is kept.
+
+    Args:
+        method: `linear` is the exact weighted sum, `cat` the same with all factors kept side by side; the others
+            are defined in docs/maths.md.
+        choice: Rank by number, energy, tolerance or budget (a share is of the inputs' bytes). None keeps everything:
+            the minimal exact rank; for methods with a dense result, the highest rank of the inputs.
+        weights: One strength per adapter, the rest are 1.
+        normalize: Divide the weights by their sum.
+        density: Share of entries kept by TIES, DARE and pruning; None stands for 0.5.
+        seed: Of DARE's masks and of the randomized SVD.
+        uniform_rank: Zero-pad all factors to one rank.
+        dtype: safetensors name of what factors are written in; None takes the inputs' widest, and at least float32
+            for a blend that is to be exact.
+        average_replaced: Take the weighted mean of tensors that several adapters store whole.
+    """
+
+    method: Method = "linear"
+    choice: RankChoice | None = None
+    weights: Sequence[float] = ()
+    normalize: bool = False
+    density: float | None = None
+    seed: int = 0
+    uniform_rank: bool = False
+    dtype: str | None = None
+    average_replaced: bool = False
+    command: str = field(default="blend", repr=False)
+
+    @property
+    def share(self) -> float:
+        """The density in force."""
+        return DENSITY if self.density is None else self.density
+
+    def check(self) -> None:
+        """Raise UsageError for options that contradict each other or have no meaning."""
+        if self.method not in METHODS:
+            raise UsageError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
+        if self.density is not None and self.method in ("linear", "cat"):
+            raise UsageError(f"--density: {self.method} keeps every entry; it belongs to the other methods")
+        if not 0 < self.share <= 1:
+            raise UsageError(f"--density {self.share}: expected a share above 0 and up to 1")
+        if self.method == "cat" and self.choice is not None:
+            raise UsageError("--method cat keeps every direction; --method linear is the same sum at a chosen rank")
+        if self.dtype not in (None, "F32", "BF16", "F16"):
+            raise UsageError("--dtype: an adapter is written as float32, bfloat16 or float16")
+
+    def strengths(self, adapters: int) -> list[float]:
+        """The weight of each adapter, normalised if asked for."""
+        weights = check_weights(self.weights, adapters)
+        total = math.fsum(weights)
+        if not self.normalize:
+            return weights
+        if total == 0:
+            raise UsageError("--normalize: the weights sum to 0, so they can't be made to sum to 1")
+        return [w / total for w in weights]
+
+
+def blend(
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    options: BlendOptions | None = None,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Blend adapters into one; the d×k matrices are never formed for `linear`, `cat` and `knots-ties`.
+
+    Example:
+        blend(["style", "topic"], "both", BlendOptions(weights=[0.7, 0.3], choice=RankChoice(rank=32)))
+
+    Args:
+        adapters: Adapter folders; they may differ in ranks, scaling, dtypes and modules.
+        out: Folder for the new PEFT adapter.
+        dry_run: Settle everything from headers, write nothing (torch is not imported).
+
+    Raises:
+        SurgeryError: one line saying which file, what was expected, what was found and the next move.
+    """
+    clock, options = Clock(), options or BlendOptions()
+    options.check()
+    check_device_name(device)
+    out = Path(out)
+    if out.suffix == ".safetensors":
+        raise UsageError(f"{out}: an adapter is a folder (config and weights); give a folder name")
+    strengths = options.strengths(len(adapters))
+    opened = [open_adapter(a) for a in adapters]
+    check_output(out, [Path(a) for a in adapters], overwrite)
+    report = Report(options.command, [str(a) for a in adapters], str(out), dry_run=dry_run)
+    used = [(a, w) for a, w in zip(opened, strengths, strict=True) if w]
+    if not used:
+        raise UsageError("every weight is 0, so nothing is left to blend")
+    sources, weights = [a for a, _ in used], [w for _, w in used]
+    joints = join(sources, weights)
+    _plan(report, sources, joints, strengths, options)
+    if not dry_run:
+        whole = list(whole_tensors(sources, weights, average=options.average_replaced))
+        _warn_alone(report, sources, whole)
+        _run(report, sources, joints, whole, options, device, out, overwrite, progress)
+    return clock.stamp(report)
+
+
+def _run(
+    report: Report, sources: list[Adapter], joints: list[Joint], whole: list[Whole], options: BlendOptions,
+    device: str, out: Path, overwrite: bool, progress: Progress | None,
+) -> None:  # fmt: skip
+    from lorasurgery.ops.compose_write import Composed
+    from lorasurgery.ops.composition import Composition  # imports torch
+
+    chosen = resolve_device(device)
+    report.device = str(chosen)
+    draft = Composed(sources, whole, _dtype(sources, options), cast=options.dtype is not None)
+    choice = options.choice
+    budget = choice.budget.bytes_of(_bytes(sources)) if choice and choice.budget else None
+    Composition(joints, options, draft, chosen).run(budget, progress)
+    if budget:
+        draft.spend(budget, uniform=options.uniform_rank)
+        report.totals["budget"] = budget
+    if options.uniform_rank:
+        draft.pad()
+    if not draft.modules and not whole:
+        raise MismatchError(f"the {options.command} is zero in every module, so there is nothing to write")
+    report.bytes_written = draft.write(out, overwrite)
+    report.bytes_read = sum(a.weights.bytes_read for a in sources)
+    _summarise(report, draft, options)
+
+
+def _plan(
+    report: Report, sources: list[Adapter], joints: list[Joint], strengths: list[float], options: BlendOptions
+) -> None:
+    """What headers tell: modules, the most their ranks can be, and whether the adapters belong together."""
+    names = base_models(sources)
+    if len(names) > 1:
+        report.warnings.append(
+            f"the adapters name different base models ({', '.join(names)}); the shapes agree, so they are blended"
+        )
+    for joint in joints:
+        report.modules.append(ModuleReport(joint.path, joint.shape, kind=joint.kind, rank=_upper(joint, options)))
+    parameters = sum((m.rank or 0) * sum(m.shape) for m in report.modules)
+    report.totals = {
+        "method": options.method, "weights": strengths, "modules": len(joints), "parameters_at_most": parameters,
+        "input_bytes": _bytes(sources),
+    }  # fmt: skip
+    report.summary = f"{len(joints)} modules of {len(sources)} adapters, at most {parameters:,} parameters in factors"
+
+
+def _upper(joint: Joint, options: BlendOptions) -> int:
+    if options.method == "cat":
+        return sum(t.delta.rank for t in joint.terms)
+    dense = options.method in ("ties", "dare-linear", "dare-ties", "magnitude-prune")
+    if options.choice is None:
+        return max(t.delta.rank for t in joint.terms) if dense else joint.rank
+    return min(options.choice.upper(*joint.shape), *([] if dense else [joint.rank]))
+
+
+def _dtype(sources: Sequence[Adapter], options: BlendOptions) -> str:
+    """The widest dtype among the factors; float16 and bfloat16 together, or an exact blend, need float32."""
+    if options.dtype:
+        return options.dtype
+    found = {a.weights.tensors[name].dtype for a in sources for d in a.deltas.values() for name in (d.up, d.down)}
+    exact = len(sources) > 1 and options.choice is None
+    if exact or len(found) != 1 or max(DTYPE_BITS[d] for d in found) > 16:
+        return "F32"
+    only = found.pop()
+    return only if only in ("F16", "BF16") else "BF16"
+
+
+def _bytes(sources: Sequence[Adapter]) -> int:
+    return sum(a.weights.nbytes for a in sources)
+
+
+def _warn_alone(report: Report, sources: Sequence[Adapter], whole: Sequence[Whole]) -> None:
+    alone = [item.name for item in whole if len(sources) > 1 and any(item.name not in a.replaced for a in sources)]
+    if alone:
+        report.warnings.append(
+            f"{len(alone)} tensors stored whole ({', '.join(alone[:3])}{' …' if len(alone) > 3 else ''}) are not in "
+            "every adapter; they are taken as they are, whatever the weights"
+        )
+
+
+def _summarise(report: Report, draft: Composed, options: BlendOptions) -> None:
+    report.modules = [f.report for _, f in draft.modules] + [m for m in draft.dropped if options.choice]
+    report.left_out = [m for m in draft.dropped if not options.choice]
+    report.full = [ModuleReport(w.name, w.copies[0][0].weights.tensors[w.key].shape, kind="whole") for w in draft.whole]
+    _, lost = total_error(report)
+    totals = report.totals
+    given = totals["input_bytes"]
+    totals |= {"full": len(report.full), "size_ratio": report.bytes_written / given if given else None}
+    report.summary = (
+        f"error {totals['error']:.2%}, energy {totals['energy']:.2%} over {len(report.modules)} modules; "
+        f"ranks {totals['rank_min']} to {totals['rank_max']}, {report.bytes_written / 1e6:.2f} MB from "
+        f"{given / 1e6:.2f} MB" + worst(report.modules, lost)
+    )

@@ -1,0 +1,149 @@
+"""Which modules of several adapters belong together, settled from headers: the plan of rerank and blend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from lorasurgery.adapters.adapter import Adapter, Delta, Kind
+from lorasurgery.adapters.naming import is_embedding, is_head
+from lorasurgery.errors import MismatchError, UsageError
+from lorasurgery.lowrank import LowRank
+
+
+@dataclass(frozen=True)
+class Term:
+    """One adapter's update of a module, with the strength it gets."""
+
+    adapter: Adapter
+    delta: Delta
+    weight: float
+
+    def load(self) -> LowRank:
+        """The factors from disk, with scale alpha/r but not yet the weight."""
+        return self.adapter.load(self.delta)
+
+    def load_bias(self) -> LowRank:
+        """lora_B.bias as an (out, 1) update."""
+        return self.adapter.load_bias(self.delta)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors on disk."""
+        return sum(self.adapter.weights.tensors[name].nbytes for name in (self.delta.up, self.delta.down))
+
+
+@dataclass
+class Joint:
+    """One module of the result: the terms that meet in it; an adapter that lacks it adds nothing."""
+
+    path: str
+    kind: Kind
+    shape: tuple[int, int]
+    terms: list[Term] = field(default_factory=list)
+
+    @property
+    def rank(self) -> int:
+        """The most that the sum can have."""
+        return min(*self.shape, sum(t.delta.rank for t in self.terms))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(t.nbytes for t in self.terms)
+
+
+def join(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Joint]:
+    """Bring the adapters' modules together by path, in the order they are first met.
+
+    Raises:
+        MismatchError: two adapters adapt one module in different shapes or kinds, or disagree on tied weights.
+    """
+    joints: dict[str, Joint] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for path, delta in adapter.deltas.items():
+            joint = joints.setdefault(path, Joint(path, delta.kind, delta.shape))
+            if joint.shape != delta.shape or joint.kind != delta.kind:
+                first = joint.terms[0].adapter if joint.terms else adapter
+                raise MismatchError(
+                    f"{adapter.path}: {path} is {_kind(delta.kind, delta.shape)} but {first.path} has "
+                    f"{_kind(joint.kind, joint.shape)}; adapters of different base models can't be blended"
+                )
+            joint.terms.append(Term(adapter, delta, weight))
+    _check_tied(adapters)
+    return list(joints.values())
+
+
+def _check_tied(adapters: Sequence[Adapter]) -> None:
+    """With ensure_weight_tying the embedding's update also means the head's; one file can't mean both things."""
+    touching = [a for a in adapters if any(is_embedding(p) or is_head(p) for p in a.deltas)]
+    if len({a.tied for a in touching}) > 1:
+        tied = next(a for a in touching if a.tied)
+        free = next(a for a in touching if not a.tied)
+        raise MismatchError(
+            f"{tied.path} ties embedding and head (ensure_weight_tying) and {free.path} does not, so their updates "
+            "of these modules mean different things; merge them one after the other"
+        )
+
+
+def base_models(adapters: Sequence[Adapter]) -> list[str]:
+    """The different base models that the adapters name, in order."""
+    named = [a.config.get("base_model_name_or_path") for a in adapters]
+    return list(dict.fromkeys(n for n in named if isinstance(n, str) and n))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A tensor stored whole by some of the adapters, and the share of each copy in the result."""
+
+    name: str
+    copies: tuple[tuple[Adapter, float], ...]
+
+    @property
+    def key(self) -> str:
+        """Its name in the first adapter's file."""
+        return self.copies[0][0].replaced[self.name]
+
+
+def whole_tensors(adapters: Sequence[Adapter], weights: Sequence[float], *, average: bool) -> Iterator[Whole]:
+    """The replaced tensors of all adapters: equal ones pass, different ones are averaged when that was asked for.
+
+    Args:
+        average: Σwᵢ·Rᵢ / Σwᵢ over the adapters that hold the tensor.
+
+    Raises:
+        MismatchError: copies differ in shape, or in value without `average`.
+        UsageError: the weights of the copies to average sum to 0.
+    """
+    for name in dict.fromkeys(n for a in adapters for n in a.replaced):
+        held = [(a, w) for a, w in zip(adapters, weights, strict=True) if name in a.replaced]
+        first = held[0][0]
+        different = next((a for a, _ in held[1:] if not _equal(first, a, name)), None)
+        if different is None:
+            yield Whole(name, ((first, 1.0),))
+            continue
+        infos = [a.weights.tensors[a.replaced[name]] for a, _ in held]
+        if len({i.shape for i in infos}) > 1 or not all(i.is_float for i in infos):
+            shapes = " and ".join(f"{i.dtype} {list(i.shape)}" for i in infos[:2])
+            raise MismatchError(f"{different.path}: {name} is stored whole in forms that can't be averaged: {shapes}")
+        if not average:
+            raise MismatchError(
+                f"{first.path} and {different.path} store {name} whole with different values; "
+                "--average-replaced takes their weighted mean"
+            )
+        total = sum(w for _, w in held)
+        if total == 0:
+            raise UsageError(f"the weights of the adapters that store {name} whole sum to 0, so it has no mean")
+        yield Whole(name, tuple((a, w / total) for a, w in held))
+
+
+def _equal(a: Adapter, b: Adapter, name: str) -> bool:
+    one, two = a.weights.tensors[a.replaced[name]], b.weights.tensors[b.replaced[name]]
+    if one.dtype != two.dtype or one.shape != two.shape:
+        return False
+    chunks = zip(a.weights.chunks(one.name), b.weights.chunks(two.name), strict=True)
+    return all(x == y for x, y in chunks)
+
+
+def _kind(kind: str, shape: tuple[int, int]) -> str:
+    return f"a {kind} update of {shape[0]}×{shape[1]}"

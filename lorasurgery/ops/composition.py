@@ -1,0 +1,148 @@
+"""The work of rerank and blend, one module at a time: load the factors, bring them together, truncate, measure."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lorasurgery.checkpoint.dtypes import torch_dtype
+from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg.core import Core, distance, inner, recompress
+from lorasurgery.linalg.elementwise import ELEMENTWISE, Elementwise, combine
+from lorasurgery.linalg.knots import knots_ties
+from lorasurgery.linalg.norms import residual_norm
+from lorasurgery.linalg.rank import EVERYTHING, RankChoice
+from lorasurgery.linalg.svd import truncated_svd
+from lorasurgery.lowrank import LowRank
+from lorasurgery.ops.blend import BlendOptions
+from lorasurgery.ops.compose import Joint, Term
+from lorasurgery.ops.compose_write import Composed
+from lorasurgery.ops.factored import Factored, unit_scale
+from lorasurgery.report import ModuleReport, Progress
+
+_EXACT = 1e-14  # sums of σ² in float64 agree to this
+
+
+class Composition:
+    """One run over all modules; memory holds one module's factors and the adapter that comes out.
+
+    Args:
+        draft: Where the finished modules go; it knows the dtype they are written in.
+    """
+
+    def __init__(self, joints: Sequence[Joint], options: BlendOptions, draft: Composed, device: torch.device) -> None:
+        self.joints, self.options, self.draft, self.device = joints, options, draft, device
+        self.dtype = torch_dtype(draft.dtype)
+        self.alone = len(draft.sources) == 1
+
+    @torch.inference_mode()
+    def run(self, budget: int | None, progress: Progress | None) -> None:
+        """Go through the modules in file order; a budget is spent when all of them are known."""
+        total, done = sum(j.nbytes for j in self.joints), 0
+        for joint in self.joints:
+            try:
+                self.draft.add(joint, self._take(joint))
+            except SurgeryError as problem:
+                where = joint.terms[0].adapter.path if self.alone else ", ".join(t.adapter.path for t in joint.terms)
+                raise type(problem)(f"{where}: {joint.path}: {problem}") from None
+            if budget:
+                self.draft.hold(budget)
+            done += joint.nbytes
+            if progress:
+                progress(joint.path, done, total)
+
+    def _take(self, joint: Joint) -> Factored:
+        terms = [self._load(t) for t in joint.terms]
+        weights = [t.weight for t in joint.terms]
+        method = self.options.method
+        if method in ELEMENTWISE:
+            found = self._elementwise(joint, terms, weights)
+        elif method == "cat":
+            found = self._concatenated(joint, terms, weights)
+        else:
+            found = self._factored(joint, terms, weights)
+        bias = [t for t in joint.terms if t.delta.bias]
+        return replace(found, bias=self._bias(joint, bias)) if bias else found
+
+    def _load(self, term: Term) -> LowRank:
+        update = term.load()
+        return LowRank(update.up.to(self.device), update.down.to(self.device), update.scale)
+
+    def _factored(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
+        choice = self.options.choice or EVERYTHING
+        if self.options.method == "knots-ties":
+            terms = [knots_ties(terms, weights, density=self.options.share)]
+        else:
+            terms = [t.times(w) for t, w in zip(terms, weights, strict=True)]
+        core = recompress(terms, choice.directions() or choice.max_rank)
+        rank = _choose(choice, core)
+        if self.alone and rank == terms[0].rank and choice.budget is None:
+            return self._unchanged(joint, terms[0], core)
+        kept = core.truncate(rank)
+        written = self._round(kept)
+        norm = math.sqrt(core.total)
+        rounding = distance(kept, written) / norm if norm and self.dtype != torch.float32 else 0.0
+        squares = core.singular[: kept.rank].square().tolist()
+        return self._found(joint, written, squares, norm, math.hypot(core.error(kept.rank), rounding))
+
+    def _unchanged(self, joint: Joint, term: LowRank, core: Core) -> Factored:
+        """The factors as they are, for there is nothing to gain: not a bit of them is rounded."""
+        found = self._found(joint, self._round(term), core.singular.square().tolist(), math.sqrt(core.total), 0.0)
+        alpha = term.scale * term.rank
+        return replace(found, report=replace(found.report, alpha=alpha))
+
+    def _concatenated(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
+        ups = [t.up.float() * (t.scale * w) for t, w in zip(terms, weights, strict=True)]
+        kept = LowRank(torch.cat(ups, 1), torch.cat([t.down.float() for t in terms]))
+        written, norm = self._round(kept), math.sqrt(max(0.0, inner([kept], [kept])))
+        return self._found(joint, written, [0.0] * kept.rank, norm, distance(kept, written) / norm if norm else 0.0)
+
+    def _elementwise(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
+        choice = self.options.choice or RankChoice(rank=max(t.rank for t in terms))
+        dense = self._combine(joint, terms, weights)
+        found = truncated_svd(dense, choice, seed=self.options.seed)
+        root, norm = found.s.sqrt().to(dense), math.sqrt(found.total)
+        written = self._round(LowRank(found.u * root, root[:, None] * found.vt))
+        error = residual_norm(dense, written) / norm if norm else 0.0
+        return self._found(joint, written, found.s.square().tolist(), norm, error)
+
+    def _combine(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Tensor:
+        options, method = self.options, self.options.method
+        entrywise: Elementwise = "ties" if method == "knots-ties" else method  # type: ignore[assignment]
+        seed = options.seed ^ (zlib.crc32(joint.path.encode()) << 20)
+        return combine(terms, weights, entrywise, density=options.share, seed=seed)
+
+    def _bias(self, joint: Joint, terms: list[Term]) -> Tensor:
+        """What is added to the layer's bias: a vector, blended by the same rule as the matrix."""
+        updates, weights = [t.load_bias() for t in terms], [t.weight for t in terms]
+        if self.options.method in ("linear", "cat"):
+            total = sum(u.times(w).dense() for u, w in zip(updates, weights, strict=True))
+        else:
+            total = self._combine(joint, updates, weights)
+        assert isinstance(total, Tensor)
+        return total.squeeze(1).to(self.dtype)
+
+    def _round(self, kept: LowRank) -> LowRank:
+        return LowRank(kept.up.to(self.dtype), kept.down.to(self.dtype), kept.scale)
+
+    def _found(self, joint: Joint, written: LowRank, squares: list[float], norm: float, error: float) -> Factored:
+        if not math.isfinite(norm + error):
+            raise SurgeryError(f"the factors do not fit {self.draft.dtype}; try --dtype float32")
+        update = LowRank(written.up.cpu().contiguous(), written.down.cpu().contiguous(), written.scale)
+        report = ModuleReport(
+            joint.path, joint.shape, kind=joint.kind, rank=update.rank, alpha=unit_scale(update.rank)[0],
+            delta_norm=norm, error=error, energy=1 - error**2,
+        )  # fmt: skip
+        return Factored(report, update, squares)
+
+
+def _choose(choice: RankChoice, core: Core) -> int:
+    if choice is EVERYTHING or not core.total:
+        return core.rank
+    chosen = choice.choose(core.singular.square().tolist(), core.total, _EXACT)
+    return min(core.rank, core.rank if chosen is None else chosen)

@@ -1,0 +1,42 @@
+"""rerank: the same update at another rank, optimal by Eckart–Young and never formed as a matrix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.ops.blend import BlendOptions, blend
+from lorasurgery.report import Progress, Report
+
+
+def rerank(
+    adapter: str | Path,
+    out: str | Path,
+    choice: RankChoice | None = None,
+    *,
+    uniform_rank: bool = False,
+    dtype: str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Change an adapter's ranks: scale·B·A of each module becomes its best approximation, or itself.
+
+    Example:
+        rerank("adapter", "smaller", RankChoice(energy=0.95, max_rank=32))
+
+    Args:
+        adapter: Adapter folder.
+        out: Folder for the new PEFT adapter.
+        choice: Rank by number, energy, tolerance or budget; None keeps the minimal exact rank. A module that has no
+            more directions than asked for keeps its factors as they are.
+        uniform_rank: Zero-pad all factors to one rank: the form every server takes.
+        dtype: safetensors name of what is written; None keeps the adapter's own.
+        dry_run: Settle everything from headers, write nothing (torch is not imported).
+
+    Raises:
+        SurgeryError: one line saying which file, what was expected, what was found and the next move.
+    """
+    options = BlendOptions(choice=choice, uniform_rank=uniform_rank, dtype=dtype, command="rerank")
+    return blend([adapter], out, options, device=device, overwrite=overwrite, dry_run=dry_run, progress=progress)
