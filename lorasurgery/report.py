@@ -36,6 +36,44 @@ class ModuleReport:
 
 
 @dataclass
+class Spectrum(ModuleReport):
+    """How an adapter's update of one module is spread over directions.
+
+    Args:
+        singular_values: Of ΔW, falling.
+        effective_rank: exp of the entropy of σ/Σσ (Roy & Vetterli 2007): how many directions are at work.
+        stable_rank: ‖ΔW‖_F²/σ₁².
+        energy_at: rank -> share of ‖ΔW‖² that the best approximation of this rank keeps.
+    """
+
+    singular_values: list[float] = field(default_factory=list)
+    effective_rank: float | None = None
+    stable_rank: float | None = None
+    energy_at: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass
+class Comparison(ModuleReport):
+    """Two updates of one module beside each other.
+
+    Args:
+        cosine: ⟨ΔW_a, ΔW_b⟩/(‖ΔW_a‖‖ΔW_b‖); negative where they pull against each other.
+        norm_ratio: ‖ΔW_b‖/‖ΔW_a‖.
+        overlap: Mean cos² of the principal angles between the column spaces; 1 is the same space.
+        chance: The overlap that random spaces of these ranks have on average.
+        angles: The principal angles in degrees, smallest first.
+    """
+
+    norm_a: float | None = None
+    norm_b: float | None = None
+    cosine: float | None = None
+    norm_ratio: float | None = None
+    overlap: float | None = None
+    chance: float | None = None
+    angles: list[float] | None = None
+
+
+@dataclass
 class Report:
     """What one command did: the same object feeds `--json`, the terminal and the tests.
 

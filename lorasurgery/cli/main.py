@@ -16,6 +16,8 @@ COMMANDS = {
     "unmerge": "Take merged adapters out of a checkpoint again.",
     "rerank": "Change an adapter's ranks, optimally, from its factors.",
     "blend": "Blend several adapters into one.",
+    "inspect": "Say what an adapter holds, and where its update lies.",
+    "diff": "Compare two adapters: do they agree, or fight?",
 }
 
 

@@ -57,14 +57,17 @@ DTYPE = _Parsed("dtype", parse_dtype)
 SIZE = _Parsed("size", parse_size)
 BUDGET = _Parsed("size|share", parse_budget)
 
-_COMMON = [
-    click.option("-o", "--output", "out", required=True, metavar="OUT", help="Where the result goes."),
+_READING = [
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON report on stdout and nothing else."),
-    click.option("--dry-run", is_flag=True, help="Say what would be done, from headers alone; write nothing."),
-    click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
     click.option("-q", "--quiet", is_flag=True, help="No progress and no report; warnings and errors only."),
     click.option("-v", "--verbose", is_flag=True, help="Show every module."),
+]
+_COMMON = [
+    click.option("-o", "--output", "out", required=True, metavar="OUT", help="Where the result goes."),
+    click.option("--dry-run", is_flag=True, help="Say what would be done, from headers alone; write nothing."),
+    click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
+    *_READING,
 ]
 _RANKS = [
     click.option("--rank", type=int, help="Directions kept in every module."),
@@ -99,8 +102,11 @@ def _apply(options: list[Callable[[F], F]]) -> Callable[[F], F]:
     return decorate
 
 
+reading: Callable[[F], F] = _apply(_READING)
+"""--device, --json, -q, -v: every command has them."""
+
 common: Callable[[F], F] = _apply(_COMMON)
-"""-o, --device, --json, --dry-run, --overwrite, -q, -v: every command that writes has them."""
+"""-o, --dry-run, --overwrite and those of reading: every command that writes has them."""
 
 ranks: Callable[[F], F] = _apply(_RANKS)
 """--rank, --energy, --tolerance, --budget, --max-rank, --uniform-rank: every command that chooses ranks has them."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Method = Literal["linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots-ties", "cat"]
 METHODS: tuple[Method, ...] = ("linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots-ties", "cat")
 DENSITY = 0.5
+_WORTH_SAYING = 1e-4  # below this error, where it lies is of no use to anyone
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,7 @@ def _plan(
         report.warnings.append(
             f"the adapters name different base models ({', '.join(names)}); the shapes agree, so they are blended"
         )
-    for joint in joints:
-        report.modules.append(ModuleReport(joint.path, joint.shape, kind=joint.kind, rank=_upper(joint, options)))
+    report.modules = [ModuleReport(j.path, j.shape, kind=j.kind, rank=_upper(j, options)) for j in joints]
     parameters = sum((m.rank or 0) * sum(m.shape) for m in report.modules)
     report.totals = {
         "method": options.method, "weights": strengths, "modules": len(joints), "parameters_at_most": parameters,
@@ -222,5 +222,5 @@ def _summarise(report: Report, draft: Composed, options: BlendOptions) -> None:
     report.summary = (
         f"error {totals['error']:.2%}, energy {totals['energy']:.2%} over {len(report.modules)} modules; "
         f"ranks {totals['rank_min']} to {totals['rank_max']}, {report.bytes_written / 1e6:.2f} MB from "
-        f"{given / 1e6:.2f} MB" + worst(report.modules, lost)
+        f"{given / 1e6:.2f} MB" + (worst(report.modules, lost) if totals["error"] > _WORTH_SAYING else "")
     )

@@ -32,11 +32,12 @@ def plan_report(
     upper = sum(choice.upper(*p.tuned.shape) * sum(p.tuned.shape) for p in matrices)
     report.totals = {"tensors": dict(counts), "parameters_at_most": upper, "model_bytes": tuned.nbytes}
     if dry_run:
-        for p in matrices:
-            rank = choice.upper(*p.tuned.shape)
-            report.modules.append(
-                ModuleReport(p.name.removesuffix(".weight"), p.tuned.shape, kind=p.treatment, rank=rank)
+        report.modules = [
+            ModuleReport(
+                p.name.removesuffix(".weight"), p.tuned.shape, kind=p.treatment, rank=choice.upper(*p.tuned.shape)
             )
+            for p in matrices
+        ]
     report.summary = (
         f"{len(matrices)} matrices to compare, at most {upper:,} parameters in factors; "
         f"{counts['full']} other tensors are stored whole if they changed"

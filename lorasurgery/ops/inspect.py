@@ -1,0 +1,134 @@
+"""inspect: what an adapter holds, from headers; with `spectrum`, where its update lies, from the factors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasurgery.adapters.adapter import Adapter, Delta
+from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.errors import SurgeryError
+from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
+from lorasurgery.report import ModuleReport, Progress, Report, Spectrum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RANKS = (4, 8, 16, 32, 64)
+
+
+def inspect(
+    path: str | Path, *, spectrum: bool = False, device: str = "auto", progress: Progress | None = None
+) -> Report:
+    """Say what an adapter is: modules, ranks, scaling, dtypes, sizes; and the spectrum of each module's ΔW.
+
+    Example:
+        inspect("adapter", spectrum=True).modules[0].singular_values
+
+    Args:
+        path: Adapter folder.
+        spectrum: Read the factors and give singular values, effective rank (entropy and stable rank) and the
+            energy at ranks 4, 8, 16, 32 and 64. Without it only headers are read and torch is not imported.
+
+    Raises:
+        SurgeryError: not an adapter, or broken, in one line.
+    """
+    clock = Clock()
+    check_device_name(device)
+    adapter = open_adapter(path)
+    report = Report("inspect", [str(path)], "")
+    report.modules = [
+        ModuleReport(d.path, d.shape, kind=d.kind, rank=d.rank, alpha=d.alpha) for d in adapter.deltas.values()
+    ]
+    report.full = [
+        ModuleReport(name, adapter.weights.tensors[key].shape, kind="whole") for name, key in adapter.replaced.items()
+    ]
+    report.totals = _totals(adapter)
+    report.summary = _summary(report)
+    if spectrum:
+        report.device = str(resolve_device(device))
+        report.modules = _spectra(adapter, report.device, progress)
+        _add_energy(report)
+    report.bytes_read = adapter.weights.bytes_read
+    return clock.stamp(report)
+
+
+def _totals(adapter: Adapter) -> dict[str, Any]:
+    deltas = list(adapter.deltas.values())
+    ranks = [d.rank for d in deltas]
+    return {
+        "format": "peft",
+        "base_model": adapter.config.get("base_model_name_or_path"),
+        "modules": len(deltas),
+        "full": len(adapter.replaced),
+        "rank_min": min(ranks, default=0),
+        "rank_max": max(ranks, default=0),
+        "rslora": bool(adapter.config.get("use_rslora")),
+        "dtypes": sorted({t.dtype for t in adapter.weights.tensors.values()}),
+        "parameters": sum(d.rank * sum(d.shape) for d in deltas),
+        "adapter_bytes": adapter.weights.nbytes,
+    }
+
+
+def _summary(report: Report) -> str:
+    t = report.totals
+    ranks = f"{t['rank_min']}" if t["rank_min"] == t["rank_max"] else f"{t['rank_min']} to {t['rank_max']}"
+    return (
+        f"PEFT LoRA{' (rsLoRA)' if t['rslora'] else ''} on {t['modules']} modules, rank {ranks}, "
+        f"{t['parameters']:,} parameters in {', '.join(t['dtypes'])}, {t['adapter_bytes'] / 1e6:.2f} MB"
+        + (f"; {t['full']} tensors stored whole" if t["full"] else "")
+        + (f"; for {t['base_model']}" if t["base_model"] else "")
+    )
+
+
+def _spectra(adapter: Adapter, device: str, progress: Progress | None) -> list[ModuleReport]:
+    import torch
+
+    found: list[ModuleReport] = []
+    total = sum(d.rank * sum(d.shape) for d in adapter.deltas.values())
+    done = 0
+    with torch.inference_mode():
+        for delta in adapter.deltas.values():
+            found.append(_spectrum(adapter, delta, device))
+            done += delta.rank * sum(delta.shape)
+            if progress:
+                progress(delta.path, done, total)
+    return found
+
+
+def _spectrum(adapter: Adapter, delta: Delta, device: str) -> Spectrum:
+    from lorasurgery.linalg.core import recompress
+    from lorasurgery.lowrank import LowRank
+
+    update = adapter.load(delta)
+    try:
+        core = recompress([LowRank(update.up.to(device), update.down.to(device), update.scale)])
+    except SurgeryError as problem:
+        raise type(problem)(f"{adapter.path}: {delta.path}: {problem}") from None
+    values = core.singular[: core.rank]
+    return Spectrum(
+        delta.path, delta.shape, kind=delta.kind, rank=delta.rank, alpha=delta.alpha, delta_norm=core.total**0.5,
+        singular_values=values.tolist(), **_shares(values),
+    )  # fmt: skip
+
+
+def _shares(values: Tensor) -> dict[str, Any]:
+    """Effective rank, stable rank and energies of singular values in falling order; nothing for a zero update."""
+    if not len(values):
+        return {}
+    share, energy = values / values.sum(), values.square()
+    total = float(energy.sum())
+    return {
+        "effective_rank": float((-share * share.log()).sum().exp()),
+        "stable_rank": total / float(energy[0]),
+        "energy_at": {r: float(energy[:r].sum()) / total for r in RANKS},
+    }
+
+
+def _add_energy(report: Report) -> None:
+    spectra = [m for m in report.modules if isinstance(m, Spectrum)]
+    whole = sum((m.delta_norm or 0) ** 2 for m in spectra)
+    kept = {r: sum(m.energy_at.get(r, 0.0) * (m.delta_norm or 0) ** 2 for m in spectra) for r in RANKS}
+    report.totals |= {"delta_norm": whole**0.5, "energy_at": {r: e / whole for r, e in kept.items()} if whole else {}}
+    if whole:
+        report.summary += "; energy " + ", ".join(f"{e / whole:.1%} at rank {r}" for r, e in kept.items())
