@@ -114,15 +114,16 @@ def _leading(terms: Sequence[LowRank], most: int) -> Core | None:
     return Core(left, right, s, x, (core.mT @ x) / s[:most].to(x), size)
 
 
-def inner(a: Sequence[LowRank], b: Sequence[LowRank]) -> float:
-    """⟨ΔW_a, ΔW_b⟩ of two sums of terms of one shape, from the factors, in float64.
+def inner(a: Sequence[LowRank], b: Sequence[LowRank], dtype: torch.dtype = torch.float64) -> float:
+    """⟨ΔW_a, ΔW_b⟩ of two sums of terms of one shape, from the factors, with products in `dtype`.
 
     >>> w = LowRank(torch.ones(3, 1), torch.ones(1, 2))
     >>> inner([w], [w, w.times(-0.5)])
     3.0
     """
-    (u, d, g), (v, e, h) = _stack(a, torch.float64), _stack(b, torch.float64)
-    return float(g @ ((u @ v.mT) * (d @ e.mT)).cpu() @ h)
+    (u, d, g), (v, e, h) = _stack(a, dtype), _stack(b, dtype)
+    products = (u @ v.mT).to(torch.float64) * (d @ e.mT).to(torch.float64)
+    return float(g @ products.cpu() @ h)
 
 
 def distance(exact: LowRank, written: LowRank) -> float:
@@ -134,7 +135,7 @@ def distance(exact: LowRank, written: LowRank) -> float:
     """
     up, down = written.up.to(exact.up.dtype), written.down.to(exact.down.dtype)
     terms = [LowRank(exact.up - up, exact.down), LowRank(up, exact.down - down)]
-    return math.sqrt(max(0.0, inner(terms, terms)))
+    return math.sqrt(max(0.0, inner(terms, terms, torch.float32)))
 
 
 def _core(terms: Sequence[LowRank], dtype: torch.dtype) -> tuple[Thin, Thin, Tensor, float]:

@@ -12,7 +12,7 @@ from lorasurgery.errors import SurgeryError
 # Cholesky pivots are the columns' distances from the span of those before them; above these, Q is orthonormal to
 # about 1e-9 in float64 and 1e-5 in float32.
 _SAFE_PIVOT = {torch.float64: 1e-3, torch.float32: 0.1}
-_BLOCK = 128  # columns of a Gram matrix made at once: only its lower blocks need arithmetic
+_BLOCK = 256  # columns of a Gram matrix made at once: only its lower blocks need arithmetic
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _divisor(norms: Tensor) -> Tensor:
 def _gram(rows: Tensor) -> Tensor:
     """AᵀA; of wide matrices only the blocks on and below the diagonal are multiplied."""
     width = rows.shape[0]
-    if width <= 2 * _BLOCK:
+    if width <= _BLOCK:
         return rows @ rows.mT
     gram = rows.new_empty(width, width)
     for start in range(0, width, _BLOCK):

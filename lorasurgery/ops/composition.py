@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from lorasurgery.ops.factored import Factored, unit_scale
 from lorasurgery.report import ModuleReport, Progress
 
 _EXACT = 1e-14  # sums of σ² in float64 agree to this
+_AT_ONCE = 4  # more would only add memory: the modules share one reader and the same cores
 
 
 class Composition:
@@ -39,22 +43,31 @@ class Composition:
         self.joints, self.options, self.draft, self.device = joints, options, draft, device
         self.dtype = torch_dtype(draft.dtype)
         self.alone = len(draft.sources) == 1
+        self._reading = Lock()
 
-    @torch.inference_mode()
     def run(self, budget: int | None, progress: Progress | None) -> None:
         """Go through the modules in file order; a budget is spent when all of them are known."""
         total, done = sum(j.nbytes for j in self.joints), 0
-        for joint in self.joints:
-            try:
-                self.draft.add(joint, self._take(joint))
-            except SurgeryError as problem:
-                where = joint.terms[0].adapter.path if self.alone else ", ".join(t.adapter.path for t in joint.terms)
-                raise type(problem)(f"{where}: {joint.path}: {problem}") from None
-            if budget:
-                self.draft.hold(budget)
-            done += joint.nbytes
-            if progress:
-                progress(joint.path, done, total)
+        with _workers(self._count(), self.device) as pool:
+            for joint, found in zip(self.joints, pool.map(self._guarded, self.joints), strict=True):
+                self.draft.add(joint, found)
+                if budget:
+                    self.draft.hold(budget)
+                done += joint.nbytes
+                if progress:
+                    progress(joint.path, done, total)
+
+    def _count(self) -> int:
+        """Modules at a time: small factorizations gain little from threads of their own; a dense result stays alone."""
+        return 1 if self.options.method in ELEMENTWISE else min(_AT_ONCE, torch.get_num_threads(), len(self.joints))
+
+    @torch.inference_mode()
+    def _guarded(self, joint: Joint) -> Factored:
+        try:
+            return self._take(joint)
+        except SurgeryError as problem:
+            where = ", ".join(dict.fromkeys(t.adapter.path for t in joint.terms))
+            raise type(problem)(f"{where}: {joint.path}: {problem}") from None
 
     def _take(self, joint: Joint) -> Factored:
         terms = [self._load(t) for t in joint.terms]
@@ -70,7 +83,8 @@ class Composition:
         return replace(found, bias=self._bias(joint, bias)) if bias else found
 
     def _load(self, term: Term) -> LowRank:
-        update = term.load()
+        with self._reading:  # a checkpoint's file has one position
+            update = term.load()
         return LowRank(update.up.to(self.device), update.down.to(self.device), update.scale)
 
     def _factored(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
@@ -119,7 +133,8 @@ class Composition:
 
     def _bias(self, joint: Joint, terms: list[Term]) -> Tensor:
         """What is added to the layer's bias: a vector, blended by the same rule as the matrix."""
-        updates, weights = [t.load_bias() for t in terms], [t.weight for t in terms]
+        with self._reading:
+            updates, weights = [t.load_bias() for t in terms], [t.weight for t in terms]
         if self.options.method in ("linear", "cat"):
             total = sum(u.times(w).dense() for u, w in zip(updates, weights, strict=True))
         else:
@@ -139,6 +154,20 @@ class Composition:
             delta_norm=norm, error=error, energy=1 - error**2,
         )  # fmt: skip
         return Factored(report, update, squares)
+
+
+@contextmanager
+def _workers(count: int, device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """A pool that shares torch's threads among its workers, and is left at once when something fails."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(max(1, count), "compose")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, before // max(1, count)))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
 
 
 def _choose(choice: RankChoice, core: Core) -> int:

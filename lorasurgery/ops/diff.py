@@ -70,7 +70,7 @@ def _compare(joint: Joint, first: str, device: str) -> tuple[Comparison, float]:
             raise type(problem)(
                 f"{' and '.join(t.adapter.path for t in joint.terms)}: {joint.path}: {problem}"
             ) from None
-        dot = inner(*sides) if all(sides) else 0.0
+        dot = inner(sides[0], sides[1]) if all(sides) else 0.0
         norm_a, norm_b = (math.sqrt(c.total) if c else 0.0 for c in cores)
         found = Comparison(
             joint.path, joint.shape, kind=joint.kind, norm_a=norm_a, norm_b=norm_b,
