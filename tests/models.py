@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 _SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -69,10 +71,12 @@ def outputs(model: torch.nn.Module) -> Tensor:
     return found.logits if "logits" in found else found.last_hidden_state
 
 
-def peft_adapter(family: str, path: Path, std: float = 0.1, **config: object) -> PeftModel:
+def peft_adapter(family: str, path: Path, std: float = 0.1, seed: int = 1, **config: object) -> PeftModel:
     """A PEFT model with random factors, biases and saved modules, saved to `path`."""
-    model = get_peft_model(make(family), LoraConfig(**config)).eval()
-    generator = torch.Generator().manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(make(family), LoraConfig(**config)).eval()
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = std * torch.randn(parameter.shape, generator=generator)
@@ -80,3 +84,25 @@ def peft_adapter(family: str, path: Path, std: float = 0.1, **config: object) ->
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(path, save_embedding_layers=False)
     return model
+
+
+def peft_deltas(family: str, path: Path) -> dict[str, Tensor]:
+    """ΔW of every module as PEFT computes it after loading the folder, in the orientation of the weight."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*missing.*")  # a key that PEFT does not find is no result
+        model = PeftModel.from_pretrained(make(family), path)
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach().double()
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest relative difference over all modules; a module that one side lacks counts as zero there."""
+    worst = 0.0
+    for name in found.keys() | expected.keys():
+        one, two = found.get(name, torch.zeros(())), expected.get(name, torch.zeros(()))
+        worst = max(worst, float((one - two).norm() / max(float(two.norm()), 1e-12)))
+    return worst

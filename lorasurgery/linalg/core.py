@@ -135,7 +135,7 @@ def distance(exact: LowRank, written: LowRank) -> float:
     """
     up, down = written.up.to(exact.up.dtype), written.down.to(exact.down.dtype)
     terms = [LowRank(exact.up - up, exact.down), LowRank(up, exact.down - down)]
-    return math.sqrt(max(0.0, inner(terms, terms, torch.float32)))
+    return math.sqrt(max(inner(terms, terms, torch.float32), 0.0))
 
 
 def _core(terms: Sequence[LowRank], dtype: torch.dtype) -> tuple[Thin, Thin, Tensor, float]:

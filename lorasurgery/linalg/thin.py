@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorasurgery.errors import SurgeryError
 
+NOT_FINITE = "holds values that are not finite (NaN or infinity); repair the adapter first"
 # Cholesky pivots are the columns' distances from the span of those before them; above these, Q is orthonormal to
 # about 1e-9 in float64 and 1e-5 in float32.
 _SAFE_PIVOT = {torch.float64: 1e-3, torch.float32: 0.1}
@@ -65,7 +66,7 @@ def thin_qr(rows: Tensor) -> Thin:
     rows = rows.to(torch.float64)
     norms = torch.linalg.vector_norm(rows, dim=1).cpu()
     if not bool(torch.isfinite(norms).all()):
-        raise SurgeryError("holds values that are not finite (NaN or infinity); repair the adapter first")
+        raise SurgeryError(NOT_FINITE)
     q, r = torch.linalg.qr((rows / _divisor(norms).to(rows.device)[:, None]).mT)
     return Thin(rows, norms, q, r.cpu())
 

@@ -183,7 +183,8 @@ def _upper(joint: Joint, options: BlendOptions) -> int:
     dense = options.method in ("ties", "dare-linear", "dare-ties", "magnitude-prune")
     if options.choice is None:
         return max(t.delta.rank for t in joint.terms) if dense else joint.rank
-    return min(options.choice.upper(*joint.shape), *([] if dense else [joint.rank]))
+    asked = options.choice.upper(*joint.shape)
+    return asked if dense else min(asked, joint.rank)
 
 
 def _dtype(sources: Sequence[Adapter], options: BlendOptions) -> str:

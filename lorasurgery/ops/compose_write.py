@@ -51,10 +51,10 @@ class Composed:
         else:
             self.modules.append((joint, kept))
 
-    def hold(self, room: int) -> None:
+    def hold(self, room: int, *, uniform: bool) -> None:
         """Drop directions that can't be among the best any more, so that memory stays near the budget."""
         if sum(f.cost * f.update.rank for _, f in self.modules) > 2 * room:
-            self._keep(spend([f for _, f in self.modules], room, unit_scale))
+            self._keep(spend([f for _, f in self.modules], room, unit_scale, uniform=uniform))
 
     def spend(self, budget: int, *, uniform: bool) -> None:
         """Cut the factors so that the file takes at most `budget` bytes, all else in it counted."""

@@ -21,6 +21,7 @@ from lorasurgery.linalg.knots import knots_ties
 from lorasurgery.linalg.norms import residual_norm
 from lorasurgery.linalg.rank import EVERYTHING, RankChoice
 from lorasurgery.linalg.svd import truncated_svd
+from lorasurgery.linalg.thin import NOT_FINITE
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.blend import BlendOptions
 from lorasurgery.ops.compose import Joint, Term
@@ -52,7 +53,7 @@ class Composition:
             for joint, found in zip(self.joints, pool.map(self._guarded, self.joints), strict=True):
                 self.draft.add(joint, found)
                 if budget:
-                    self.draft.hold(budget)
+                    self.draft.hold(budget, uniform=self.options.uniform_rank)
                 done += joint.nbytes
                 if progress:
                     progress(joint.path, done, total)
@@ -113,11 +114,13 @@ class Composition:
     def _concatenated(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
         ups = [t.up.float() * (t.scale * w) for t, w in zip(terms, weights, strict=True)]
         kept = LowRank(torch.cat(ups, 1), torch.cat([t.down.float() for t in terms]))
-        written, norm = self._round(kept), math.sqrt(max(0.0, inner([kept], [kept])))
+        written, norm = self._round(kept), math.sqrt(max(inner([kept], [kept]), 0.0))
         return self._found(joint, written, [0.0] * kept.rank, norm, distance(kept, written) / norm if norm else 0.0)
 
     def _elementwise(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
         choice = self.options.choice or RankChoice(rank=max(t.rank for t in terms))
+        if not all(_finite(t) for t in terms):  # comparisons would pass over a NaN in silence
+            raise SurgeryError(NOT_FINITE)
         dense = self._combine(joint, terms, weights)
         found = truncated_svd(dense, choice, seed=self.options.seed)
         root, norm = found.s.sqrt().to(dense), math.sqrt(found.total)
@@ -146,7 +149,9 @@ class Composition:
         return LowRank(kept.up.to(self.dtype), kept.down.to(self.dtype), kept.scale)
 
     def _found(self, joint: Joint, written: LowRank, squares: list[float], norm: float, error: float) -> Factored:
-        if not math.isfinite(norm + error):
+        if not math.isfinite(norm):
+            raise SurgeryError(NOT_FINITE)
+        if not _finite(written):
             raise SurgeryError(f"the factors do not fit {self.draft.dtype}; try --dtype float32")
         update = LowRank(written.up.cpu().contiguous(), written.down.cpu().contiguous(), written.scale)
         report = ModuleReport(
@@ -154,6 +159,10 @@ class Composition:
             delta_norm=norm, error=error, energy=1 - error**2,
         )  # fmt: skip
         return Factored(report, update, squares)
+
+
+def _finite(update: LowRank) -> bool:
+    return bool(torch.isfinite(update.up).all()) and bool(torch.isfinite(update.down).all())
 
 
 @contextmanager

@@ -51,10 +51,10 @@ class AdapterDraft:
         top = max((f.update.rank for _, f in self.factors), default=0)
         self.factors = [(pair, f.pad(top, self.rslora)) for pair, f in self.factors]
 
-    def hold(self, room: int, scaling: Scaling) -> None:
+    def hold(self, room: int, scaling: Scaling, *, uniform: bool) -> None:
         """Drop directions that can't be among the best any more, so that memory stays near the budget."""
         if sum(f.cost * f.update.rank for _, f in self.factors) > 2 * room:
-            self._keep(spend([f for _, f in self.factors], room, scaling))
+            self._keep(spend([f for _, f in self.factors], room, scaling, uniform=uniform))
 
     def spend(self, budget: int, scaling: Scaling, *, uniform: bool) -> None:
         """Cut the factors so that the file takes at most `budget` bytes, all else in it counted."""

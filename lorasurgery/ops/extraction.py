@@ -58,7 +58,7 @@ class Extraction:
             except SurgeryError as problem:
                 raise type(problem)(f"{pair.name}: {problem}") from None
             if budget:
-                self.draft.hold(budget, self.options.scaling)
+                self.draft.hold(budget, self.options.scaling, uniform=self.options.uniform_rank)
             done += pair.tuned.nbytes
             if progress:
                 progress(pair.name, done, total)
