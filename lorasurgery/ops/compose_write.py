@@ -17,7 +17,7 @@ from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.ops.carry import tokenizer_files
 from lorasurgery.ops.compose import Joint, Whole
-from lorasurgery.ops.factored import Factored, check_room, spend, unit_scale
+from lorasurgery.ops.factored import Factored, check_room, hold, spend, unit_scale
 from lorasurgery.report import ModuleReport
 
 if TYPE_CHECKING:
@@ -51,10 +51,11 @@ class Composed:
         else:
             self.modules.append((joint, kept))
 
-    def hold(self, room: int, *, uniform: bool) -> None:
-        """Drop directions that can't be among the best any more, so that memory stays near the budget."""
-        if sum(f.cost * f.update.rank for _, f in self.modules) > 2 * room:
-            self._keep(spend([f for _, f in self.modules], room, unit_scale, uniform=uniform))
+    def hold(self, budget: int, *, uniform: bool) -> None:
+        """Keep memory near the budget while modules come in."""
+        cut = hold([f for _, f in self.modules], budget, unit_scale, uniform=uniform)
+        if cut is not None:
+            self._keep(cut)
 
     def spend(self, budget: int, *, uniform: bool) -> None:
         """Cut the factors so that the file takes at most `budget` bytes, all else in it counted."""

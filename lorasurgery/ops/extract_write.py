@@ -14,7 +14,7 @@ from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.ops.factored import Factored, Scaling, check_room, spend
+from lorasurgery.ops.factored import Factored, Scaling, check_room, hold, spend
 from lorasurgery.ops.pairs import Pair
 from lorasurgery.report import ModuleReport
 
@@ -51,10 +51,11 @@ class AdapterDraft:
         top = max((f.update.rank for _, f in self.factors), default=0)
         self.factors = [(pair, f.pad(top, self.rslora)) for pair, f in self.factors]
 
-    def hold(self, room: int, scaling: Scaling, *, uniform: bool) -> None:
-        """Drop directions that can't be among the best any more, so that memory stays near the budget."""
-        if sum(f.cost * f.update.rank for _, f in self.factors) > 2 * room:
-            self._keep(spend([f for _, f in self.factors], room, scaling, uniform=uniform))
+    def hold(self, budget: int, scaling: Scaling, *, uniform: bool) -> None:
+        """Keep memory near the budget while modules come in."""
+        cut = hold([f for _, f in self.factors], budget, scaling, uniform=uniform)
+        if cut is not None:
+            self._keep(cut)
 
     def spend(self, budget: int, scaling: Scaling, *, uniform: bool) -> None:
         """Cut the factors so that the file takes at most `budget` bytes, all else in it counted."""

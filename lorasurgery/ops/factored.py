@@ -86,6 +86,17 @@ def spend(modules: Sequence[Factored], room: int, scaling: Scaling, *, uniform: 
     return [m.cut(rank, scaling) for m, rank in zip(modules, ranks, strict=True)]
 
 
+def hold(modules: Sequence[Factored], budget: int, scaling: Scaling, *, uniform: bool) -> list[Factored] | None:
+    """Drop directions that can't be among the best any more: memory stays near the budget while modules come in.
+
+    Returns:
+        The cut modules, or None while all of them together are small enough.
+    """
+    if sum(m.cost * m.update.rank for m in modules) <= 2 * budget:
+        return None
+    return spend(modules, max(budget, sum(m.cost for m in modules)), scaling, uniform=uniform)
+
+
 def check_room(modules: Sequence[Factored], budget: int, overhead: int, *, uniform: bool = False) -> None:
     """Refuse a budget that holds not even one direction.
 

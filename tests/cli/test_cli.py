@@ -41,6 +41,8 @@ def test_json_is_one_object_and_nothing_else(world: Path, tmp_path: Path) -> Non
         ("extract", world / "base", world / "tuned", "-o", tmp_path / "a", "--rank", "4"),
         ("merge", world / "base", world / "adapter", "-o", tmp_path / "m"),
         ("unmerge", tmp_path / "m", world / "adapter", "-o", tmp_path / "u", "--base", world / "base"),
+        ("rerank", world / "adapter", "-o", tmp_path / "r", "--rank", "2"),
+        ("blend", world / "adapter", tmp_path / "r", "-o", tmp_path / "l", "-w", "1", "-w", "-0.5"),
     ):
         done = lorasurgery(*words, "--json")
         report = json.loads(done.stdout)
@@ -69,7 +71,19 @@ def test_progress_is_plain_lines_off_a_terminal(world: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["-h"], ["--version"], ["extract", "--help"], ["merge", "-h"], ["unmerge", "-h"]]
+    "words",
+    [
+        ["--help"],
+        ["-h"],
+        ["--version"],
+        ["extract", "--help"],
+        ["merge", "-h"],
+        ["unmerge", "-h"],
+        ["rerank", "-h"],
+        ["blend", "-h"],
+        ["inspect", "-h"],
+        ["diff", "-h"],
+    ],
 )
 def test_help_does_not_import_torch(words: list[str]) -> None:
     """Help and version answer at once: torch, numpy and rich stay out."""
@@ -84,11 +98,13 @@ def test_help_does_not_import_torch(words: list[str]) -> None:
 
 
 def test_dry_run_reads_headers_without_torch_and_writes_nothing(world: Path, tmp_path: Path) -> None:
-    """--dry-run plans all three commands from headers: no torch, no output, the same checks."""
+    """--dry-run plans every command from headers: no torch, no output, the same checks."""
     for words in (
         ["extract", world / "base", world / "tuned", "-o", tmp_path / "o", "--rank", "4"],
         ["merge", world / "base", world / "adapter", "-o", tmp_path / "o"],
         ["unmerge", world / "base", world / "adapter", "-o", tmp_path / "o"],
+        ["rerank", world / "adapter", "-o", tmp_path / "o", "--budget", "25%"],
+        ["blend", world / "adapter", world / "adapter", "-o", tmp_path / "o", "--method", "ties"],
     ):
         script = (
             "import sys; from lorasurgery.cli.main import main\n"
@@ -99,6 +115,60 @@ def test_dry_run_reads_headers_without_torch_and_writes_nothing(world: Path, tmp
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["dry_run"] is True
         assert not (tmp_path / "o").exists()
+
+
+def test_inspect_reads_headers_without_torch(world: Path) -> None:
+    """inspect says what an adapter is from its header and config alone."""
+    script = (
+        "import sys; from lorasurgery.cli.main import main\n"
+        f"try: main(['inspect', {str(world / 'adapter')!r}, '--json'])\nexcept SystemExit as e: assert not e.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["totals"]["modules"] == len(report["modules"])
+    assert report["totals"]["format"] == "peft"
+
+
+def test_spectrum_and_diff(world: Path, tmp_path: Path) -> None:
+    """The numbers are in the JSON, the tables on the screen; neither writes anything."""
+    assert lorasurgery("rerank", world / "adapter", "-o", tmp_path / "r", "--rank", "2").returncode == 0
+    report = json.loads(lorasurgery("inspect", world / "adapter", "--spectrum", "--json").stdout)
+    module = report["modules"][0]
+    assert module.keys() >= {"singular_values", "effective_rank", "stable_rank", "energy_at"}
+    assert module["energy_at"].keys() == {"4", "8", "16", "32", "64"}
+    found = json.loads(lorasurgery("diff", world / "adapter", tmp_path / "r", "--json").stdout)
+    assert found["totals"].keys() >= {"cosine", "norm_ratio", "overlap", "shared"}
+    assert found["modules"][0].keys() >= {"cosine", "norm_ratio", "overlap", "angles"}
+    screen = lorasurgery("inspect", world / "adapter", "--spectrum").stdout
+    assert all(word in screen for word in ("effective", "stable", "e16", "q_proj"))
+    screen = lorasurgery("diff", world / "adapter", tmp_path / "r").stdout
+    assert all(word in screen for word in ("cosine", "overlap", "angles", "column spaces"))
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [(["--rank", "3"], {3}), (["--max-rank", "2"], {2}), (["--energy", "1"], {4}), (["--uniform-rank"], {4}),
+     (["--tolerance", "0.9", "--max-rank", "1"], {1})],
+    ids=str,
+)  # fmt: skip
+def test_rank_options(world: Path, tmp_path: Path, words: list[str], ranks: set[int]) -> None:
+    """Each rule through the command line."""
+    report = json.loads(lorasurgery("rerank", world / "adapter", "-o", tmp_path / "o", *words, "--json").stdout)
+    assert {m["rank"] for m in report["modules"]} == ranks
+
+
+@pytest.mark.parametrize("words", [["rerank"], ["blend"], ["extract"]])
+@pytest.mark.parametrize("budget", ["20KB", "0.3", "30%"])
+def test_budgets(world: Path, tmp_path: Path, words: list[str], budget: str) -> None:
+    """As a size and as a share; what is written fits."""
+    inputs = [world / "adapter"] if words != ["extract"] else [world / "base", world / "tuned"]
+    done = lorasurgery(*words, *inputs, "-o", tmp_path / "o", "--budget", budget, "--json")
+    assert done.returncode == 0, done.stderr
+    whole = "base/model.safetensors" if words == ["extract"] else "adapter/adapter_model.safetensors"
+    allowed = 20_000 if budget == "20KB" else 0.3 * (world / whole).stat().st_size
+    assert (tmp_path / "o/adapter_model.safetensors").stat().st_size <= allowed
 
 
 def broken(world: Path, tmp: Path, case: str) -> list[str | Path]:
@@ -128,6 +198,8 @@ def broken(world: Path, tmp: Path, case: str) -> list[str | Path]:
     weights = "adapter_model.safetensors"
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     merge: list[str | Path] = ["merge", base]
+    blend: list[str | Path] = ["blend", adapter, adapter, "-o", out]
+    rerank: list[str | Path] = ["rerank", adapter, "-o", out]
     extract: list[str | Path] = ["extract", base, tuned, "-o", out]
     cases: dict[str, Any] = {
         # arguments
@@ -162,6 +234,29 @@ def broken(world: Path, tmp: Path, case: str) -> list[str | Path]:
         "output is the base": lambda: [*merge, adapter, "-o", base, "--overwrite"],
         "output in the base": lambda: [*merge, adapter, "-o", base / "x"],
         "output around the base": lambda: [*merge, adapter, "-o", world, "--overwrite"],
+        "rerank two rules": lambda: [*rerank, "--rank", "4", "--budget", "1MB"],
+        "budget of nothing": lambda: [*rerank, "--budget", "0"],
+        "budget no size": lambda: [*rerank, "--budget", "much"],
+        "budget beyond all": lambda: [*rerank, "--budget", "150%"],
+        "budget too small": lambda: [*rerank, "--budget", "100B"],
+        "rerank into itself": lambda: ["rerank", adapter, "-o", adapter, "--overwrite"],
+        "rerank a base": lambda: ["rerank", base, "-o", out],
+        "rerank in fp8": lambda: [*rerank, "--dtype", "float8_e4m3fn"],
+        "rerank nan": lambda: ["rerank", tensors(adapter, weights, lambda w: w[key].fill_(float("nan"))), "-o", out, "--rank", "2"],
+        "blend nothing": lambda: ["blend", "-o", out],
+        "blend unknown method": lambda: [*blend, "--method", "magic"],
+        "blend cat with a rank": lambda: [*blend, "--method", "cat", "--rank", "2"],
+        "blend density alone": lambda: [*blend, "--density", "0.5"],
+        "blend density 0": lambda: [*blend, "--method", "ties", "--density", "0"],
+        "blend normalize to 0": lambda: [*blend, "-w", "1", "-w", "-1", "--normalize"],
+        "blend no weight left": lambda: [*blend, "-w", "0", "-w", "0"],
+        "blend of other shapes": lambda: ["blend", adapter, tensors(adapter, weights, lambda w: w.update({key: torch.zeros(4, 31)})), "-o", out],
+        "blend replaced differs": lambda: ["blend", adapter, tensors(adapter, weights, lambda w: w["base_model.model.model.norm.weight"].add_(1)), "-o", out],
+        "inspect a base": lambda: ["inspect", base],
+        "inspect nothing": lambda: ["inspect", tmp / "nowhere"],
+        "diff with a base": lambda: ["diff", adapter, base],
+        "diff nan": lambda: ["diff", adapter, tensors(adapter, weights, lambda w: w[key].fill_(float("nan")))],
+        "spectrum of inf": lambda: ["inspect", tensors(adapter, weights, lambda w: w[key].fill_(float("inf"))), "--spectrum"],
         # references
         "base missing": lambda: ["merge", tmp / "nowhere", adapter, "-o", out],
         "base on the Hub": lambda: ["merge", "org/name", adapter, "-o", out],
