@@ -22,7 +22,15 @@ def llama_modules(hidden: int, inner: int, layers: int) -> Iterator[tuple[str, i
 
 
 def make_adapter(
-    folder: Path, *, hidden: int, inner: int, layers: int, rank: int, seed: int, dtype: torch.dtype, rslora: bool = False
+    folder: Path,
+    *,
+    hidden: int,
+    inner: int,
+    layers: int,
+    rank: int,
+    seed: int,
+    dtype: torch.dtype,
+    rslora: bool = False,
 ) -> Path:
     """Write a PEFT adapter, or find it there; σᵢ falls as i^-½, as adapters of trained models do."""
     if (folder / "adapter_config.json").exists():
