@@ -44,8 +44,9 @@ check: lint types test ## lint + types + tests
 docs: $(STAMP) ## Write docs/cli.md anew from the commands' help
 	@$(BIN)/python docs/generate_cli.py
 
-bench: $(STAMP) ## extract against mergekit-extract-lora (minutes; makes an environment for mergekit)
+bench: $(STAMP) ## extract, rerank and blend against their peers (ten minutes; makes an environment for mergekit)
 	@$(BIN)/python benchmarks/extract.py
+	@HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/algebra.py
 
 clean: ## Remove what the demo, the benchmarks and the tests made (not .venv)
 	rm -rf .demo .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis

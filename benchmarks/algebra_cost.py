@@ -72,7 +72,7 @@ def draw(found: dict[str, list[Point]], target: Path, device: str) -> None:
         "width": ("width d", "d×d, rank 64 to 32"),
         "adapters": ("number of adapters", "4096×4096, k of rank 16 to rank 64"),
     }
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.9), sharey=True, layout="constrained")
     styles = {"lorasurgery": ("#0072B2", "o", "-"), "svd_lowrank": ("#D55E00", "s", "--")}
     labels = {"lorasurgery": "lorasurgery (exact)", "svd_lowrank": "dense product + svd_lowrank, niter 2"}
     for axis, (name, points) in zip(axes, found.items(), strict=True):
@@ -86,7 +86,7 @@ def draw(found: dict[str, list[Point]], target: Path, device: str) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"milliseconds a module ({device})")
-    axes[0].legend(frameon=False, loc="upper left")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
 
