@@ -121,7 +121,7 @@ def inner(a: Sequence[LowRank], b: Sequence[LowRank], dtype: torch.dtype = torch
     >>> inner([w], [w, w.times(-0.5)])
     3.0
     """
-    (u, d, g), (v, e, h) = _stack(a, dtype), _stack(b, dtype)
+    (u, d, g), (v, e, h) = stack(a, dtype), stack(b, dtype)
     products = (u @ v.mT).to(torch.float64) * (d @ e.mT).to(torch.float64)
     return float(g @ products.cpu() @ h)
 
@@ -140,7 +140,7 @@ def distance(exact: LowRank, written: LowRank) -> float:
 
 def _core(terms: Sequence[LowRank], dtype: torch.dtype) -> tuple[Thin, Thin, Tensor, float]:
     """QR of both sides and the core between them, on the CPU, where small matrices are fastest."""
-    up, down, scales = _stack(terms, dtype)
+    up, down, scales = stack(terms, dtype)
     left, right = thin_qr(up), thin_qr(down)
     weights = scales * left.norms * right.norms
     size = float(torch.linalg.vector_norm(weights))
@@ -148,7 +148,7 @@ def _core(terms: Sequence[LowRank], dtype: torch.dtype) -> tuple[Thin, Thin, Ten
     return left, right, (left.r.to(wide) * weights.to(wide)) @ right.r.to(wide).mT, size
 
 
-def _stack(terms: Sequence[LowRank], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def stack(terms: Sequence[LowRank], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Uᵀ (R, m) and Dᵀ (R, n) in `dtype`, and the scales (R,) in float64 on the CPU."""
     scales = torch.cat([torch.full((t.rank,), t.scale, dtype=torch.float64) for t in terms])
     return _rows([t.up.mT for t in terms], dtype), _rows([t.down for t in terms], dtype), scales

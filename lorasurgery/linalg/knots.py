@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lorasurgery.linalg.core import NOISE
+from lorasurgery.linalg.core import NOISE, stack
 from lorasurgery.linalg.elementwise import combine
 from lorasurgery.linalg.thin import thin_qr
 from lorasurgery.lowrank import LowRank
@@ -25,9 +25,11 @@ def align(terms: Sequence[LowRank]) -> tuple[torch.Tensor, list[LowRank]]:
     Args:
         terms: up (m, rᵢ), down (rᵢ, n), all of one shape (m, n).
     """
-    left = thin_qr(torch.cat([t.up.to(torch.float64) * t.scale for t in terms], 1).mT.contiguous())
-    rights = [thin_qr(t.down.to(torch.float64)) for t in terms]
-    mixed = torch.split(left.r * left.norms, [t.rank for t in terms], dim=1)
+    up, down, scales = stack(terms, torch.float64)
+    ranks = [t.rank for t in terms]
+    left = thin_qr(up * scales.to(up.device)[:, None])
+    rights = [thin_qr(d) for d in torch.split(down, ranks)]
+    mixed = torch.split(left.r * left.norms, ranks, dim=1)
     core = torch.cat([m @ (r.r * r.norms).mT for m, r in zip(mixed, rights, strict=True)], 1)
     x, s, z = torch.linalg.svd(core, full_matrices=False)
     kept = int((s > NOISE * s[:1]).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import references
 import torch
 from peft.utils import merge_utils
 from torch import Tensor
@@ -80,6 +81,8 @@ def test_dare_is_seeded_and_unbiased() -> None:
     assert ((torch.stack(draws).mean(0) - expected).abs() < 5 * spread + 1e-6).all()
     kept = combine(one[:1], [1.0], "dare-linear", density=0.3, seed=1) != 0
     assert 0.25 < float(kept.float().mean()) < 0.35
+    survivors = combine(one[:1], [1.0], "dare-linear", density=0.3, seed=1)[kept]
+    assert torch.allclose(survivors, one[0].dense()[kept] / 0.3)
 
 
 def test_dare_ties_is_ties_of_the_dropped() -> None:
@@ -95,20 +98,11 @@ def test_tiny_density_keeps_nothing() -> None:
     assert not combine(terms(), [1.0, 1.0, 1.0], "ties", density=1e-4).any()
 
 
-def reference_knots(dense: list[Tensor], weights: list[float], density: float) -> Tensor:
-    """The paper's way: SVD of the dense updates side by side, TIES on the Vᵢᵀ, and back."""
-    u, s, vt = torch.linalg.svd(torch.cat(dense, 1).double(), full_matrices=False)
-    rank = int((s > 1e-6 * s[0]).sum())
-    parts = [v * (1 if w > 0 else -1) for v, w in zip(vt[:rank].split(dense[0].shape[1], 1), weights, strict=True)]
-    merged = merge_utils.ties(parts, torch.tensor([abs(w) for w in weights], dtype=torch.float64), density)
-    return (u[:, :rank] * s[:rank]) @ merged
-
-
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.7, 0.3, 1.4], [1.0, -0.5, 0.8]], ids=str)
 @pytest.mark.parametrize("density", [0.2, 0.6])
 def test_knots_from_factors_is_knots_of_the_dense(weights: list[float], density: float) -> None:
     """Stoica et al. 2024, without the matrices."""
-    expected = reference_knots([t.dense() for t in terms()], weights, density)
+    expected = references.knots([t.dense() for t in terms()], weights, density)
     found = knots_ties(terms(), weights, density=density)
     assert found.rank == 15
     assert torch.allclose(found.dense().double(), expected, atol=2e-5 * float(expected.abs().max()))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import models
 import pytest
+import references
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,8 +98,8 @@ def test_truncated_linear_is_optimal(pair: tuple[Path, Path], tmp_path: Path, ra
     dense = weighted([models.peft_deltas("llama", p) for p in pair], [0.7, -0.4])
     found = models.peft_deltas("llama", tmp_path / "out")
     for module in report.modules:
-        u, s, vt = torch.linalg.svd(dense[module.name])
-        best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        s = torch.linalg.svdvals(dense[module.name])
+        best = references.best(dense[module.name], rank)
         assert float((found[module.name] - best).norm() / dense[module.name].norm()) < 1e-5
         tail = float(s[rank:].norm() / s.norm())
         assert module.error == pytest.approx(tail, rel=1e-5, abs=1e-6)
@@ -123,10 +124,23 @@ def test_dense_methods_are_truncated_optimally(pair: tuple[Path, Path], tmp_path
         name = module.name
         parts = [p[name] for p in (a, b) if name in p]
         dense = reference(method, parts, [0.7, 0.4][: len(parts)] if name in a else [0.4], 0.3)
-        u, s, vt = torch.linalg.svd(dense, full_matrices=False)
-        best = (u[:, :rank] * s[:rank]) @ vt[:rank]
-        assert float((found[name] - best).norm() / dense.norm()) < 1e-5
+        s = torch.linalg.svdvals(dense)
+        assert float((found[name] - references.best(dense, rank)).norm() / dense.norm()) < 1e-5
         assert module.error == pytest.approx(float(s[rank:].norm() / s.norm()), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_knots_is_the_papers(pair: tuple[Path, Path], tmp_path: Path, rank: int | None) -> None:
+    """SVD of the dense updates side by side, TIES on the Vᵢᵀ, and back; then the best approximation."""
+    choice = None if rank is None else RankChoice(rank=rank)
+    blend(pair, tmp_path / "out", BlendOptions(method="knots-ties", weights=[0.7, -0.4], density=0.4, choice=choice))
+    a, b = (models.peft_deltas("llama", p) for p in pair)
+    found = models.peft_deltas("llama", tmp_path / "out")
+    for name in a.keys() | b.keys():
+        parts = [(p[name], w) for p, w in ((a, 0.7), (b, -0.4)) if name in p]
+        dense = references.knots([d for d, _ in parts], [w for _, w in parts], 0.4)
+        expected = dense if rank is None else references.best(dense, rank)
+        assert float((found[name] - expected).norm() / dense.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)

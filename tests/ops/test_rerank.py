@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 from peft import PeftModel
+from references import best
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,11 +21,6 @@ from lorasurgery.ops.pairs import Selection
 from lorasurgery.ops.rerank import rerank
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-def best(delta: Tensor, rank: int) -> Tensor:
-    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vt[:rank]
 
 
 @pytest.fixture(scope="module")
