@@ -26,7 +26,7 @@ from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.blend import BlendOptions
 from lorasurgery.ops.compose import Joint, Term
 from lorasurgery.ops.compose_write import Composed
-from lorasurgery.ops.factored import Factored, unit_scale
+from lorasurgery.ops.factored import Factored, brought, unit_scale
 from lorasurgery.report import ModuleReport, Progress
 
 _EXACT = 1e-14  # sums of σ² in float64 agree to this
@@ -44,10 +44,14 @@ class Composition:
         self.joints, self.options, self.draft, self.device = joints, options, draft, device
         self.dtype = torch_dtype(draft.dtype)
         self.alone = len(draft.sources) == 1
+        self.choice = options.choice
         self._reading = Lock()
 
     def run(self, budget: int | None, progress: Progress | None) -> None:
         """Go through the modules in file order; a budget is spent when all of them are known."""
+        if budget and self.options.method in ELEMENTWISE:
+            costs = [sum(j.shape) * self.dtype.itemsize for j in self.joints]
+            self.choice = brought(budget, costs, self.choice.max_rank if self.choice else None)
         total, done = sum(j.nbytes for j in self.joints), 0
         with _workers(self._count(), self.device) as pool:
             for joint, found in zip(self.joints, pool.map(self._guarded, self.joints), strict=True):
@@ -89,14 +93,14 @@ class Composition:
         return LowRank(update.up.to(self.device), update.down.to(self.device), update.scale)
 
     def _factored(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
-        choice = self.options.choice or EVERYTHING
+        choice = self.choice or EVERYTHING
         if self.options.method == "knots-ties":
             terms = [knots_ties(terms, weights, density=self.options.share)]
         else:
             terms = [t.times(w) for t, w in zip(terms, weights, strict=True)]
         core = recompress(terms, choice.directions() or choice.max_rank)
         rank = _choose(choice, core)
-        if self.alone and rank == terms[0].rank and choice.budget is None:
+        if self.alone and rank == terms[0].rank and choice.budget is None and terms[0].scale > 0:
             return self._unchanged(joint, terms[0], core)
         kept = core.truncate(rank)
         written = self._round(kept)
@@ -106,10 +110,11 @@ class Composition:
         return self._found(joint, written, squares, norm, math.hypot(core.error(kept.rank), rounding))
 
     def _unchanged(self, joint: Joint, term: LowRank, core: Core) -> Factored:
-        """The factors as they are, for there is nothing to gain: not a bit of them is rounded."""
-        found = self._found(joint, self._round(term), core.singular.square().tolist(), math.sqrt(core.total), 0.0)
-        alpha = term.scale * term.rank
-        return replace(found, report=replace(found.report, alpha=alpha))
+        """The factors as they are, for there is nothing to gain: only --dtype may round them."""
+        written, norm = self._round(term), math.sqrt(core.total)
+        rounding = term.scale * distance(LowRank(term.up.float(), term.down.float()), written)
+        found = self._found(joint, written, core.singular.square().tolist(), norm, rounding / norm)
+        return replace(found, report=replace(found.report, alpha=term.scale * term.rank))
 
     def _concatenated(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
         ups = [t.up.float() * (t.scale * w) for t, w in zip(terms, weights, strict=True)]
@@ -118,7 +123,7 @@ class Composition:
         return self._found(joint, written, [0.0] * kept.rank, norm, distance(kept, written) / norm if norm else 0.0)
 
     def _elementwise(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
-        choice = self.options.choice or RankChoice(rank=max(t.rank for t in terms))
+        choice = self.choice or RankChoice(rank=max(t.rank for t in terms))
         if not all(_finite(t) for t in terms):  # comparisons would pass over a NaN in silence
             raise SurgeryError(NOT_FINITE)
         dense = self._combine(joint, terms, weights)

@@ -12,19 +12,15 @@ from lorasurgery.checkpoint.header import FLOAT_DTYPES
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, SurgeryError
 from lorasurgery.linalg.norms import residual_norm, squared_norm
-from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.difference import Difference
 from lorasurgery.ops.extract import ExtractOptions
 from lorasurgery.ops.extract_report import LeftOut
 from lorasurgery.ops.extract_write import AdapterDraft
-from lorasurgery.ops.factored import Factored, even_share
+from lorasurgery.ops.factored import Factored, brought
 from lorasurgery.ops.pairs import Pair
 from lorasurgery.report import ModuleReport, Progress
-
-# With a budget, a module may bring this many times the rank that all could have alike; --max-rank says otherwise.
-GENEROUS = 8
 
 
 class Extraction:
@@ -91,8 +87,8 @@ class Extraction:
             return None
         budget = choice.budget.bytes_of(self.base.nbytes)
         matrices = [p for p in pairs if p.treatment in ("linear", "conv1d", "embedding")]
-        even = even_share(budget, [sum(p.tuned.shape) * self.draft.factor_dtype(p).itemsize for p in matrices])
-        self.choice = RankChoice(rank=choice.max_rank or GENEROUS * even)
+        costs = [sum(p.tuned.shape) * self.draft.factor_dtype(p).itemsize for p in matrices]
+        self.choice = brought(budget, costs, choice.max_rank)
         return budget
 
     def _take(self, pair: Pair) -> None:

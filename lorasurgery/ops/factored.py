@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import SurgeryError
-from lorasurgery.linalg.rank import allocate
+from lorasurgery.linalg.rank import RankChoice, allocate
 from lorasurgery.lowrank import LowRank
 from lorasurgery.report import ModuleReport
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 Scaling = Callable[[int], tuple[float, float]]
 """rank -> (alpha, scale)."""
+
+
+# With a budget, a module may bring this many times the rank that all could have alike; --max-rank says otherwise.
+GENEROUS = 8
 
 
 def unit_scale(rank: int) -> tuple[float, float]:
@@ -118,3 +122,12 @@ def even_share(budget: int, costs: Sequence[int]) -> int:
     3
     """
     return max(1, budget // max(1, sum(costs)))
+
+
+def brought(budget: int, costs: Sequence[int], max_rank: int | None) -> RankChoice:
+    """How many directions a dense matrix is decomposed to before they compete for the budget.
+
+    >>> brought(1000, [10, 40], None).rank
+    160
+    """
+    return RankChoice(rank=max_rank or GENEROUS * even_share(budget, costs))

@@ -245,6 +245,16 @@ def test_budget_is_global(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert free.totals["error"] == pytest.approx((lost / total) ** 0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["ties", "knots-ties", "dare-linear"])
+def test_budget_for_every_kind_of_method(pair: tuple[Path, Path], tmp_path: Path, method: str) -> None:
+    """Dense results and factored ones compete in the same way."""
+    choice = RankChoice(budget=Budget(size=15_000))
+    report = blend(pair, tmp_path / "out", BlendOptions(method=method, choice=choice))  # type: ignore[arg-type]
+    assert (tmp_path / "out/adapter_model.safetensors").stat().st_size <= 15_000
+    assert 0 < report.totals["error"] < 0.9
+    models.peft_deltas("llama", tmp_path / "out")
+
+
 # What adapters store whole
 
 

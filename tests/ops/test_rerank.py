@@ -156,6 +156,11 @@ def test_dtype_and_what_goes_along(tmp_path: Path) -> None:
     assert report.totals["error"] > 0
     old, new = (json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("a", "out"))
     assert all(new[k] == old[k] for k in ("target_modules", "modules_to_save", "bias", "task_type"))
+    same = rerank(tmp_path / "a", tmp_path / "same", RankChoice(rank=4), dtype="BF16")
+    dense, found = (models.peft_deltas("bert", tmp_path / n) for n in ("a", "same"))
+    for module in same.modules:  # unchanged but for the dtype, and that is measured
+        lost = float((found[module.name] - dense[module.name]).norm() / dense[module.name].norm())
+        assert module.error == pytest.approx(lost, rel=1e-3)
     plain = rerank(tmp_path / "a", tmp_path / "plain", RankChoice(rank=2))
     assert plain.totals["full"] == len([k for k in load_file(tmp_path / "a" / WEIGHTS) if "lora" not in k])
     one, two = (PeftModel.from_pretrained(models.make("bert"), tmp_path / n).eval() for n in ("plain", "a"))
