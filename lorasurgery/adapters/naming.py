@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lorasurgery.adapters.renames import disk_names
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.errors import MismatchError, nearest
 
@@ -70,10 +71,13 @@ class BaseNames:
     where: str
 
     def find(self, path: str, leaf: str = "weight", shapes: tuple[tuple[int, ...], ...] = ()) -> str | None:
-        """The base's tensor for a module path: by exact name, then by unique suffix (and shape when given)."""
+        """The base's tensor for a module path: by exact name, by a known rename, then by unique suffix (and shape)."""
         name = f"{path}.{leaf}" if leaf else path
         if name in self.tensors:
             return name
+        for candidate in disk_names(name):
+            if candidate in self.tensors and self._fits(candidate, shapes):
+                return candidate
         parts = name.split(".")
         shorter = [".".join(parts[i:]) for i in range(1, len(parts) - 1)]
         for candidate in shorter:  # the adapter's path is the longer one: `transformer.h.0…` on disk as `h.0…`

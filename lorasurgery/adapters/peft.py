@@ -6,11 +6,13 @@ understood here is refused by name (peft_config.refuse_variants), never ignored.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter, Delta, Kind
 from lorasurgery.adapters.peft_config import PeftConfig, read_config
+from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
 
@@ -23,11 +25,10 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
 )
+_MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.[^.]+){0,2}$")
+_TOKENS = re.compile(r"(?P<path>.+?)\.(?:token_adapter\.)?trainable_tokens_delta(?:\.[^.]+)?$")
 _REFUSED_PARTS = {
-    "lora_magnitude_vector": "DoRA's magnitude vectors",
     "lora_diag": "KaSA's diagonals",
-    "trainable_tokens": "trainable_token_indices",
-    "token_adapter": "trainable_token_indices",
     "lora_E": "AdaLoRA's singular values",
     "ranknum": "AdaLoRA's rank masks",
 }
@@ -57,13 +58,16 @@ def read_peft(path: Path) -> Adapter:
         raise FormatError(_missing_weights(folder))
     weights = Checkpoint.open(file)
     sides, replaced = _sort_keys(weights, str(file))
-    deltas = {path: _delta(path, parts, weights, config, str(file)) for path, parts in sides.items()}
-    if not deltas and not replaced:
+    found = [_delta(path, parts, weights, config, str(file)) for path, parts in sides.items() if "tokens" not in parts]
+    deltas = {delta.path: delta for delta in found}
+    tokens = {f"{p}.weight": _tokens(p, parts["tokens"], weights, config) for p, parts in sides.items()
+              if "tokens" in parts}  # fmt: skip
+    if not deltas and not replaced and not tokens:
         raise FormatError(f"{file}: holds no tensors, so there is nothing to merge")
     saved = config.modules_to_save
     added = frozenset(n for n in replaced if any(n.rpartition(".")[0].endswith(m) for m in saved))
     return Adapter(
-        path=str(path), folder=folder, weights=weights, deltas=deltas, replaced=replaced, added=added,
+        path=str(path), folder=folder, weights=weights, deltas=deltas, replaced=replaced, added=added, tokens=tokens,
         tied=config.tied, fan_in_fan_out=config.fan_in_fan_out, config=config.raw,
     )  # fmt: skip
 
@@ -87,8 +91,14 @@ def _sort_keys(weights: Checkpoint, where: str) -> tuple[dict[str, dict[str, str
             if f".{part}" in name:
                 raise UnsupportedError(f"{where}: {key} belongs to {meaning}, which lorasurgery does not merge")
         match = _FACTOR.match(name)
+        magnitude, tokens = _MAGNITUDE.match(name), _TOKENS.match(name)
         if match:
-            _add_factor(sides, match, key, where)
+            side = "bias" if match["leaf"] == "bias" else (match["embedding"] or "") + match["side"]
+            _add_part(sides, _inner_path(match["path"]), side, key, where)
+        elif magnitude:
+            _add_part(sides, _inner_path(magnitude["path"]), "magnitude", key, where)
+        elif tokens:
+            _add_part(sides, tokens["path"], "tokens", key, where)
         elif ".lora_" in name:
             raise UnsupportedError(f"{where}: {key} is a kind of LoRA tensor that lorasurgery does not know")
         else:
@@ -96,14 +106,12 @@ def _sort_keys(weights: Checkpoint, where: str) -> tuple[dict[str, dict[str, str
     return sides, replaced
 
 
-def _add_factor(sides: dict[str, dict[str, str]], match: re.Match[str], key: str, where: str) -> None:
-    path = match["path"]
-    if path.endswith(".base_layer") or ".base_layer." in path:
-        raise UnsupportedError(
-            f"{where}: {key} adapts a parameter inside its module (fused experts or nn.MultiheadAttention), "
-            "which lorasurgery does not merge"
-        )
-    side = "bias" if match["leaf"] == "bias" else (match["embedding"] or "") + match["side"]
+def _inner_path(path: str) -> str:
+    """nn.MultiheadAttention's out_proj lies under its wrapper; a wrapped parameter keeps base_layer in its path."""
+    return path.replace(".base_layer.", ".")
+
+
+def _add_part(sides: dict[str, dict[str, str]], path: str, side: str, key: str, where: str) -> None:
     parts = sides.setdefault(path, {})
     if side in parts:
         raise FormatError(f"{where}: {parts[side]} and {key} are both {side} of {path}; keep one adapter in the file")
@@ -121,25 +129,57 @@ def _strip_wrappers(name: str) -> str:
 
 
 def _delta(path: str, parts: dict[str, str], weights: Checkpoint, config: PeftConfig, where: str) -> Delta:
-    kind: Kind = "embedding" if "embedding_A" in parts or "embedding_B" in parts else "linear"
-    prefix = "embedding_" if kind == "embedding" else ""
-    extra = set(parts) - {f"{prefix}A", f"{prefix}B", "bias"}
+    embedding = "embedding_A" in parts or "embedding_B" in parts
+    prefix = "embedding_" if embedding else ""
+    extra = set(parts) - {f"{prefix}A", f"{prefix}B", "bias", "magnitude"}
     missing = {f"{prefix}A", f"{prefix}B"} - set(parts)
     if missing or extra:
         what = f"lora_{sorted(missing)[0]} is missing" if missing else f"lora_{sorted(extra)[0]} is one too many"
         raise FormatError(f"{where}: {path}: {what}; the adapter is incomplete, save it again")
+    if config.dora != ("magnitude" in parts):
+        raise FormatError(
+            f"{where}: {path}: use_dora is {str(config.dora).lower()} in adapter_config.json but the module has "
+            f"{'no' if config.dora else 'a'} lora_magnitude_vector; the adapter is incomplete, save it again"
+        )
     down, up = weights.tensors[parts[f"{prefix}A"]], weights.tensors[parts[f"{prefix}B"]]
-    for info in (down, up):
-        if len(info.shape) != 2:
-            what = "a convolution's factor" if len(info.shape) in (3, 4, 5) else "not a matrix"
-            raise UnsupportedError(f"{where}: {info.name} has shape {list(info.shape)}: {what}, which is not merged")
-        if not info.is_float:
-            raise FormatError(f"{where}: {info.name} is {info.dtype}; a LoRA factor must be a floating-point tensor")
+    _check_factors(down, up, where)
+    kernel = down.shape[2:]
+    module, experts = path, 0
     rank = down.shape[0]
-    if up.shape[1] != rank:
+    if config.is_parameter(path):
+        module, rank, experts = config.parameter(path, rank, where)
+        if experts == 1 and module.endswith(".weight"):  # a matrix after all, such as a router's
+            path = module = module.removesuffix(".weight")
+            experts = 0
+    if up.shape[1] != down.shape[0]:
         raise MismatchError(
             f"{where}: {path}: lora_{prefix}A is {down.shape[0]}×{down.shape[1]} but lora_{prefix}B is "
             f"{up.shape[0]}×{up.shape[1]}; their ranks must agree"
         )
-    alpha, scale = config.scaling(path, rank, where)
-    return Delta(path, kind, down.name, up.name, (up.shape[0], down.shape[1]), rank, alpha, scale, parts.get("bias"))
+    alpha, scale = config.scaling(module, rank, where)
+    kind: Kind = "embedding" if embedding else "experts" if experts else "conv" if kernel else "linear"
+    return Delta(
+        path, kind, down.name, up.name, (up.shape[0], math.prod(down.shape[1:])), rank, alpha, scale,
+        bias=parts.get("bias"), kernel=kernel, magnitude=parts.get("magnitude"), experts=experts,
+        parameter=module if experts else "",
+    )  # fmt: skip
+
+
+def _check_factors(down: TensorInfo, up: TensorInfo, where: str) -> None:
+    for info in (down, up):
+        if not 2 <= len(info.shape) <= 5 or len(info.shape) != len(down.shape):
+            raise UnsupportedError(f"{where}: {info.name} has shape {list(info.shape)}, which is no LoRA factor")
+        if not info.is_float:
+            raise FormatError(f"{where}: {info.name} is {info.dtype}; a LoRA factor must be a floating-point tensor")
+    if math.prod(up.shape[2:]) != 1:
+        raise UnsupportedError(f"{where}: {up.name} has shape {list(up.shape)}; expected a kernel of 1 in lora_B")
+
+
+def _tokens(path: str, key: str, weights: Checkpoint, config: PeftConfig) -> tuple[str, tuple[int, ...]]:
+    """The rows that trainable_token_indices replaces, in the order of the tensor's rows."""
+    rows, found = config.token_rows(path), weights.tensors[key]
+    if len(found.shape) != 2 or found.shape[0] != len(rows):
+        raise MismatchError(
+            f"{weights.path}: {key} has shape {list(found.shape)} but adapter_config.json names {len(rows)} tokens"
+        )
+    return key, rows

@@ -13,7 +13,6 @@ from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
 
 # Each of these changes what the factors mean, so ignoring it would give wrong weights.
 _REFUSED_KEYS = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "layer_replication": "layer_replication",
     "alora_invocation_tokens": "activated LoRA (aLoRA), which has no merged form",
@@ -21,8 +20,6 @@ _REFUSED_KEYS = {
     "kasa_config": "KaSA",
     "use_bdlora": "block-diagonal LoRA",
     "monteclora_config": "MonteCLoRA",
-    "target_parameters": "target_parameters (fused experts)",
-    "trainable_token_indices": "trainable_token_indices",
 }
 _NO_DELTA = {
     "PROMPT_TUNING",
@@ -54,6 +51,9 @@ class PeftConfig:
     modules_to_save: tuple[str, ...] = ()
     tied: bool = False
     fan_in_fan_out: bool = False
+    dora: bool = False
+    parameters: tuple[str, ...] = ()
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
     raw: dict[str, Any] = field(default_factory=dict)
 
     def scaling(self, path: str, rank: int, where: str = "adapter_config.json") -> tuple[float, float]:
@@ -67,6 +67,36 @@ class PeftConfig:
             raise MismatchError(f"{where}: {path}: the factors have rank {rank} but adapter_config.json says {r}")
         alpha = float(first_match(self.alpha_pattern, path, self.alpha))
         return alpha, alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def is_parameter(self, path: str) -> bool:
+        """Whether factors at this path belong to parameters inside a module (target_parameters), such as experts."""
+        module = path.split(".base_layer")[0]
+        return any(f".{module}".endswith(f".{p.rpartition('.')[0]}") for p in self.parameters)
+
+    def parameter(self, path: str, rows: int, where: str) -> tuple[str, int, int]:
+        """(path, rank, experts) of the wrapped parameter whose lora_A has rank·experts rows.
+
+        The keys do not name the parameter: PEFT wraps a module's parameters one inside the other in the order in which
+        the module has them, so the first lies under the most `base_layer`s.
+        """
+        module, inside = path.split(".base_layer")[0], path.count(".base_layer")
+        mine = [p for p in self.parameters if f".{module}".endswith(f".{p.rpartition('.')[0]}")]
+        leaves = list(dict.fromkeys(p.rpartition(".")[2] for p in mine))
+        leaves.sort(key=lambda leaf: leaf.startswith("down"))  # every family has gate_up_proj before down_proj
+        if inside >= len(leaves):
+            raise FormatError(f"{where}: {path} wraps more parameters than adapter_config.json names ({len(leaves)})")
+        found = f"{module}.{leaves[len(leaves) - 1 - inside]}"
+        rank = int(first_match(self.rank_pattern, found, self.r))
+        if rank < 1 or rows % rank:
+            raise MismatchError(f"{where}: {path}: lora_A has {rows} rows, which is no multiple of rank {rank}")
+        return found, rank, rows // rank
+
+    def token_rows(self, path: str) -> tuple[int, ...]:
+        """The row numbers of trainable_token_indices for an embedding; a plain list is for the input embedding."""
+        for name, rows in self.tokens.items():
+            if path == name or path.endswith("." + name):
+                return rows
+        return self.tokens.get("", next(iter(self.tokens.values()), ()))
 
 
 def first_match(pattern: dict[str, Any], path: str, default: Any) -> Any:
@@ -101,6 +131,9 @@ def read_config(file: Path) -> PeftConfig:
         modules_to_save=_strings(raw, "modules_to_save", file),
         tied=bool(raw.get("ensure_weight_tying")),
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+        dora=bool(raw.get("use_dora")),
+        parameters=_strings(raw, "target_parameters", file),
+        tokens=_token_indices(raw.get("trainable_token_indices"), file),
         raw=raw,
     )
 
@@ -171,3 +204,14 @@ def _strings(raw: dict[str, Any], key: str, file: Path) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise FormatError(f"{file}: {key} is {value!r}; expected a list of module names")
     return tuple(value)
+
+
+def _token_indices(value: Any, file: Path) -> dict[str, tuple[int, ...]]:
+    """A list of row numbers, or one for each embedding by name."""
+    found = value if isinstance(value, dict) else {"": value or []}
+    for rows in found.values():
+        if not isinstance(rows, list) or not all(
+            isinstance(r, int) and not isinstance(r, bool) and r >= 0 for r in rows
+        ):
+            raise FormatError(f"{file}: trainable_token_indices is {value!r}; expected row numbers")
+    return {name: tuple(rows) for name, rows in found.items() if rows}

@@ -136,6 +136,31 @@ def add_updates(
     return out, survival
 
 
+def set_values(
+    weight: Tensor, values: Tensor, dtype: torch.dtype, *, rounding: Rounding = "nearest", seed: int = 0
+) -> tuple[Tensor, Survival]:
+    """round(values), and what survives of the update values − weight: for merges that are more than a sum.
+
+    >>> set_values(torch.zeros(1, 2), torch.ones(1, 2), torch.float16)[1].delta_norm ** 2
+    2.0000000000000004
+
+    Args:
+        weight: W (m, n), any floating dtype. values: (m, n), float32 or float64.
+    """
+    generator = None
+    if rounding == "stochastic":
+        generator = torch.Generator(weight.device).manual_seed(seed & (2**63 - 1))
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    survival = Survival(0.0, 0.0, 0.0)
+    for rows in row_blocks(weight):
+        old = weight[rows].to(values.dtype)
+        out[rows] = round_to(values[rows], dtype, generator)
+        survival = survival + _survived(old, values[rows] - old, out[rows].to(old.dtype))
+    if not math.isfinite(survival.residue):
+        raise SurgeryError(_overflow(weight, dtype))
+    return out, survival
+
+
 def _sum(factors: Sequence[LowRank], rows: slice, wide: torch.dtype) -> Tensor:
     """Rows of Σ scale·up@down; each scale multiplies the finished product, not a rounded factor."""
     first, *others = factors

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.naming import module_of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorasurgery.linalg.rounding import Survival
+    from lorasurgery.lowrank import LowRank
 
 Rounding = Literal["nearest", "stochastic"]
 INDEX = "model.safetensors.index.json"
@@ -169,43 +171,90 @@ def apply_edit(
     recipe: Recipe, edit: Edit, tensor: PlannedTensor, device: torch.device
 ) -> tuple[torch.Tensor, Survival]:
     """Compute one output tensor: replace, add every contribution in float32, round once."""
-    import zlib
-
     from lorasurgery.checkpoint.dtypes import torch_dtype
-    from lorasurgery.linalg.rounding import add_updates
+    from lorasurgery.linalg.rounding import add_updates, set_values
 
     start = _start(recipe, edit).to(device)
-    updates = [c.load() for c in edit.contributions]
-    updates = [type(u)(u.up.to(device), u.down.to(device), u.scale) for u in updates]
-    matrix = start.reshape(start.shape[0], -1) if start.ndim else start.reshape(1, 1)
-    value, survival = add_updates(
-        matrix, updates, torch_dtype(tensor.dtype), rounding=recipe.rounding,
-        seed=recipe.seed ^ zlib.crc32(tensor.name.encode()),
-    )  # fmt: skip
+    how: dict[str, Any] = {"rounding": recipe.rounding, "seed": recipe.seed ^ zlib.crc32(tensor.name.encode())}
+    dtype = torch_dtype(tensor.dtype)
+    if any(c.stacked for c in edit.contributions):
+        value, survival = _experts(edit, start, dtype, how)
+    else:
+        matrix = start.reshape(start.shape[0], -1) if start.ndim else start.reshape(1, 1)
+        if any(c.delta.magnitude and not c.bias for c in edit.contributions):
+            value, survival = set_values(matrix, _in_turn(edit, matrix), dtype, **how)
+        else:
+            value, survival = add_updates(matrix, [_to(c.load(), device) for c in edit.contributions], dtype, **how)
     return value.reshape(tensor.shape), survival
 
 
-def _start(recipe: Recipe, edit: Edit) -> torch.Tensor:
-    """W itself, the tensor that replaces it, or W + w·(R − W) in float32 for a weight w other than 1."""
+def _experts(edit: Edit, start: torch.Tensor, dtype: torch.dtype, how: dict[str, Any]) -> tuple[torch.Tensor, Survival]:
+    """All experts of one three-dimensional tensor, each with its own factors."""
     import torch
 
-    if edit.replacement is None:
+    from lorasurgery.linalg.rounding import Survival, add_updates
+
+    value = torch.empty(start.shape, dtype=dtype, device=start.device)
+    total = Survival(0.0, 0.0, 0.0)
+    for e in range(start.shape[0]):
+        updates = [_to(c.load(e), start.device) for c in edit.contributions]
+        value[e], survival = add_updates(start[e], updates, dtype, **(how | {"seed": how["seed"] + e}))
+        total = total + survival
+    return value, total
+
+
+def _in_turn(edit: Edit, matrix: torch.Tensor) -> torch.Tensor:
+    """Contributions one after the other in float32, for DoRA's norm is that of the weight it meets."""
+    import torch
+
+    from lorasurgery.linalg.dora import decomposed
+
+    value = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    for c in edit.contributions:
+        if c.delta.magnitude is None:
+            update = _to(c.load(), value.device)
+            value = value.addmm(update.up.to(value.dtype), update.down.to(value.dtype), alpha=update.scale)
+            continue
+        magnitude = c.adapter.weights.read(c.delta.magnitude).to(value.device)
+        update = _to(c.plain(), value.device)
+        new = decomposed(value, update, magnitude, by_column=c.transposed)
+        value = new if c.weight == 1 else value.lerp_(new, c.weight)
+    return value
+
+
+def _to(update: LowRank, device: torch.device) -> LowRank:
+    return type(update)(update.up.to(device), update.down.to(device), update.scale)
+
+
+def _start(recipe: Recipe, edit: Edit) -> torch.Tensor:
+    """W itself, or what replaces it or some of its rows; at a weight w other than 1, W + w·(R − W) in float32."""
+    import torch
+
+    new = edit.replacement
+    if new is None:
         assert edit.source is not None
-        return recipe.base.read(edit.source.name)
-    new = edit.replacement.adapter.load_replaced(edit.replacement.name)
-    if edit.replacement.weight == 1:
-        return new
-    if edit.source is None:
-        raise SurgeryError("is new to the base, so it can only be taken whole; use weight 1")
-    old = recipe.base.read(edit.source.name).to(torch.float32)
-    return old + edit.replacement.weight * (new.to(torch.float32) - old)
+        value = recipe.base.read(edit.source.name)
+    else:
+        value = new.adapter.load_replaced(new.name)
+        if new.weight != 1:
+            if edit.source is None:
+                raise SurgeryError("is new to the base, so it can only be taken whole; use weight 1")
+            old = recipe.base.read(edit.source.name).to(torch.float32)
+            value = old + new.weight * (value.to(torch.float32) - old)
+    for item in edit.rows:
+        rows, place = item.adapter.weights.read(item.key), torch.tensor(item.rows)
+        if item.weight != 1 or value.dtype != rows.dtype:
+            value = value.to(torch.promote_types(value.dtype, torch.float32))
+        value[place] = torch.lerp(value[place], rows.to(value.dtype), item.weight)
+    return value
 
 
 def _describe(edit: Edit, survival: Survival, report: Report) -> None:
     deltas = [c.delta for c in edit.contributions if not c.bias]
     name = edit.tensor.removesuffix(".weight")
     if not edit.contributions:
-        report.full.append(ModuleReport(edit.tensor, edit.shape, kind="replaced" if edit.replacement else "untied"))
+        kind = "replaced" if edit.replacement else "rows" if edit.rows else "untied"
+        report.full.append(ModuleReport(edit.tensor, edit.shape, kind=kind))
         return
     report.modules.append(
         ModuleReport(

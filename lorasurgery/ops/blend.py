@@ -12,7 +12,7 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.output import check_output
-from lorasurgery.errors import MismatchError, UsageError
+from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.compose import Joint, Whole, base_models, join, whole_tensors
 from lorasurgery.ops.extract_report import total_error, worst
@@ -125,6 +125,7 @@ def blend(
     if not used:
         raise UsageError("every weight is 0, so nothing is left to blend")
     sources, weights = [a for a, _ in used], [w for _, w in used]
+    _check_tokens(sources)
     joints = join(sources, weights)
     _plan(report, sources, joints, strengths, options)
     if not dry_run:
@@ -132,6 +133,15 @@ def blend(
         _warn_alone(report, sources, whole)
         _run(report, sources, joints, whole, options, device, out, overwrite, progress)
     return clock.stamp(report)
+
+
+def _check_tokens(sources: Sequence[Adapter]) -> None:
+    for adapter in sources:
+        if adapter.tokens:
+            raise UnsupportedError(
+                f"{adapter.path}: replaces single rows ({', '.join(adapter.tokens)}: trainable_token_indices), which "
+                "can be merged but not reranked or blended"
+            )
 
 
 def _run(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from lorasurgery.adapters.adapter import Adapter, Delta, Kind
 from lorasurgery.adapters.naming import is_embedding, is_head
-from lorasurgery.errors import MismatchError, UsageError
+from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.lowrank import LowRank
 
 
@@ -41,6 +41,7 @@ class Joint:
     kind: Kind
     shape: tuple[int, int]
     terms: list[Term] = field(default_factory=list)
+    kernel: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -62,8 +63,9 @@ def join(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Joint]:
     joints: dict[str, Joint] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for path, delta in adapter.deltas.items():
-            joint = joints.setdefault(path, Joint(path, delta.kind, delta.shape))
-            if joint.shape != delta.shape or joint.kind != delta.kind:
+            _check_linear(adapter, delta)
+            joint = joints.setdefault(path, Joint(path, delta.kind, delta.shape, kernel=delta.kernel))
+            if joint.kernel != delta.kernel or joint.shape != delta.shape or joint.kind != delta.kind:
                 first = joint.terms[0].adapter if joint.terms else adapter
                 raise MismatchError(
                     f"{adapter.path}: {path} is {_kind(delta.kind, delta.shape)} but {first.path} has "
@@ -72,6 +74,19 @@ def join(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Joint]:
             joint.terms.append(Term(adapter, delta, weight))
     _check_tied(adapters)
     return list(joints.values())
+
+
+def _check_linear(adapter: Adapter, delta: Delta) -> None:
+    """What is no sum of low-rank terms can be merged but not brought to another rank."""
+    if delta.magnitude:
+        raise UnsupportedError(
+            f"{adapter.path}: {delta.path} is DoRA, which is no low-rank update by itself; merge it into its base and "
+            "extract the difference"
+        )
+    if delta.experts:
+        raise UnsupportedError(
+            f"{adapter.path}: {delta.path} holds fused experts, which can be merged but not reranked"
+        )
 
 
 def _check_tied(adapters: Sequence[Adapter]) -> None:

@@ -1,19 +1,12 @@
-"""Which tensors of a checkpoint an operation touches and how, settled from headers before any tensor is read."""
+"""What becomes of each tensor of a checkpoint: the plan that merge and unmerge carry out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lorasurgery.adapters.adapter import Adapter, Delta
-from lorasurgery.adapters.naming import BaseNames, is_embedding, is_head, module_of
 from lorasurgery.checkpoint.header import TensorInfo
-from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.lowrank import LowRank
-
-_COMPUTABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-_SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "weight_scale_2", "weight_packed")
 
 
 @dataclass(frozen=True)
@@ -25,11 +18,30 @@ class Contribution:
     weight: float
     transposed: bool
     bias: bool = False
+    expert: int | None = None
+    rows: slice | None = None
 
-    def load(self) -> LowRank:
-        """Read the factors, in the orientation of the base's tensor."""
-        update = self.adapter.load_bias(self.delta) if self.bias else self.adapter.load(self.delta)
-        return (update.transposed if self.transposed else update).times(self.weight)
+    def load(self, expert: int | None = None) -> LowRank:
+        """Read the factors, in the orientation of the base's tensor; of one expert where there are several."""
+        return self.plain(expert).times(self.weight)
+
+    def plain(self, expert: int | None = None) -> LowRank:
+        """The same without the weight, which DoRA applies later."""
+        expert = self.expert if expert is None else expert
+        if self.bias:
+            update = self.adapter.load_bias(self.delta)
+        elif expert is not None:
+            update = self.adapter.load_expert(self.delta, expert)
+        else:
+            update = self.adapter.load(self.delta)
+        if self.rows is not None:
+            update = LowRank(update.up[self.rows], update.down, update.scale)
+        return update.transposed if self.transposed else update
+
+    @property
+    def stacked(self) -> bool:
+        """Whether this adds to every expert of a three-dimensional tensor."""
+        return self.delta.experts > 0 and self.expert is None
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,16 @@ class Replacement:
         return self.adapter.weights.tensors[self.adapter.replaced[self.name]]
 
 
+@dataclass(frozen=True)
+class RowReplacement:
+    """Single rows of an embedding that are replaced (trainable_token_indices); w other than 1 as for Replacement."""
+
+    adapter: Adapter
+    key: str
+    rows: tuple[int, ...]
+    weight: float
+
+
 @dataclass
 class Edit:
     """What becomes of one output tensor: where it starts from, what replaces it, what is added."""
@@ -55,6 +77,7 @@ class Edit:
     shape: tuple[int, ...]
     contributions: list[Contribution] = field(default_factory=list)
     replacement: Replacement | None = None
+    rows: list[RowReplacement] = field(default_factory=list)
 
 
 @dataclass
@@ -66,199 +89,3 @@ class EditPlan:
     vocab_size: int | None = None
     unrestored: list[str] = field(default_factory=list)
     matched: int = 0
-
-
-def plan_edits(
-    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], *, replace: bool = True
-) -> EditPlan:
-    """Match every tensor of every adapter to the base; each is applied, replaced or an error.
-
-    Args:
-        base: The checkpoint the adapters apply to.
-        weights: One strength per adapter; an adapter with weight 0 contributes nothing.
-        replace: False leaves replaced tensors alone and lists them as unrestored (unmerge).
-
-    Raises:
-        MismatchError: a path or shape that does not fit. UnsupportedError: quantized weights.
-    """
-    planner = _Planner(base, replace)
-    for adapter, weight in zip(adapters, weights, strict=True):
-        if weight != 0:
-            planner.add(adapter, weight)
-    return planner.finish()
-
-
-class _Planner:
-    def __init__(self, base: Checkpoint, replace: bool) -> None:
-        self.names = BaseNames(base.tensors, base.config, str(base.path))
-        self.plan = EditPlan()
-        self.replace = replace
-
-    def add(self, adapter: Adapter, weight: float) -> None:
-        for name in adapter.replaced:
-            self._replace(adapter, name, weight)
-        for delta in adapter.deltas.values():
-            self._add_delta(adapter, delta, weight)
-
-    def finish(self) -> EditPlan:
-        for edit in self.plan.edits.values():
-            self._check_tensor(edit)
-        return self.plan
-
-    # Replaced tensors
-
-    def _replace(self, adapter: Adapter, name: str, weight: float) -> None:
-        if not self.replace:
-            self.plan.unrestored.append(name)
-            return
-        path, leaf = module_of(name), name[len(module_of(name)) + 1 :]
-        target = self.names.find(path, leaf)
-        shared = self.names.tied_source(path) if target is None and leaf == "weight" else None
-        if shared is not None and self._same_as_shared(adapter, name, shared):
-            return
-        if target is None and shared is None and name not in adapter.added:
-            raise self.names.missing(name, adapter.path)
-        self._set_replacement(adapter, name, target or name, shared, weight)
-        if target is not None and target == self.names.input_embedding and name in adapter.added:
-            self._keep_head(adapter, target)
-
-    def _same_as_shared(self, adapter: Adapter, name: str, shared: str) -> bool:
-        """A tied module's copy is passed over when the shared tensor's own copy already says the same."""
-        if adapter.tied or name not in adapter.added:
-            has_own = any(self.names.find(module_of(n)) == shared for n in adapter.replaced)
-            return has_own or module_of(name) in adapter.deltas
-        return False
-
-    def _set_replacement(self, adapter: Adapter, name: str, target: str, shared: str | None, weight: float) -> None:
-        replacement = Replacement(adapter, name, weight)
-        source = self.names.tensors.get(shared or target)
-        edit = self._edit(target, source, replacement.info.shape)
-        if edit.replacement is not None:
-            self._check_conflict(edit, replacement)
-        self._check_replacement(edit, replacement)
-        edit.replacement, edit.shape = replacement, replacement.info.shape
-        self.plan.matched += 1
-        if source is not None and source.shape != edit.shape and is_embedding(module_of(target)):
-            self.plan.vocab_size = edit.shape[0]
-        if is_head(module_of(target)) and not adapter.tied and self.names.ties:
-            self.plan.untied = True
-
-    def _keep_head(self, adapter: Adapter, embedding: str) -> None:
-        """PEFT trains a copy of a tied embedding, so the head keeps the base's: write it as its own tensor."""
-        grown = self.plan.edits[embedding].shape != self.names.tensors[embedding].shape
-        for path in self.names.tied_paths(embedding):
-            if is_head(path) and not adapter.tied and not grown:
-                self.plan.untied = True
-                self._edit(f"{path}.weight", self.names.tensors[embedding])
-
-    def _check_replacement(self, edit: Edit, new: Replacement) -> None:
-        if edit.source is None or edit.source.shape == new.info.shape:
-            return
-        where, old, now = new.adapter.path, list(edit.source.shape), list(new.info.shape)
-        table = len(old) == 2 and old[1:] == now[1:]
-        if not table and new.name not in new.adapter.added:
-            raise MismatchError(f"{where}: {new.name} has shape {now} but {self.names.where} has {old}")
-        if new.weight != 1:
-            raise MismatchError(
-                f"{where}: {new.name} changes the shape from {old} to {now}, so it can only be taken whole; "
-                f"use weight 1 instead of {new.weight:g}"
-            )
-
-    def _check_conflict(self, edit: Edit, new: Replacement) -> None:
-        old = edit.replacement
-        assert old is not None
-        same = old.info.dtype == new.info.dtype and old.info.shape == new.info.shape and old.weight == new.weight
-        if not same or _bytes(old) != _bytes(new):
-            raise MismatchError(
-                f"{old.adapter.path} and {new.adapter.path} both replace {new.name} with different values; "
-                "merge them one after the other to let the later one win"
-            )
-
-    # Low-rank updates
-
-    def _add_delta(self, adapter: Adapter, delta: Delta, weight: float) -> None:
-        shapes = (delta.shape, delta.shape[::-1]) if delta.kind == "linear" else (delta.shape[::-1],)
-        target = self.names.find(delta.path, shapes=shapes)
-        source = self.names.tensors.get(target) if target else None
-        if target is None:
-            shared = self.names.tied_source(delta.path)
-            if shared is not None and self._shared_has_it(adapter, delta, shared):
-                return
-            if shared is None or not is_head(delta.path):
-                raise self.names.missing(delta.path, adapter.path)
-            target, source = f"{delta.path}.weight", self.names.tensors[shared]
-        if is_head(delta.path) and self.names.ties and not adapter.tied:
-            self.plan.untied = True
-        edit = self._edit(target, source)
-        if any(c.adapter is adapter and not c.bias for c in edit.contributions):
-            raise MismatchError(f"{adapter.path}: two modules of the adapter mean {target} in {self.names.where}")
-        transposed = self._orientation(adapter, delta, edit)
-        edit.contributions.append(Contribution(adapter, delta, weight, transposed))
-        self.plan.matched += 1
-        if delta.bias:
-            self._add_bias(adapter, delta, weight, target)
-
-    def _shared_has_it(self, adapter: Adapter, delta: Delta, shared: str) -> bool:
-        if not adapter.tied:
-            return False
-        return any(self.names.find(p) == shared for p in adapter.deltas if p != delta.path)
-
-    def _orientation(self, adapter: Adapter, delta: Delta, edit: Edit) -> bool:
-        conv1d = self.names.is_conv1d(delta.path)
-        flipped = delta.shape[::-1]
-        if delta.kind == "embedding" or conv1d:
-            fits, transposed = edit.shape == flipped, True
-        else:
-            transposed = edit.shape != delta.shape and edit.shape == flipped and adapter.fan_in_fan_out
-            fits = edit.shape == delta.shape or transposed
-        if not fits:
-            expected = flipped if delta.kind == "embedding" or conv1d else delta.shape
-            raise MismatchError(
-                f"{adapter.path}: {delta.path} is an update of {_size(expected)} but {edit.tensor} in "
-                f"{self.names.where} is {_size(edit.shape)}; is this the adapter's base model?"
-            )
-        return transposed
-
-    def _add_bias(self, adapter: Adapter, delta: Delta, weight: float, target: str) -> None:
-        name = f"{module_of(target)}.bias"
-        if name not in self.names.tensors:
-            raise MismatchError(f"{adapter.path}: {delta.bias} needs a bias but {self.names.where} has no {name}")
-        edit = self._edit(name, self.names.tensors[name])
-        if edit.shape != (delta.shape[0],):
-            raise MismatchError(
-                f"{adapter.path}: {delta.bias} has {delta.shape[0]} entries but {name} has {_size(edit.shape)}"
-            )
-        edit.contributions.append(Contribution(adapter, delta, weight, transposed=False, bias=True))
-
-    # Shared
-
-    def _edit(self, name: str, source: TensorInfo | None, shape: tuple[int, ...] | None = None) -> Edit:
-        if name not in self.plan.edits:
-            self.plan.edits[name] = Edit(name, source, shape or (source.shape if source else ()))
-        return self.plan.edits[name]
-
-    def _check_tensor(self, edit: Edit) -> None:
-        if edit.source is None or not (edit.contributions or edit.replacement):
-            return
-        whole = edit.replacement is not None and edit.replacement.weight == 1 and not edit.contributions
-        if edit.source.dtype not in _COMPUTABLE and not whole:
-            raise UnsupportedError(
-                f"{self.names.where}: {edit.source.name} is {edit.source.dtype}, a quantized weight; "
-                "an adapter can only be merged into floating-point weights, so dequantize the checkpoint first"
-            )
-        stem = module_of(edit.source.name)
-        scale = next((f"{stem}.{s}" for s in _SCALES if f"{stem}.{s}" in self.names.tensors), None)
-        if scale and edit.source.name.endswith(".weight"):
-            raise UnsupportedError(
-                f"{self.names.where}: {edit.source.name} is stored with a separate scale ({scale}); "
-                "scaled checkpoints are not merged, so dequantize it to bfloat16 first"
-            )
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "a scalar"
-
-
-def _bytes(replacement: Replacement) -> bytes:
-    weights = replacement.adapter.weights
-    return b"".join(bytes(chunk) for chunk in weights.chunks(replacement.info.name))

@@ -49,6 +49,8 @@ def inspect(
         report.device = str(resolve_device(device))
         report.modules = _spectra(adapter, report.device, progress)
         _add_energy(report)
+        if any(d.magnitude for d in adapter.deltas.values()):
+            report.warnings.append("this is DoRA: the spectra are those of B·A, before the weight's norm is set")
     report.bytes_read = adapter.weights.bytes_read
     return clock.stamp(report)
 
@@ -65,7 +67,7 @@ def _totals(adapter: Adapter) -> dict[str, Any]:
         "rank_max": max(ranks, default=0),
         "rslora": bool(adapter.config.get("use_rslora")),
         "dtypes": sorted({t.dtype for t in adapter.weights.tensors.values()}),
-        "parameters": sum(d.rank * sum(d.shape) for d in deltas),
+        "parameters": sum(d.rows * sum(d.shape) for d in deltas),
         "adapter_bytes": adapter.weights.nbytes,
     }
 
@@ -85,29 +87,30 @@ def _spectra(adapter: Adapter, device: str, progress: Progress | None) -> list[M
     import torch
 
     found: list[ModuleReport] = []
-    total = sum(d.rank * sum(d.shape) for d in adapter.deltas.values())
+    total = sum(d.rows * sum(d.shape) for d in adapter.deltas.values())
     done = 0
     with torch.inference_mode():
         for delta in adapter.deltas.values():
-            found.append(_spectrum(adapter, delta, device))
-            done += delta.rank * sum(delta.shape)
+            found += [_spectrum(adapter, delta, e, device) for e in (range(delta.experts) if delta.experts else [None])]
+            done += delta.rows * sum(delta.shape)
             if progress:
                 progress(delta.path, done, total)
     return found
 
 
-def _spectrum(adapter: Adapter, delta: Delta, device: str) -> Spectrum:
+def _spectrum(adapter: Adapter, delta: Delta, expert: int | None, device: str) -> Spectrum:
     from lorasurgery.linalg.core import recompress
     from lorasurgery.lowrank import LowRank
 
-    update = adapter.load(delta)
+    update = adapter.load(delta) if expert is None else adapter.load_expert(delta, expert)
+    name = delta.path if expert is None else f"{delta.path}[{expert}]"
     try:
         core = recompress([LowRank(update.up.to(device), update.down.to(device), update.scale)])
     except SurgeryError as problem:
         raise type(problem)(f"{adapter.path}: {delta.path}: {problem}") from None
     values = core.singular[: core.rank]
     return Spectrum(
-        delta.path, delta.shape, kind=delta.kind, rank=delta.rank, alpha=delta.alpha, delta_norm=core.total**0.5,
+        name, delta.shape, kind=delta.kind, rank=delta.rank, alpha=delta.alpha, delta_norm=core.total**0.5,
         singular_values=values.tolist(), **_shares(values),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files, run
-from lorasurgery.ops.edits import plan_edits
+from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import Progress, Report
 

@@ -16,6 +16,7 @@ from lorasurgery.adapters.naming import (
     module_of,
 )
 from lorasurgery.adapters.patterns import any_match, check_patterns
+from lorasurgery.adapters.renames import memory_name
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
@@ -101,11 +102,11 @@ class _Matcher:
         self.paths = {module_of(name) for name in everything}
 
     def _from_base(self, name: str) -> str:
-        return self.tuned_prefix + name
+        return memory_name(self.tuned_prefix + name, str(self.base.config.get("model_type")))
 
     def _from_tuned(self, name: str) -> str:
         """The in-memory name; a tuned tensor outside the shared prefix (lm_head) keeps its own."""
-        return self.base_prefix + name
+        return memory_name(self.base_prefix + name, str(self.tuned.config.get("model_type")))
 
     def pairs(self) -> Iterator[Pair]:
         tuned_by_memory = {self._from_tuned(n): t for n, t in self.tuned.tensors.items()}

@@ -12,8 +12,9 @@ from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files, run
-from lorasurgery.ops.edits import Edit, EditPlan, Replacement, plan_edits
+from lorasurgery.ops.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.merge import check_weights, start_report
+from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import ModuleReport, Progress, Report
 

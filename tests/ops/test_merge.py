@@ -155,10 +155,9 @@ def test_a_key_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"use_dora": True}, "DoRA"), ({"peft_type": "IA3"}, "IA3"), ({"peft_type": "PREFIX_TUNING"}, "no weight update"),
+    [({"peft_type": "IA3"}, "IA3"), ({"peft_type": "PREFIX_TUNING"}, "no weight update"),
      ({"init_lora_weights": "pissa"}, "pissa"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
      ({"use_qalora": True}, "QALoRA"), ({"alora_invocation_tokens": [1]}, "aLoRA"), ({"arrow_config": {"top_k": 1}}, "Arrow"),
-     ({"target_parameters": ["experts.down_proj"]}, "experts"), ({"trainable_token_indices": [1]}, "trainable_token"),
      ({"kasa_config": {"a": 1}}, "KaSA")],
     ids=str,
 )  # fmt: skip
@@ -173,9 +172,7 @@ def test_variants_are_refused_by_name(change: dict[str, Any], said: str, tmp_pat
 
 @pytest.mark.parametrize(
     ("key", "shape", "said"),
-    [("q_proj.lora_magnitude_vector", (32,), "DoRA"), ("conv.lora_A.weight", (4, 3, 3, 3), "convolution"),
-     ("experts.base_layer.lora_A.weight", (4, 32), "fused experts"), ("q_proj.lora_Z.weight", (4, 4), "does not know"),
-     ("embed_tokens.token_adapter.trainable_tokens_delta", (2, 32), "trainable_token")],
+    [("q_proj.lora_diag", (4,), "KaSA"), ("q_proj.lora_E", (4, 1), "AdaLoRA"), ("q_proj.lora_Z.weight", (4, 4), "does not know")],
 )  # fmt: skip
 def test_tensors_of_variants_are_refused_by_name(key: str, shape: tuple[int, ...], said: str, tmp_path: Path) -> None:
     """The tensors tell as well as the config: none is passed over."""

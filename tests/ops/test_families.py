@@ -1,0 +1,77 @@
+"""Thirty architectures: an adapter on all their linear layers (and fused experts) merges as PEFT's own merge does."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from lorasurgery.errors import MismatchError
+from lorasurgery.ops.merge import merge
+
+# PEFT refuses what Mamba's fused kernels would pass by.
+TARGETS = {"mamba": ["in_proj", "x_proj", "dt_proj"]}
+
+
+def adapted(name: str, path: Path, seed: int = 1, **config: object) -> PeftModel:
+    """A PEFT model of one architecture with random factors, saved to `path`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(zoo.make(name), LoraConfig(r=4, lora_alpha=6, **config)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(path, save_embedding_layers=False)
+    return model
+
+
+def check(name: str, model: PeftModel, base: Path, adapter: Path, out: Path) -> None:
+    """Merged offline and loaded again, every parameter equals that of merge_and_unload to 1e-6."""
+    report = merge(base, [adapter], out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = model.merge_and_unload().state_dict()
+        found = type(zoo.make(name)).from_pretrained(out).state_dict()
+    before = zoo.make(name).state_dict()
+    moved = 0
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, atol=1e-6, rtol=1e-6), key
+        moved += not torch.equal(before[key], value)
+    assert moved > 0
+    assert report.totals["tensors_touched"] >= moved
+
+
+@pytest.mark.parametrize("name", zoo.MAKERS)
+def test_every_linear_layer(name: str, tmp_path: Path) -> None:
+    """Names on disk that differ from those in memory are found by what is known of the family."""
+    zoo.make(name).save_pretrained(tmp_path / "base")
+    extra = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]} if name in zoo.EXPERTS else {}
+    targets = TARGETS.get(name, "all-linear")
+    model = adapted(name, tmp_path / "adapter", target_modules=targets, **extra)
+    check(name, model, tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", zoo.EXPERTS)
+@pytest.mark.parametrize("leaf", ["gate_up_proj", "down_proj"])
+def test_one_parameter_of_the_experts(name: str, leaf: str, tmp_path: Path) -> None:
+    """With one parameter its factors have the plain key; the shapes tell which it is."""
+    zoo.make(name).save_pretrained(tmp_path / "base")
+    model = adapted(name, tmp_path / "adapter", target_modules=[], target_parameters=[f"mlp.experts.{leaf}"])
+    check(name, model, tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "pair", [("mixtral", "qwen3_moe"), ("llava", "vit"), ("qwen2_vl", "gpt_neox"), ("vit", "beit")]
+)
+def test_another_family_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+    """An adapter for another architecture names what it can't find, and nothing is written."""
+    zoo.make(pair[1]).save_pretrained(tmp_path / "base")
+    adapted(pair[0], tmp_path / "adapter", target_modules="all-linear")
+    with pytest.raises(MismatchError):
+        merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
