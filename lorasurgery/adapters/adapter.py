@@ -33,7 +33,8 @@ class Delta:
         kernel: Of a convolution, e.g. (3, 3): the weight is (out, in, *kernel), the shape above has it flattened.
         magnitude: Name of DoRA's magnitude vector (out,), or (1, out, 1 …); None for plain LoRA.
         experts: How many experts' factors lie side by side (target_parameters); 0 for a module of its own.
-        parameter: Then the path of the module's parameter that they adapt, e.g. `…mlp.experts.down_proj`.
+        wrapped: nn.MultiheadAttention's out_proj, which PEFT keeps and runs inside its module.
+        parameter: For experts, the path of the module's parameter that they adapt, e.g. `…mlp.experts.down_proj`.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Delta:
     magnitude: str | None = None
     experts: int = 0
     parameter: str = ""
+    wrapped: bool = False
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

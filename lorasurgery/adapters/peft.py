@@ -157,11 +157,14 @@ def _delta(path: str, parts: dict[str, str], weights: Checkpoint, config: PeftCo
             f"{up.shape[0]}×{up.shape[1]}; their ranks must agree"
         )
     alpha, scale = config.scaling(module, rank, where)
+    wrapped = ".base_layer.out_proj.lora_" in down.name
+    if wrapped:  # PEFT's MultiheadAttention adds it, then merges the layer once more: so it was trained, so it runs
+        scale *= 2
     kind: Kind = "embedding" if embedding else "experts" if experts else "conv" if kernel else "linear"
     return Delta(
         path, kind, down.name, up.name, (up.shape[0], math.prod(down.shape[1:])), rank, alpha, scale,
         bias=parts.get("bias"), kernel=kernel, magnitude=parts.get("magnitude"), experts=experts,
-        parameter=module if experts else "",
+        parameter=module if experts else "", wrapped=wrapped,
     )  # fmt: skip
 
 

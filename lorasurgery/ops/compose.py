@@ -83,10 +83,9 @@ def _check_linear(adapter: Adapter, delta: Delta) -> None:
             f"{adapter.path}: {delta.path} is DoRA, which is no low-rank update by itself; merge it into its base and "
             "extract the difference"
         )
-    if delta.experts:
-        raise UnsupportedError(
-            f"{adapter.path}: {delta.path} holds fused experts, which can be merged but not reranked"
-        )
+    if delta.experts or delta.wrapped:
+        what = "holds fused experts" if delta.experts else "lies inside an nn.MultiheadAttention"
+        raise UnsupportedError(f"{adapter.path}: {delta.path} {what}: it can be merged but not reranked or blended")
 
 
 def _check_tied(adapters: Sequence[Adapter]) -> None:
