@@ -25,6 +25,11 @@ _EMBEDDING = re.compile(
 # Look-up tables whose forward takes no token ids (an offset is added inside), so no LoRA can run on them.
 _POSITIONS = re.compile(r"(?:.*\.)?embed_positions")
 _HEADS = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_projection)|(?:.*\.)?predictions\.decoder|output")
+# What libraries put before a model's own names, and what models with a head put before their body's.
+_WRAPPERS = {
+    "base_model", "model", "module", "_orig_mod", "transformer", "backbone", "decoder", "encoder", "language_model",
+    "bert", "roberta", "distilbert", "electra", "gpt_neox", "vit", "deit", "beit", "dinov2", "esm", "rwkv",
+}  # fmt: skip
 _INPUTS = ("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "word_embedding")
 
 
@@ -79,8 +84,10 @@ class BaseNames:
             if candidate in self.tensors and self._fits(candidate, shapes):
                 return candidate
         parts = name.split(".")
-        shorter = [".".join(parts[i:]) for i in range(1, len(parts) - 1)]
-        for candidate in shorter:  # the adapter's path is the longer one: `transformer.h.0…` on disk as `h.0…`
+        for i in range(1, len(parts) - 1):  # the adapter's path is the longer one: `transformer.h.0…` on disk as `h.0…`
+            if not self._is_wrapper(parts[i - 1]):
+                break
+            candidate = ".".join(parts[i:])
             if candidate in self.tensors and self._fits(candidate, shapes):
                 return candidate
         longer = [n for n in self._by_suffix.get(".".join(parts[-2:]), []) if n.endswith("." + name)]
@@ -142,6 +149,11 @@ class BaseNames:
             if found:
                 return min(found, key=len)
         return None
+
+    def _is_wrapper(self, part: str) -> bool:
+        """Whether a leading part of a path may be missing on disk; a misspelt prefix must not pass for one."""
+        kind = str(self.config.get("model_type", "")).replace("-", "_")
+        return part in _WRAPPERS or (len(part) > 2 and part in kind)
 
     @cached_property
     def _has_conv1d(self) -> bool:

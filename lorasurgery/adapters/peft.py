@@ -23,7 +23,7 @@ PREFIX = "base_model.model."
 # `q_proj.lora_A.weight`, `q_proj.lora_A.default.weight` (not yet stripped of its adapter's name),
 # `wte.lora_embedding_A`, `wte.lora_embedding_A.default`, `q_proj.lora_B.bias`
 _FACTOR = re.compile(
-    r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
+    r"(?P<path>.+)\.lora_(?:(?P<side>[AB])(?:\.[^.]+)?\.(?P<leaf>weight|bias)|(?P<embedding>embedding_[AB])(?:\.[^.]+)?)$"
 )
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.[^.]+){0,2}$")
 _TOKENS = re.compile(r"(?P<path>.+?)\.(?:token_adapter\.)?trainable_tokens_delta(?:\.[^.]+)?$")
@@ -93,7 +93,7 @@ def _sort_keys(weights: Checkpoint, where: str) -> tuple[dict[str, dict[str, str
         match = _FACTOR.match(name)
         magnitude, tokens = _MAGNITUDE.match(name), _TOKENS.match(name)
         if match:
-            side = "bias" if match["leaf"] == "bias" else (match["embedding"] or "") + match["side"]
+            side = "bias" if match["leaf"] == "bias" else match["embedding"] or match["side"]
             _add_part(sides, _inner_path(match["path"]), side, key, where)
         elif magnitude:
             _add_part(sides, _inner_path(magnitude["path"]), "magnitude", key, where)

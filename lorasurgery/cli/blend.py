@@ -21,6 +21,7 @@ _METHODS = ["linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "kn
 @click.option("--density", type=float,
               help="Share of entries that ties, dare and pruning keep of each update.  [default: 0.5]")  # fmt: skip
 @options.ranks
+@options.familiar
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of dare's masks and of the randomized SVD.")
 @click.option("--average-replaced", is_flag=True,
               help="Take the weighted mean of tensors that adapters store whole (modules_to_save) with different "
@@ -31,8 +32,7 @@ _METHODS = ["linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "kn
 @options.guarded
 def command(
     adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, verbose: bool, device: str, dry_run: bool,
-    overwrite: bool, rank: int | None, energy: float | None, tolerance: float | None, budget: Any,
-    max_rank: int | None, **chosen: Any,
+    overwrite: bool, **chosen: Any,
 ) -> None:  # fmt: skip
     """Blend several adapters into one: Σ weight·scale·B·A, or one of its kin.
 
@@ -49,7 +49,7 @@ def command(
     """
     from lorasurgery.ops.blend import BlendOptions, blend
 
-    choice = options.rank_choice(rank, energy, tolerance, budget, max_rank)
+    choice = options.rank_choice(chosen)
     with render.progress("blend", quiet=quiet or as_json) as callback:
         report = blend(
             adapters, out, BlendOptions(choice=choice, **chosen), device=device, overwrite=overwrite,

@@ -56,13 +56,10 @@ def command(
     render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
-def _options(
-    rank: int | None, energy: float | None, tolerance: float | None, budget: Any, max_rank: int | None,
-    target: tuple[str, ...], exclude: tuple[str, ...], full: tuple[str, ...], **rest: Any,
-) -> Any:  # fmt: skip
+def _options(target: tuple[str, ...], exclude: tuple[str, ...], full: tuple[str, ...], **rest: Any) -> Any:
     from lorasurgery.ops.extract import DEFAULT_RANK, ExtractOptions
     from lorasurgery.ops.pairs import Selection
 
-    choice = options.rank_choice(rank, energy, tolerance, budget, max_rank, DEFAULT_RANK)
+    choice = options.rank_choice(rest, DEFAULT_RANK)
     assert choice is not None
     return ExtractOptions(choice, Selection(target, exclude, full), **rest)

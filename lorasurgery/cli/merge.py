@@ -12,6 +12,8 @@ from lorasurgery.cli import options, render
 @click.command("merge")
 @click.argument("base", metavar="BASE")
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+@click.option("--allow-loss", is_flag=True,
+              help="Write the result even when rounding keeps less than half of the update.")  # fmt: skip
 @options.checkpoint
 @options.common
 @options.guarded

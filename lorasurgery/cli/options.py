@@ -82,6 +82,11 @@ _RANKS = [
     click.option("--max-rank", type=int, help="A cap on what --energy, --tolerance or --budget ask for."),
     click.option("--uniform-rank", is_flag=True, help="Zero-pad all factors to one rank: the form every server takes."),
 ]
+_FAMILIAR = [
+    click.option("--sv-ratio", type=float, help="Keep directions with σ > σ₁/RATIO (sd-scripts' sv_ratio)."),
+    click.option("--sv-fro", type=float, help="Keep this share of the Frobenius norm, √Σσ² (sd-scripts' sv_fro)."),
+    click.option("--sv-cumulative", type=float, help="Keep this share of Σσ (sd-scripts' sv_cumulative)."),
+]
 _CHECKPOINT = [
     click.option("-w", "--weight", "weights", type=float, multiple=True,
                  help="Strength; the n-th belongs to the n-th adapter, the rest are 1. May be negative."),
@@ -111,20 +116,30 @@ common: Callable[[F], F] = _apply(_COMMON)
 ranks: Callable[[F], F] = _apply(_RANKS)
 """--rank, --energy, --tolerance, --budget, --max-rank, --uniform-rank: every command that chooses ranks has them."""
 
+familiar: Callable[[F], F] = _apply(_FAMILIAR)
+"""--sv-ratio, --sv-fro, --sv-cumulative: rank rules under the names that sd-scripts gave them, for factors."""
+
 checkpoint: Callable[[F], F] = _apply(_CHECKPOINT)
 """-w, --dtype, --rounding, --seed, --max-shard-size: every command that writes a checkpoint has them."""
 
 
-def rank_choice(
-    rank: int | None, energy: float | None, tolerance: float | None, budget: Budget | None, max_rank: int | None,
-    default: int | None = None,
-) -> RankChoice | None:  # fmt: skip
-    """The choice that the options make; without one the default rank, or all directions up to the cap, or None."""
-    if rank is None and energy is None and budget is None and tolerance is None:
-        rank = default or max_rank
-        if rank is None:
+def rank_choice(chosen: dict[str, Any], default: int | None = None) -> RankChoice | None:
+    """Take the rank options out of `chosen` and make the choice that they mean.
+
+    Without a rule it is the default rank, or all directions up to the cap, or None.
+    """
+    rules = {name: chosen.pop(name, None) for name in ("rank", "energy", "tolerance", "budget", "sv_ratio",
+                                                       "sv_cumulative")}  # fmt: skip
+    fro, max_rank = chosen.pop("sv_fro", None), chosen.pop("max_rank", None)
+    if fro is not None:
+        if rules["energy"] is not None or not 0 < fro <= 1:
+            raise UsageError(f"--sv-fro {fro}: expected a share above 0 and up to 1, and no --energy beside it")
+        rules["energy"] = fro**2
+    if all(value is None for value in rules.values()):
+        rules["rank"] = default or max_rank
+        if rules["rank"] is None:
             return None
-    return RankChoice(rank=rank, energy=energy, tolerance=tolerance, budget=budget, max_rank=max_rank)
+    return RankChoice(**rules, max_rank=max_rank)
 
 
 def guarded(function: F) -> F:

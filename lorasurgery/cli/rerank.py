@@ -12,13 +12,11 @@ from lorasurgery.cli import options, render
 @click.command("rerank")
 @click.argument("adapter", metavar="ADAPTER")
 @options.ranks
+@options.familiar
 @click.option("--dtype", type=options.DTYPE, help="Dtype of what is written. [default: the adapter's own]")
 @options.common
 @options.guarded
-def command(
-    adapter: str, out: str, as_json: bool, quiet: bool, verbose: bool, rank: int | None, energy: float | None,
-    tolerance: float | None, budget: Any, max_rank: int | None, **chosen: Any,
-) -> None:  # fmt: skip
+def command(adapter: str, out: str, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
     """Change an adapter's ranks: the best approximation of each module (Eckart–Young), from its factors alone.
 
     Without an option that chooses ranks every module keeps its minimal exact rank; a module that has no more
@@ -29,11 +27,12 @@ def command(
       lorasurgery rerank adapter -o smaller --rank 16
       lorasurgery rerank adapter -o smaller --energy 0.95 --max-rank 64
       lorasurgery rerank adapter -o smaller --budget 50MB     # the ranks go where the update is
+      lorasurgery rerank adapter -o smaller --sv-fro 0.9 --max-rank 64
       lorasurgery rerank adapter -o portable --uniform-rank   # zero-padded, for servers that take one rank
     """
     from lorasurgery.ops.rerank import rerank
 
-    choice = options.rank_choice(rank, energy, tolerance, budget, max_rank)
+    choice = options.rank_choice(chosen)
     with render.progress("rerank", quiet=quiet or as_json) as callback:
         report = rerank(adapter, out, choice, progress=callback, **chosen)
     render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)

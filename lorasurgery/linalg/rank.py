@@ -43,6 +43,8 @@ class RankChoice:
         energy: The least r with Σ_{i≤r} σᵢ² ≥ energy · ‖ΔW‖².
         tolerance: The least r with ‖ΔW − BA‖ ≤ tolerance · ‖ΔW‖.
         budget: Directions of all modules compete until these bytes are spent (see `allocate`).
+        sv_ratio: Directions with σ > σ₁/ratio, at least one. sv_cumulative: The least r with Σ_{i≤r} σᵢ at least this
+            share of Σσ. Both are sd-scripts' names, and need all singular values: for factors, not for extract.
         max_rank: A cap on what the other rules may ask for.
 
     Raises:
@@ -54,11 +56,13 @@ class RankChoice:
     tolerance: float | None = None
     budget: Budget | None = None
     max_rank: int | None = None
+    sv_ratio: float | None = None
+    sv_cumulative: float | None = None
 
     def __post_init__(self) -> None:
-        rules = [r for r in (self.rank, self.energy, self.tolerance, self.budget) if r is not None]
-        if len(rules) != 1:
-            raise UsageError("give exactly one of --rank, --energy, --tolerance and --budget")
+        given = (self.rank, self.energy, self.tolerance, self.budget, self.sv_ratio, self.sv_cumulative)
+        if sum(r is not None for r in given) != 1:
+            raise UsageError("give exactly one of --rank, --energy, --tolerance, --budget and the --sv rules")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank {self.rank}: expected at least 1")
         if self.max_rank is not None and self.max_rank < 1:
@@ -67,6 +71,11 @@ class RankChoice:
             raise UsageError(f"--energy {self.energy}: expected a share above 0 and up to 1")
         if self.tolerance is not None and not 0 <= self.tolerance < 1:
             raise UsageError(f"--tolerance {self.tolerance}: expected a relative error from 0 to below 1")
+
+        if self.sv_ratio is not None and not 1 <= self.sv_ratio < math.inf:
+            raise UsageError(f"--sv-ratio {self.sv_ratio}: expected a number of at least 1")
+        if self.sv_cumulative is not None and not 0 < self.sv_cumulative <= 1:
+            raise UsageError(f"--sv-cumulative {self.sv_cumulative}: expected a share above 0 and up to 1")
 
     def upper(self, rows: int, columns: int) -> int:
         """The largest rank this rule can give for a matrix of this shape."""
@@ -85,6 +94,8 @@ class RankChoice:
         cap = min(len(squares), self.max_rank or len(squares), self.rank or len(squares))
         if self.rank is not None or self.budget is not None:
             return cap
+        if self.sv_ratio is not None or self.sv_cumulative is not None:
+            return min(cap, self._by_values([math.sqrt(max(s, 0.0)) for s in squares]))
         share = self.energy if self.energy is not None else 1 - (self.tolerance or 0.0) ** 2
         target, found = (share - slack) * total, 0.0
         for i in range(cap):
@@ -92,6 +103,17 @@ class RankChoice:
                 return i
             found += float(squares[i])
         return cap if found >= target or cap == self.max_rank else None
+
+    def _by_values(self, singular: Sequence[float]) -> int:
+        """sd-scripts' rules, on all singular values in falling order."""
+        if self.sv_ratio is not None:
+            return max(1, sum(s > singular[0] / self.sv_ratio for s in singular)) if len(singular) else 0
+        target, found = (self.sv_cumulative or 0.0) * math.fsum(singular), 0.0
+        for i, s in enumerate(singular):
+            if found >= target * (1 - 1e-12):
+                return i
+            found += s
+        return len(singular)
 
     def directions(self) -> int | None:
         """The rank that is known beforehand; None for energy and tolerance."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Rounding = Literal["nearest", "stochastic"]
 INDEX = "model.safetensors.index.json"
+LEAST_RETENTION = 0.5
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Recipe:
     Args:
         dropped: Tensors of the base that the output leaves out (unmerge with a base that ties them).
         config_from: The checkpoint whose config and other files go along.
+        allow_loss: Write the result even when rounding swallows most of the update.
     """
 
     base: Checkpoint
@@ -52,6 +54,7 @@ class Recipe:
     overwrite: bool = False
     dropped: frozenset[str] = frozenset()
     config_from: Checkpoint | None = None
+    allow_loss: bool = True
     files: list[PlannedFile] = field(default_factory=list)
 
     @property
@@ -116,12 +119,23 @@ def run(recipe: Recipe, report: Report, device: torch.device, progress: Progress
                     done += tensor.nbytes
                     if progress:
                         progress(tensor.name, done, total)
+        if not recipe.allow_loss and survived.update and survived.retention < LEAST_RETENTION:
+            raise SurgeryError(_too_little(recipe, survived))
         _finish(recipe, output)
         report.bytes_written = output.bytes_written
     report.bytes_read = recipe.base.bytes_read + sum(a.weights.bytes_read for a in recipe.adapters)
     report.totals |= {
         "delta_norm": survived.delta_norm, "retention": survived.retention, "noise": survived.noise
     }  # fmt: skip
+
+
+def _too_little(recipe: Recipe, survived: Survival) -> str:
+    narrow = any(t.dtype.startswith("F8") for f in recipe.files for t in f.tensors)
+    return (
+        f"{recipe.base.path}: rounding would keep {survived.retention:.1%} of the update, so the result would hardly "
+        f"differ from the base; --dtype {'bfloat16' if narrow else 'float32'} keeps it, --rounding stochastic keeps "
+        "its mean, --allow-loss writes it all the same"
+    )
 
 
 def _finish(recipe: Recipe, output: Output) -> None:

@@ -29,6 +29,7 @@ def merge(
     seed: int = 0,
     device: str = "auto",
     max_shard_size: int | None = None,
+    allow_loss: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -44,6 +45,7 @@ def merge(
         dtype: safetensors name (BF16, F32 …) of all floating tensors written; None keeps each tensor's own.
         rounding: `nearest` (even), or `stochastic`, which is unbiased and seeded by `seed`.
         max_shard_size: Bytes per shard; None keeps the base's layout.
+        allow_loss: Write the result even when rounding keeps less than half of the update.
         dry_run: Settle everything from headers, write nothing (torch is not imported).
 
     Raises:
@@ -57,6 +59,7 @@ def merge(
     recipe = Recipe(
         checkpoint, [a for a, w in zip(opened, strengths, strict=True) if w], plan_edits(checkpoint, opened, strengths),
         Path(out), dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, overwrite=overwrite,
+        allow_loss=allow_loss,
     )  # fmt: skip
     plan_files(recipe)
     report = start_report("merge", recipe, [str(base), *map(str, adapters)], strengths, dry_run)

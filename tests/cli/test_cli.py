@@ -150,7 +150,8 @@ def test_spectrum_and_diff(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "ranks"),
     [(["--rank", "3"], {3}), (["--max-rank", "2"], {2}), (["--energy", "1"], {4}), (["--uniform-rank"], {4}),
-     (["--tolerance", "0.9", "--max-rank", "1"], {1})],
+     (["--tolerance", "0.9", "--max-rank", "1"], {1}), (["--sv-fro", "1"], {4}), (["--sv-ratio", "1000"], {4}),
+     (["--sv-cumulative", "1", "--max-rank", "3"], {3})],
     ids=str,
 )  # fmt: skip
 def test_rank_options(world: Path, tmp_path: Path, words: list[str], ranks: set[int]) -> None:
@@ -235,6 +236,8 @@ def broken(world: Path, tmp: Path, case: str) -> list[str | Path]:
         "output in the base": lambda: [*merge, adapter, "-o", base / "x"],
         "output around the base": lambda: [*merge, adapter, "-o", world, "--overwrite"],
         "rerank two rules": lambda: [*rerank, "--rank", "4", "--budget", "1MB"],
+        "sv-fro and energy": lambda: [*rerank, "--sv-fro", "0.5", "--energy", "0.5"],
+        "sv-ratio below 1": lambda: [*rerank, "--sv-ratio", "0.2"],
         "budget of nothing": lambda: [*rerank, "--budget", "0"],
         "budget no size": lambda: [*rerank, "--budget", "much"],
         "budget beyond all": lambda: [*rerank, "--budget", "150%"],

@@ -60,6 +60,12 @@ def test_price_counts() -> None:
         (RankChoice(tolerance=0.5), 2),
         (RankChoice(tolerance=0.0), 4),
         (RankChoice(tolerance=0.99), 1),
+        (RankChoice(sv_ratio=1.5), 2),
+        (RankChoice(sv_ratio=3.0), 3),
+        (RankChoice(sv_ratio=1.0), 1),
+        (RankChoice(sv_cumulative=0.4), 2),
+        (RankChoice(sv_cumulative=0.9), 4),
+        (RankChoice(sv_cumulative=0.9, max_rank=2), 2),
         (RankChoice(budget=Budget(size=1)), 4),
         (RankChoice(budget=Budget(size=1), max_rank=3), 3),
     ],
@@ -79,7 +85,8 @@ def test_small_tolerances_are_kept() -> None:
 @pytest.mark.parametrize(
     "words",
     [{}, {"rank": 1, "energy": 0.5}, {"budget": Budget(size=1), "rank": 1}, {"rank": 0}, {"energy": 1.5},
-     {"tolerance": 1.0}, {"rank": 1, "max_rank": 0}],
+     {"tolerance": 1.0}, {"rank": 1, "max_rank": 0}, {"sv_ratio": 0.5}, {"sv_cumulative": 1.5},
+     {"sv_ratio": 2.0, "rank": 1}],
 )  # fmt: skip
 def test_meaningless_rules(words: dict[str, object]) -> None:
     """None, two, or values out of range."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from typing import Any
 import models
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lorasurgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError
@@ -101,13 +104,61 @@ def test_low_retention_warns_with_the_way_out(tmp_path: Path) -> None:
     """A tiny update in bfloat16 is lost to rounding: the report has the figures and the warning names --dtype."""
     base, _ = llama(tmp_path, torch.bfloat16)
     models.peft_adapter("llama", tmp_path / "tiny", std=0.002, r=4, target_modules=["q_proj"])
-    report = merge(base, [tmp_path / "tiny"], tmp_path / "merged")
-    assert report.totals["retention"] < 0.9
+    with pytest.raises(SurgeryError, match=r"would keep 4\d\.\d% of the update.*--dtype float32.*--allow-loss"):
+        merge(base, [tmp_path / "tiny"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    report = merge(base, [tmp_path / "tiny"], tmp_path / "merged", allow_loss=True)
+    assert report.totals["retention"] < 0.5
     assert any("--dtype float32" in w for w in report.warnings)
     assert all(m.retention is not None and m.noise is not None for m in report.modules)
     wide = merge(base, [tmp_path / "tiny"], tmp_path / "wide", dtype="F32")
     assert wide.totals["retention"] == pytest.approx(1, abs=1e-3)
     assert not wide.warnings
+
+
+def test_eight_bit_weights(tmp_path: Path) -> None:
+    """A cast to e4m3 keeps nothing of a 1% update: merge stops, and --dtype bfloat16 is the way out."""
+    base, _ = llama(tmp_path)
+    weights = load_file(base / "model.safetensors")
+    narrow = {k: v.to(torch.float8_e4m3fn) if v.dim() == 2 else v for k, v in weights.items()}
+    save_file(narrow, base / "model.safetensors", {"format": "pt"})
+    models.peft_adapter("llama", tmp_path / "tiny", std=0.001, r=4, target_modules=["q_proj"])
+    with pytest.raises(SurgeryError, match="--dtype bfloat16"):
+        merge(base, [tmp_path / "tiny"], tmp_path / "merged")
+    report = merge(base, [tmp_path / "tiny"], tmp_path / "wide", dtype="F32")
+    assert report.totals["retention"] == pytest.approx(1, abs=1e-3)
+    assert merge(base, [tmp_path / "tiny"], tmp_path / "loss", allow_loss=True).totals["retention"] < 0.5
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_names_never_pass_in_silence(tmp_path: Path, data: st.DataObject) -> None:
+    """Whatever happens to a key's name: an error that names something, and no output; never a copy of the base."""
+    root = tmp_path / "shared"
+    if not root.exists():
+        llama(root)
+    weights = load_file(root / "adapter/adapter_model.safetensors")
+    key = data.draw(st.sampled_from(sorted(weights)))
+    place = data.draw(st.integers(0, len(key) - 1))
+    letter = data.draw(st.sampled_from(["", "x", ".", "_", "0", "lora_A", key[place] * 2]))
+    changed = key[:place] + letter + key[place + 1 :]
+    if changed in weights or changed.replace("base_model.model.", "") == key.replace("base_model.model.", ""):
+        return
+    bad = tmp_path / "bad"
+    bad.mkdir(exist_ok=True)
+    save_file({changed if k == key else k: v for k, v in weights.items()}, bad / "adapter_model.safetensors")
+    (bad / "adapter_config.json").write_text((root / "adapter/adapter_config.json").read_text())
+    if _stripped(changed) == _stripped(key):
+        return  # the same module by a prefix that people do use, or another adapter's name in the key
+    with pytest.raises(SurgeryError):
+        merge(root / "base", [bad], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _stripped(key: str) -> str:
+    """The module and side that a key means, whatever adapter name stands in it."""
+    name = re.sub(r"\.(lora_[AB])\..*weight$", r".\1", key.removeprefix("base_model.model."))
+    return name.removeprefix("model.")
 
 
 def test_stochastic_rounding_is_seeded(tmp_path: Path) -> None:
