@@ -24,6 +24,8 @@ _EMBEDDING = re.compile(
 )
 # Look-up tables whose forward takes no token ids (an offset is added inside), so no LoRA can run on them.
 _POSITIONS = re.compile(r"(?:.*\.)?embed_positions")
+# Routers of mixtures of experts are modules of their own kind, which PEFT can store whole but not factor.
+_ROUTERS = re.compile(r"(?:.*\.)?(?:mlp|block_sparse_moe)\.(?:gate|router)")
 _HEADS = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_projection)|(?:.*\.)?predictions\.decoder|output")
 # What libraries put before a model's own names, and what models with a head put before their body's.
 _WRAPPERS = {
@@ -45,6 +47,15 @@ def is_embedding(path: str) -> bool:
 def is_position_table(path: str) -> bool:
     """Tell OPT's and BART's learned positions, which are looked up with an offset and so can't carry a LoRA."""
     return _POSITIONS.fullmatch(path) is not None
+
+
+def is_router(path: str) -> bool:
+    """Tell a mixture of experts' router.
+
+    >>> is_router("model.layers.0.mlp.gate"), is_router("model.layers.0.mlp.gate_proj")
+    (True, False)
+    """
+    return _ROUTERS.fullmatch(path) is not None
 
 
 def is_head(path: str) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.peft import PREFIX
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What PEFT accepts when only full modules were saved (peft.utils.constants.DUMMY_TARGET_MODULES).
 NO_TARGETS = "dummy-target-modules"
@@ -102,6 +105,18 @@ def factor_keys(path: str, kind: str) -> tuple[str, str]:
     if kind == "embedding":
         return f"{PREFIX}{path}.lora_embedding_A", f"{PREFIX}{path}.lora_embedding_B"
     return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
+
+
+def with_kernel(down: Tensor, up: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B as PEFT holds them: a convolution's have its kernel, and one of ones.
+
+    >>> import torch
+    >>> [t.shape for t in with_kernel(torch.zeros(2, 27), torch.zeros(8, 2), (3, 3))]
+    [torch.Size([2, 3, 3, 3]), torch.Size([8, 2, 1, 1])]
+    """
+    if not kernel:
+        return down, up
+    return down.reshape(down.shape[0], -1, *kernel), up.reshape(*up.shape, *[1] * len(kernel))
 
 
 def exact_suffixes(chosen: set[str], paths: set[str], *, whole_parts: bool = True) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from lorasurgery.adapters.peft_derive import derived_config
-from lorasurgery.adapters.peft_write import factor_keys
+from lorasurgery.adapters.peft_write import factor_keys, with_kernel
 from lorasurgery.checkpoint.dtypes import dtype_name
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
@@ -87,7 +87,7 @@ class Composed:
         found: dict[str, Tensor] = {}
         for joint, f in self.modules:
             a, b = factor_keys(joint.path, joint.kind)
-            found[a], found[b] = _with_kernel(joint, f)
+            found[a], found[b] = with_kernel(f.update.down, f.update.up, joint.kernel)
             if self.has_bias and joint.kind == "linear":
                 bias = f.bias if f.bias is not None else torch.zeros(joint.shape[0], dtype=f.update.up.dtype)
                 found[b.removesuffix("weight") + "bias"] = (bias.float() / f.update.scale).to(bias.dtype)
@@ -136,14 +136,6 @@ def _alive(found: Factored) -> Factored | None:
     if found.update.rank:
         return found
     return found.pad(1) if found.bias is not None else None
-
-
-def _with_kernel(joint: Joint, found: Factored) -> tuple[Tensor, Tensor]:
-    """lora_A and lora_B as PEFT holds them: a convolution's have its kernel, and one of ones."""
-    up, down = found.update.up, found.update.down
-    if not joint.kernel:
-        return down, up
-    return down.reshape(down.shape[0], -1, *joint.kernel), up.reshape(*up.shape, *[1] * len(joint.kernel))
 
 
 def _mean(item: Whole, planned: PlannedTensor) -> Tensor:

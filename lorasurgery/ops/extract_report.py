@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.pairs import Pair
+from lorasurgery.ops.pairs import FACTORED, Pair
 from lorasurgery.report import ModuleReport, Report
 
 
@@ -28,14 +28,12 @@ def plan_report(
     """The report as far as headers can tell it: how many tensors get which treatment, and the most bytes."""
     report = Report("extract", [str(base.path), str(tuned.path)], str(out), dry_run=dry_run)
     counts = Counter(p.treatment for p in pairs)
-    matrices = [p for p in pairs if p.treatment in ("linear", "conv1d", "embedding")]
-    upper = sum(choice.upper(*p.tuned.shape) * sum(p.tuned.shape) for p in matrices)
+    matrices = [p for p in pairs if p.treatment in FACTORED]
+    upper = sum(choice.upper(*p.matrix) * sum(p.matrix) for p in matrices)
     report.totals = {"tensors": dict(counts), "parameters_at_most": upper, "model_bytes": tuned.nbytes}
     if dry_run:
         report.modules = [
-            ModuleReport(
-                p.name.removesuffix(".weight"), p.tuned.shape, kind=p.treatment, rank=choice.upper(*p.tuned.shape)
-            )
+            ModuleReport(p.name.removesuffix(".weight"), p.tuned.shape, kind=p.treatment, rank=choice.upper(*p.matrix))
             for p in matrices
         ]
     report.summary = (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.naming import BaseNames, is_head, module_of
 from lorasurgery.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
-from lorasurgery.adapters.peft_write import PeftLayout, factor_keys
+from lorasurgery.adapters.peft_write import PeftLayout, factor_keys, with_kernel
 from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
@@ -125,7 +125,8 @@ def _factor_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, Tensor
             as_head = is_head(path) and kind == "embedding"
             factors = update.transposed if as_head else update  # the head's weight is the table itself
             a, b = factor_keys(path, "linear" if as_head else kind)
-            tensors[a], tensors[b] = factors.down.contiguous(), factors.up.contiguous()
+            kernel = pair.tuned.shape[2:] if pair.treatment == "conv" else ()
+            tensors[a], tensors[b] = with_kernel(factors.down.contiguous(), factors.up.contiguous(), kernel)
             layout.ranks[path], layout.alphas[path] = update.rank, alpha
     return tensors
 

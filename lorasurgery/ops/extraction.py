@@ -19,7 +19,7 @@ from lorasurgery.ops.extract import ExtractOptions
 from lorasurgery.ops.extract_report import LeftOut
 from lorasurgery.ops.extract_write import AdapterDraft
 from lorasurgery.ops.factored import Factored, brought
-from lorasurgery.ops.pairs import Pair
+from lorasurgery.ops.pairs import FACTORED, Pair
 from lorasurgery.report import ModuleReport, Progress
 
 
@@ -86,13 +86,13 @@ class Extraction:
         if choice.budget is None:
             return None
         budget = choice.budget.bytes_of(self.base.nbytes)
-        matrices = [p for p in pairs if p.treatment in ("linear", "conv1d", "embedding")]
-        costs = [sum(p.tuned.shape) * self.draft.factor_dtype(p).itemsize for p in matrices]
+        matrices = [p for p in pairs if p.treatment in FACTORED]
+        costs = [sum(p.matrix) * self.draft.factor_dtype(p).itemsize for p in matrices]
         self.choice = brought(budget, costs, choice.max_rank)
         return budget
 
     def _take(self, pair: Pair) -> None:
-        factored = pair.treatment in ("linear", "conv1d", "embedding")
+        factored = pair.treatment in FACTORED
         comparable = pair.base is not None and pair.base.shape == pair.tuned.shape
         if not comparable or pair.base is None:
             self._keep_whole(pair, None)
@@ -133,6 +133,6 @@ class Extraction:
             pair.name.removesuffix(".weight"), tuple(delta.shape), kind=pair.treatment, rank=rank, alpha=alpha,
             delta_norm=norm, error=error, energy=1 - error**2,
         )  # fmt: skip
-        kept = update.transposed if pair.treatment != "linear" else update
+        kept = update.transposed if pair.treatment in ("conv1d", "embedding") else update
         kept = LowRank(kept.up.cpu().contiguous(), kept.down.cpu().contiguous(), kept.scale)
         self.draft.factors.append((pair, Factored(report, kept, found.s.square().tolist())))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from lorasurgery.adapters.naming import (
@@ -13,15 +14,17 @@ from lorasurgery.adapters.naming import (
     is_embedding,
     is_head,
     is_position_table,
+    is_router,
     module_of,
 )
-from lorasurgery.adapters.patterns import any_match, check_patterns
+from lorasurgery.adapters.patterns import PRESETS, any_match, check_patterns
 from lorasurgery.adapters.renames import memory_name
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 
-Treatment = Literal["linear", "conv1d", "embedding", "full", "left out", "skipped"]
+Treatment = Literal["linear", "conv1d", "embedding", "conv", "full", "left out", "skipped"]
+FACTORED: tuple[Treatment, ...] = ("linear", "conv1d", "embedding", "conv")
 # Buffers that a model recomputes: they come and go between library versions and hold nothing that was trained.
 _BUFFERS = re.compile(r".*\.(position_ids|inv_freq|masked_bias|attn\.bias|token_type_ids|num_batches_tracked)")
 
@@ -44,6 +47,11 @@ class Pair:
     why: str = ""
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) of the weight as it is decomposed: a convolution's inputs and kernel are one axis."""
+        return self.tuned.shape[0], prod(self.tuned.shape[1:])
+
+    @property
     def leaf(self) -> str:
         """The last part of the tensor's name: weight, bias, or a parameter of its own."""
         return self.name.rpartition(".")[2]
@@ -64,6 +72,10 @@ class Selection:
     def wants(self, path: str) -> bool:
         """Whether --target and --exclude leave this module in."""
         return (not self.target or any_match(self.target, path)) and not any_match(self.exclude, path)
+
+    def names(self, path: str) -> bool:
+        """Whether --target means this module by name, not by a preset: convolutions are only factored on demand."""
+        return any_match([t for t in self.target if t not in PRESETS], path)
 
     @property
     def full_patterns(self) -> tuple[str, ...]:
@@ -150,11 +162,16 @@ class _Matcher:
         if base.shape != tuned.shape:
             self._check_growth(path, base, tuned)
             return whole, f"shape changed from {_size(base)} to {_size(tuned)}"
+        if len(base.shape) in (3, 4, 5) and memory.endswith(".weight") and selection.names(path):
+            self._check_float(base, tuned)
+            return "conv", ""
         if len(base.shape) != 2 or not memory.endswith(".weight"):
             return whole, ""
         self._check_float(base, tuned)
         if is_position_table(path):
             return whole, "a position table looked up with an offset, which no LoRA can follow"
+        if is_router(path):
+            return whole, "a router, which PEFT has no LoRA for"
         if is_embedding(path):
             return "embedding", ""
         return ("conv1d" if self.base_names.is_conv1d(path) else "linear"), ""

@@ -9,8 +9,11 @@ import pytest
 import torch
 import zoo
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from lorasurgery.errors import MismatchError
+from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.merge import merge
 
 # PEFT refuses what Mamba's fused kernels would pass by.
@@ -75,3 +78,27 @@ def test_another_family_is_refused(pair: tuple[str, str], tmp_path: Path) -> Non
     with pytest.raises(MismatchError):
         merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["vit", "dinov2", "llava", "gemma3", "mllama", "qwen2_vl", "qwen2_5_vl", "gpt_neox", "gpt_oss"]
+)
+def test_extracted_adapters_have_names_in_memory(name: str, tmp_path: Path) -> None:
+    """What extract finds under disk names is written under the names that PEFT looks for."""
+    model = zoo.make(name)
+    model.save_pretrained(tmp_path / "base")
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(tmp_path / "tuned")
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", ExtractOptions(RankChoice(rank=128)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*missing.*")
+        found = PeftModel.from_pretrained(zoo.make(name), tmp_path / "out")
+    merge(tmp_path / "base", [tmp_path / "out"], tmp_path / "merged")
+    again = type(model).from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.allclose(again[k], v, atol=1e-4) for k, v in model.state_dict().items())
+    linear = {n for n, m in zoo.make(name).named_modules() if isinstance(m, torch.nn.Linear)}
+    adapted_here = {n.removeprefix("base_model.model.") for n, m in found.named_modules() if isinstance(m, LoraLayer)}
+    assert len(linear - adapted_here) <= 2 * ("gpt_oss" in name)

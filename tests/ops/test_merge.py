@@ -142,7 +142,7 @@ def test_mutated_names_never_pass_in_silence(tmp_path: Path, data: st.DataObject
     place = data.draw(st.integers(0, len(key) - 1))
     letter = data.draw(st.sampled_from(["", "x", ".", "_", "0", "lora_A", key[place] * 2]))
     changed = key[:place] + letter + key[place + 1 :]
-    if changed in weights or changed.replace("base_model.model.", "") == key.replace("base_model.model.", ""):
+    if changed in weights:
         return
     bad = tmp_path / "bad"
     bad.mkdir(exist_ok=True)

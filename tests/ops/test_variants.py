@@ -16,8 +16,10 @@ from torch import nn
 from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.blend import BlendOptions, blend
+from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.inspect import inspect
 from lorasurgery.ops.merge import merge
+from lorasurgery.ops.pairs import Selection
 from lorasurgery.ops.rerank import rerank
 from lorasurgery.ops.unmerge import unmerge
 
@@ -245,3 +247,23 @@ def test_what_is_no_sum_is_not_reranked(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="DoRA"):
         rerank(tmp_path / "adapter", tmp_path / "out", RankChoice(rank=1))
     assert any("DoRA" in w for w in inspect(tmp_path / "adapter", spectrum=True).warnings)
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2", "point", "conv3"])
+def test_extract_factors_convolutions_on_demand(name: str, tmp_path: Path) -> None:
+    """--target with the name factors a convolution, and PEFT loads it; otherwise its change is stored whole."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "tuned").mkdir()
+    before = {k: v.contiguous() for k, v in layers().state_dict().items()}
+    after = {k: v + 0.1 * torch.randn(v.shape, generator=torch.Generator().manual_seed(5)) for k, v in before.items()}
+    save_file(before, tmp_path / "base/model.safetensors")
+    save_file(after, tmp_path / "tuned/model.safetensors")
+    options = ExtractOptions(RankChoice(rank=64), Selection(target=(name,)))
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", options)
+    assert [m.kind for m in report.modules] == ["conv"]
+    model = PeftModel.from_pretrained(layers(), tmp_path / "out")
+    delta = model.base_model.model.get_submodule(name).get_delta_weight("default").detach()
+    assert torch.allclose(delta, (after[f"{name}.weight"] - before[f"{name}.weight"]), atol=1e-5)
+    merge(tmp_path / "base", [tmp_path / "out"], tmp_path / "merged")
+    found = load_file(tmp_path / "merged/model.safetensors")[f"{name}.weight"]
+    assert torch.allclose(found, after[f"{name}.weight"], atol=1e-5)
