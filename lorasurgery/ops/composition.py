@@ -110,7 +110,12 @@ class Composition:
         return self._found(joint, written, squares, norm, math.hypot(core.error(kept.rank), rounding))
 
     def _unchanged(self, joint: Joint, term: LowRank, core: Core) -> Factored:
-        """The factors as they are, for there is nothing to gain: only --dtype may round them."""
+        """The factors as they are, for there is nothing to gain: only --dtype may round them.
+
+        Padded to one rank they are for servers that know one alpha, so the scale goes into lora_B.
+        """
+        if self.options.uniform_rank:
+            term = LowRank(term.up.float() * term.scale, term.down)
         written, norm = self._round(term), math.sqrt(core.total)
         rounding = term.scale * distance(LowRank(term.up.float(), term.down.float()), written)
         found = self._found(joint, written, core.singular.square().tolist(), norm, rounding / norm)

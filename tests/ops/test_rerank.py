@@ -99,8 +99,8 @@ def test_uniform_rank(adapter: Path, tmp_path: Path, choice: RankChoice | None) 
     assert {m.rank for m in report.modules} == {config["r"]}
     one, two = (models.peft_deltas("llama", tmp_path / n) for n in ("one", "two"))
     assert models.relative(one, two) < 1e-6
-    if choice is not None:
-        assert config["alpha_pattern"] == {}
+    assert config["alpha_pattern"] == {}
+    assert config["lora_alpha"] == config["r"]
 
 
 @pytest.mark.parametrize("budget", [Budget(share=0.5), Budget(size=9000), Budget(size=16_000)], ids=repr)
