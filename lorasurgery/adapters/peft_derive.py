@@ -44,11 +44,15 @@ def derived_config(
 
 
 def _selection(configs: Sequence[dict[str, Any]], chosen: set[str], known: set[str]) -> dict[str, Any]:
-    """The sources' own words where they still mean exactly the chosen modules, else every full path."""
+    """The sources' own names where they still mean exactly the chosen modules, else every full path.
+
+    Always a list: some servers don't take a regular expression.
+    """
     words = [{key: c.get(key) for key in _SELECTION} for c in configs]
-    if chosen == known and all(w == words[0] for w in words) and words[0]["target_modules"]:
-        return words[0]
     lists = [w["target_modules"] for w in words if isinstance(w["target_modules"], list)]
-    plain = len(lists) == len(words) and not any(w[k] for w in words for k in _SELECTION[1:])
-    names = {name for t in lists for name in t} if plain and chosen == known else chosen
-    return {**dict.fromkeys(_SELECTION), "target_modules": sorted(names) or NO_TARGETS}
+    if chosen == known and len(lists) == len(words) and all(lists):
+        if all(w == words[0] for w in words):
+            return words[0]
+        if not any(w[k] for w in words for k in _SELECTION[1:]):
+            chosen = {name for names in lists for name in names}
+    return {**dict.fromkeys(_SELECTION), "target_modules": sorted(chosen) or NO_TARGETS}

@@ -17,6 +17,7 @@ COMMANDS = {
     "rerank": "Change an adapter's ranks, optimally, from its factors.",
     "blend": "Blend several adapters into one.",
     "inspect": "Say what an adapter holds, and where its update lies.",
+    "check": "Would a server take this adapter as it is meant?",
     "diff": "Compare two adapters: do they agree, or fight?",
 }
 

@@ -160,6 +160,15 @@ def test_rank_options(world: Path, tmp_path: Path, words: list[str], ranks: set[
     assert {m["rank"] for m in report["modules"]} == ranks
 
 
+def test_check_tells_by_its_exit_status(world: Path) -> None:
+    """0 when the server takes it as it is meant, 1 when not, with what mends it; without torch."""
+    assert lorasurgery("check", world / "adapter", "--for", "peft", "--base", world / "base").returncode == 0
+    done = lorasurgery("check", world / "adapter", "--for", "llama.cpp")
+    assert done.returncode == 1  # this adapter stores its changed norms whole
+    assert "lorasurgery merge" in done.stdout
+    assert json.loads(lorasurgery("check", world / "adapter", "--for", "vllm", "--json").stdout)["totals"]["findings"]
+
+
 @pytest.mark.parametrize("words", [["rerank"], ["blend"], ["extract"]])
 @pytest.mark.parametrize("budget", ["20KB", "0.3", "30%"])
 def test_budgets(world: Path, tmp_path: Path, words: list[str], budget: str) -> None:
@@ -255,6 +264,8 @@ def broken(world: Path, tmp: Path, case: str) -> list[str | Path]:
         "blend no weight left": lambda: [*blend, "-w", "0", "-w", "0"],
         "blend of other shapes": lambda: ["blend", adapter, tensors(adapter, weights, lambda w: w.update({key: torch.zeros(4, 31)})), "-o", out],
         "blend replaced differs": lambda: ["blend", adapter, tensors(adapter, weights, lambda w: w["base_model.model.model.norm.weight"].add_(1)), "-o", out],
+        "check for nobody": lambda: ["check", adapter, "--for", "ollama"],
+        "check another base": lambda: ["check", tensors(adapter, weights, lambda w: w.update({key: torch.zeros(4, 31)})), "--base", base],
         "inspect a base": lambda: ["inspect", base],
         "inspect nothing": lambda: ["inspect", tmp / "nowhere"],
         "diff with a base": lambda: ["diff", adapter, base],
