@@ -154,9 +154,6 @@ class _Planner:
         target = self.names.find(delta.path, shapes=shapes)
         if target is None and delta.kind == "linear":
             target = self.names.find(delta.path, "in_proj_weight", shapes)
-        if delta.magnitude and not self.replace:
-            self.plan.unrestored.append(f"{delta.path}.weight")  # the norm it was divided by is gone
-            return
         source = self.names.tensors.get(target) if target else None
         if target is None:
             shared = self.names.tied_source(delta.path)
@@ -165,6 +162,9 @@ class _Planner:
             if shared is None or not is_head(delta.path):
                 raise self.names.missing(delta.path, adapter.path)
             target, source = f"{delta.path}.weight", self.names.tensors[shared]
+        if delta.magnitude and not self.replace:
+            self.plan.unrestored.append(f"{delta.path}.weight")  # the norm it was divided by is gone
+            return
         if is_head(delta.path) and self.names.ties and not adapter.tied:
             self.plan.untied = True
         edit = self._edit(target, source)

@@ -135,6 +135,10 @@ def test_dora_comes_out_only_with_the_base(tmp_path: Path) -> None:
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     report = unmerge(tmp_path / "out", [tmp_path / "adapter"], tmp_path / "no")
     assert [m.name for m in report.left_out] == ["linear.weight"]
+    (tmp_path / "other").mkdir()
+    save_file({"other.weight": torch.zeros(10, 12)}, tmp_path / "other/model.safetensors")
+    with pytest.raises(MismatchError, match="matches no tensor"):
+        unmerge(tmp_path / "other", [tmp_path / "adapter"], tmp_path / "no2")
     unmerge(tmp_path / "out", [tmp_path / "adapter"], tmp_path / "back", base=tmp_path / "base")
     old, new = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "back"))
     assert all(torch.equal(old[k], new[k]) for k in old)
