@@ -116,9 +116,7 @@ def add_updates(
     """
     wide = torch.promote_types(weight.dtype, torch.float32) if weight.dtype.itemsize > 1 else torch.float32
     factors = [LowRank(u.up.to(wide), u.down.to(wide).contiguous(), u.scale) for u in updates]
-    generator = None
-    if rounding == "stochastic":
-        generator = torch.Generator(weight.device).manual_seed(seed & (2**63 - 1))
+    generator = _draws(weight.device, seed) if rounding == "stochastic" else None
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     survival = Survival(0.0, 0.0, 0.0)
     for rows in row_blocks(weight):
@@ -147,9 +145,7 @@ def set_values(
     Args:
         weight: W (m, n), any floating dtype. values: (m, n), float32 or float64.
     """
-    generator = None
-    if rounding == "stochastic":
-        generator = torch.Generator(weight.device).manual_seed(seed & (2**63 - 1))
+    generator = _draws(weight.device, seed) if rounding == "stochastic" else None
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     survival = Survival(0.0, 0.0, 0.0)
     for rows in row_blocks(weight):
@@ -159,6 +155,10 @@ def set_values(
     if not math.isfinite(survival.residue):
         raise SurgeryError(_overflow(weight, dtype))
     return out, survival
+
+
+def _draws(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed & (2**63 - 1))
 
 
 def _sum(factors: Sequence[LowRank], rows: slice, wide: torch.dtype) -> Tensor:
