@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from lorasurgery.cli import options, render
-
-_METHODS = ["linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots-ties", "cat"]
+from lorasurgery.linalg.methods import METHODS
 
 
 @click.command("blend")
@@ -16,7 +15,7 @@ _METHODS = ["linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "kn
 @click.option("-w", "--weight", "weights", type=float, multiple=True,
               help="Strength; the n-th belongs to the n-th adapter, the rest are 1. May be negative.")  # fmt: skip
 @click.option("--normalize", is_flag=True, help="Divide the weights by their sum.")
-@click.option("--method", type=click.Choice(_METHODS), default="linear", show_default=True,
+@click.option("--method", type=click.Choice(METHODS), default="linear", show_default=True,
               help="linear is the exact weighted sum; see docs/maths.md for the others.")  # fmt: skip
 @click.option("--density", type=float,
               help="Share of entries that ties, dare and pruning keep of each update.  [default: 0.5]")  # fmt: skip

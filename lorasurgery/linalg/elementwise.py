@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lorasurgery.linalg.methods import Elementwise
 from lorasurgery.linalg.norms import row_blocks
 from lorasurgery.lowrank import LowRank
-
-Elementwise = Literal["ties", "dare-linear", "dare-ties", "magnitude-prune"]
-ELEMENTWISE: tuple[Elementwise, ...] = ("ties", "dare-linear", "dare-ties", "magnitude-prune")
 
 
 def combine(

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
+from lorasurgery.linalg.methods import ELEMENTWISE, METHODS, Method
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.compose import Joint, Whole, base_models, join, whole_tensors
 from lorasurgery.ops.extract_report import total_error, worst
@@ -23,8 +24,6 @@ from lorasurgery.report import ModuleReport, Progress, Report
 if TYPE_CHECKING:
     from lorasurgery.ops.compose_write import Composed
 
-Method = Literal["linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots-ties", "cat"]
-METHODS: tuple[Method, ...] = ("linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots-ties", "cat")
 DENSITY = 0.5
 _WORTH_SAYING = 1e-4  # below this error, where it lies is of no use to anyone
 
@@ -190,7 +189,7 @@ def _plan(
 def _upper(joint: Joint, options: BlendOptions) -> int:
     if options.method == "cat":
         return sum(t.delta.rank for t in joint.terms)
-    dense = options.method in ("ties", "dare-linear", "dare-ties", "magnitude-prune")
+    dense = options.method in ELEMENTWISE
     if options.choice is None:
         return max(t.delta.rank for t in joint.terms) if dense else joint.rank
     asked = options.choice.upper(*joint.shape)

@@ -17,7 +17,7 @@ from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.ops.carry import tokenizer_files
 from lorasurgery.ops.compose import Joint, Whole
-from lorasurgery.ops.factored import Factored, check_room, hold, spend, unit_scale
+from lorasurgery.ops.factored import Factored, fit, hold, unit_scale
 from lorasurgery.report import ModuleReport
 
 if TYPE_CHECKING:
@@ -59,11 +59,7 @@ class Composed:
 
     def spend(self, budget: int, *, uniform: bool) -> None:
         """Cut the factors so that the file takes at most `budget` bytes, all else in it counted."""
-        file, modules = self.file(), [f for _, f in self.modules]
-        factors = sum(f.cost * f.update.rank for f in modules)
-        overhead = len(file.header()) + sum(t.nbytes for t in file.tensors) - factors
-        check_room(modules, budget, overhead, uniform=uniform)
-        self._keep(spend(modules, budget - overhead, unit_scale, uniform=uniform))
+        self._keep(fit([f for _, f in self.modules], self.file(), budget, unit_scale, uniform=uniform))
 
     def pad(self) -> None:
         """Zero-pad every module to the largest rank."""

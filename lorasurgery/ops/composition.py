@@ -16,8 +16,9 @@ from torch import Tensor
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.core import Core, distance, inner, recompress
-from lorasurgery.linalg.elementwise import ELEMENTWISE, Elementwise, combine
+from lorasurgery.linalg.elementwise import combine
 from lorasurgery.linalg.knots import knots_ties
+from lorasurgery.linalg.methods import ELEMENTWISE, Elementwise
 from lorasurgery.linalg.norms import residual_norm
 from lorasurgery.linalg.rank import EVERYTHING, RankChoice
 from lorasurgery.linalg.svd import truncated_svd

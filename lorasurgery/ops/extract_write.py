@@ -14,7 +14,7 @@ from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.ops.factored import Factored, Scaling, check_room, hold, spend
+from lorasurgery.ops.factored import Factored, Scaling, fit, hold
 from lorasurgery.ops.pairs import Pair
 from lorasurgery.report import ModuleReport
 
@@ -60,12 +60,7 @@ class AdapterDraft:
     def spend(self, budget: int, scaling: Scaling, *, uniform: bool) -> None:
         """Cut the factors so that the file takes at most `budget` bytes, all else in it counted."""
         self._keep([replace(f, copies=1 + len(_aliases(self, pair))) for pair, f in self.factors])
-        file = _Folder(self).file
-        modules = [f for _, f in self.factors]
-        factors = sum(f.cost * f.update.rank for f in modules)
-        overhead = len(file.header()) + sum(t.nbytes for t in file.tensors) - factors
-        check_room(modules, budget, overhead, uniform=uniform)
-        self._keep(spend(modules, budget - overhead, scaling, uniform=uniform))
+        self._keep(fit([f for _, f in self.factors], _Folder(self).file, budget, scaling, uniform=uniform))
 
     def _keep(self, modules: list[Factored]) -> None:
         self.dropped += [f.report for f in modules if not f.update.rank]

@@ -15,6 +15,8 @@ from lorasurgery.report import ModuleReport
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lorasurgery.checkpoint.plan import PlannedFile
+
 Scaling = Callable[[int], tuple[float, float]]
 """rank -> (alpha, scale)."""
 
@@ -101,14 +103,23 @@ def hold(modules: Sequence[Factored], budget: int, scaling: Scaling, *, uniform:
     return spend(modules, max(budget, sum(m.cost for m in modules)), scaling, uniform=uniform)
 
 
-def check_room(modules: Sequence[Factored], budget: int, overhead: int, *, uniform: bool = False) -> None:
-    """Refuse a budget that holds not even one direction.
+def fit(
+    modules: Sequence[Factored], file: PlannedFile, budget: int, scaling: Scaling, *, uniform: bool
+) -> list[Factored]:
+    """Cut the modules so that the file they are planned in takes at most `budget` bytes, all else in it counted.
 
     Raises:
-        SurgeryError: with what the budget would have to be.
+        SurgeryError: the budget holds not even one direction.
     """
+    factors = sum(m.cost * m.update.rank for m in modules)
+    overhead = len(file.header()) + sum(t.nbytes for t in file.tensors) - factors
+    _check_room(modules, budget, overhead, uniform)
+    return spend(modules, budget - overhead, scaling, uniform=uniform)
+
+
+def _check_room(modules: Sequence[Factored], budget: int, overhead: int, uniform: bool) -> None:
     least = (sum if uniform else min)([m.cost for m in modules] or [0])
-    if modules and budget < overhead + least:
+    if budget < overhead + least:
         raise SurgeryError(
             f"--budget of {budget:,} bytes holds nothing: header and tensors stored whole take {overhead:,}, "
             f"the least of factors {least:,}; give at least {overhead + least:,}"

@@ -9,8 +9,9 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from lorasurgery.linalg import norms
-from lorasurgery.linalg.elementwise import ELEMENTWISE, Elementwise, combine
+from lorasurgery.linalg.elementwise import combine
 from lorasurgery.linalg.knots import align, knots_ties
+from lorasurgery.linalg.methods import ELEMENTWISE, Elementwise
 from lorasurgery.lowrank import LowRank
 
 WEIGHTS = [[1.0, 1.0, 1.0], [0.7, 0.3, 1.4], [1.0, 0.2, 0.0]]

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasurgery.errors import MismatchError, SurgeryError, UsageError
+from lorasurgery.linalg.methods import METHODS
 from lorasurgery.linalg.rank import Budget, RankChoice
-from lorasurgery.ops.blend import METHODS, BlendOptions, blend
+from lorasurgery.ops.blend import BlendOptions, blend
 from lorasurgery.ops.merge import merge
 
 ALL = "all-linear"
