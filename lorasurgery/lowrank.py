@@ -1,4 +1,4 @@
-"""The central noun: a weight update held as two thin factors, never as the dense matrix."""
+"""The central nouns: a weight update held as two thin factors, and the one that only a full matrix can hold."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -47,9 +48,105 @@ class LowRank:
         """weight · ΔW; the factors are shared, only the scale changes."""
         return LowRank(self.up, self.down, self.scale * weight)
 
+    def to(self, *where: torch.device | torch.dtype | str) -> LowRank:
+        """The same on another device or in another dtype."""
+        return LowRank(_to(self.up, where), _to(self.down, where).contiguous(), self.scale)
+
+    def part(self, rows: slice) -> LowRank:
+        """The update of some of the rows."""
+        return LowRank(self.up[rows], self.down, self.scale)
+
+    def placed(self, rows: slice, height: int) -> LowRank:
+        """The same update of some rows of a taller matrix, zero in the others."""
+        up = self.up.new_zeros(height, self.rank)
+        up[rows] = self.up
+        return LowRank(up, self.down, self.scale)
+
+    def rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of ΔW; the scale multiplies the finished product, not a rounded factor."""
+        # (b, r) @ (r, in) -> (b, in)
+        return (self.up[rows].to(dtype) @ self.down.to(dtype)).mul_(self.scale)
+
+    def add_rows(self, total: Tensor, rows: slice) -> None:
+        """total += rows of ΔW, in place."""
+        total.addmm_(self.up[rows].to(total.dtype), self.down.to(total.dtype), alpha=self.scale)
+
     def dense(self) -> Tensor:
         """ΔW itself in float32 (float64 for float64 factors), for tests and small matrices."""
         from torch import float32, promote_types
 
         dtype = promote_types(self.up.dtype, float32)
         return self.scale * (self.up.to(dtype) @ self.down.to(dtype))  # (out, r) @ (r, in) -> (out, in)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """ΔW = scale · matrix: a full difference, or a product whose thin factors would be no smaller (LoHa, LoKr).
+
+    >>> import torch
+    >>> Dense(torch.ones(2, 3), 0.5).part(slice(0, 1)).dense()
+    tensor([[0.5000, 0.5000, 0.5000]])
+
+    Args:
+        matrix: (out, in), any floating dtype.
+    """
+
+    matrix: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """What bounds the rank of ΔW: its shorter side."""
+        return min(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape (out, in) of ΔW."""
+        return int(self.matrix.shape[0]), int(self.matrix.shape[1])
+
+    @property
+    def transposed(self) -> Dense:
+        """ΔWᵀ."""
+        return Dense(self.matrix.mT, self.scale)
+
+    def times(self, weight: float) -> Dense:
+        """weight · ΔW."""
+        return Dense(self.matrix, self.scale * weight)
+
+    def to(self, *where: torch.device | torch.dtype | str) -> Dense:
+        """The same on another device or in another dtype."""
+        return Dense(_to(self.matrix, where), self.scale)
+
+    def part(self, rows: slice) -> Dense:
+        """The update of some of the rows."""
+        return Dense(self.matrix[rows], self.scale)
+
+    def placed(self, rows: slice, height: int) -> Dense:
+        """The same update of some rows of a taller matrix, zero in the others."""
+        matrix = self.matrix.new_zeros(height, self.matrix.shape[1])
+        matrix[rows] = self.matrix
+        return Dense(matrix, self.scale)
+
+    def rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of ΔW."""
+        return self.matrix[rows].to(dtype) * self.scale
+
+    def add_rows(self, total: Tensor, rows: slice) -> None:
+        """total += rows of ΔW, in place."""
+        total.add_(self.matrix[rows].to(total.dtype), alpha=self.scale)
+
+    def dense(self) -> Tensor:
+        """ΔW itself in float32, or float64 for a float64 matrix."""
+        from torch import float32, promote_types
+
+        return self.scale * self.matrix.to(promote_types(self.matrix.dtype, float32))
+
+
+Update = LowRank | Dense
+"""What can be added to a weight, whole or by rows."""
+
+
+def _to(tensor: Tensor, where: tuple[torch.device | torch.dtype | str, ...]) -> Tensor:
+    for place in where:
+        tensor = tensor.to(place)
+    return tensor

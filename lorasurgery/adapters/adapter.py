@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.lowrank import LowRank
+from lorasurgery.lowrank import Dense, LowRank, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["linear", "embedding", "conv", "experts"]
+Form = Literal["lora", "tucker", "hadamard", "kronecker", "full"]
+Format = Literal["peft", "kohya", "diffusers", "comfyui"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Delta:
         magnitude: Name of DoRA's magnitude vector (out,), or (1, out, 1 …); None for plain LoRA.
         experts: How many experts' factors lie side by side (target_parameters); 0 for a module of its own.
         wrapped: nn.MultiheadAttention's out_proj, which PEFT keeps and runs inside its module.
+        form: What product the tensors are: B·A, with a Tucker core (LoCon), LoHa, LoKr, or the whole difference.
+        parts: For forms other than B·A, the tensors' names by part, e.g. `hada_w1_a`.
+        lycoris: Whether the magnitude is LyCORIS's dora_scale, whose strength means something else than PEFT's.
         parameter: For experts, the path of the module's parameter that they adapt, e.g. `…mlp.experts.down_proj`.
     """
 
@@ -51,6 +56,14 @@ class Delta:
     experts: int = 0
     parameter: str = ""
     wrapped: bool = False
+    form: Form = "lora"
+    parts: dict[str, str] = field(default_factory=dict, hash=False)
+    lycoris: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names in the file of the tensors that make up the update."""
+        return (self.up, self.down) if self.form == "lora" else tuple(self.parts.values())
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -69,11 +82,13 @@ class Adapter:
     """An adapter folder or file, opened: `deltas` by module path, `replaced` full tensors by tensor name.
 
     Args:
+        format: Whose file it is; a path of kohya's keeps its underscores until a base tells where the dots were.
         path: The reference as the user gave it.
         folder: Where adapter_config.json and tokenizer files lie.
         weights: The adapter's own tensors, lazily read.
         deltas: module path -> Delta.
         replaced: base tensor name in memory -> tensor name in the adapter file; full copies, not deltas.
+        diffs: tensor name in memory -> tensor in the file: whole vectors that are added (norms, biases).
         tokens: tensor name in memory -> (tensor in the file, row numbers): single rows that are replaced.
         added: those of `replaced` that may be new to the base (modules_to_save, such as a fresh score head).
         tied: the adapter promises the same update to all tied tensors (PEFT's ensure_weight_tying).
@@ -90,11 +105,56 @@ class Adapter:
     tied: bool = False
     fan_in_fan_out: bool = False
     config: dict[str, Any] = field(default_factory=dict)
+    diffs: dict[str, str] = field(default_factory=dict)
+    format: Format = "peft"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The header's metadata (of the first file, where there are several)."""
+        return next(iter(self.weights.files.values())).metadata
 
     def load(self, delta: Delta) -> LowRank:
-        """Read one module's factors from disk, on the CPU in their stored dtype."""
-        up, down = self.weights.read(delta.up), self.weights.read(delta.down)
-        return LowRank(up.flatten(1), down.flatten(1), delta.scale)  # a convolution's factors have kernels
+        """Read one module's exact factors, on the CPU; as they are stored for LoRA, in float32 for other forms.
+
+        Raises:
+            ValueError: a whole difference, which has no factors but its SVD.
+        """
+        if delta.form == "lora":
+            up, down = self.weights.read(delta.up), self.weights.read(delta.down)
+            return LowRank(up.flatten(1), down.flatten(1), delta.scale)  # a convolution's factors have kernels
+        from lorasurgery.linalg import forms
+
+        parts = self._parts(delta)
+        if delta.form == "tucker":
+            return LowRank(parts["up"].flatten(1), forms.tucker(parts["mid"], parts["down"]), delta.scale)
+        if delta.form == "hadamard":
+            return forms.hadamard_factors(*_halves(parts)).times(delta.scale)
+        if delta.form == "kronecker":
+            return forms.kronecker_factors(*_sides(parts)).times(delta.scale)
+        raise ValueError(f"{delta.path} is stored whole")
+
+    def load_update(self, delta: Delta) -> Update:
+        """Read one module's update in the form that is cheapest to add to a weight."""
+        if delta.form in ("lora", "tucker"):
+            return self.load(delta)
+        from lorasurgery.linalg import forms
+
+        parts = self._parts(delta)
+        if delta.form == "full":
+            return Dense(parts["diff"].reshape(parts["diff"].shape[0], -1), delta.scale)
+        if delta.form == "hadamard":
+            return Dense(forms.hadamard(*_halves(parts)), delta.scale)
+        return Dense(forms.kronecker(*_sides(parts)), delta.scale)
+
+    def load_diff(self, name: str) -> Dense:
+        """Read a vector that is added to the base's `name`, as a matrix (n, 1)."""
+        return Dense(self.weights.read(self.diffs[name]).reshape(-1, 1))
+
+    def _parts(self, delta: Delta) -> dict[str, Tensor]:
+        import torch
+
+        found = {part: self.weights.read(name) for part, name in delta.parts.items()}
+        return {part: t.to(torch.promote_types(t.dtype, torch.float32)) for part, t in found.items()}
 
     def load_expert(self, delta: Delta, expert: int) -> LowRank:
         """One expert's factors: lora_A is expert-major, lora_B rank-major (peft.tuners.lora.layer.ParamWrapper)."""
@@ -113,3 +173,28 @@ class Adapter:
     def load_replaced(self, name: str) -> Tensor:
         """Read the full tensor that takes the place of the base's `name`."""
         return self.weights.read(self.replaced[name])
+
+
+def _halves(parts: dict[str, Tensor]) -> tuple[LowRank, LowRank]:
+    """LoHa's two low-rank matrices; with Tucker cores the first factors are stored (r, out)."""
+    return tuple(_half(parts.get(f"hada_t{i}"), parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"]) for i in (1, 2))  # type: ignore[return-value]
+
+
+def _sides(parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """LoKr's two matrices, a convolution's kernel flattened into the second."""
+    found = []
+    for side in ("lokr_w1", "lokr_w2"):
+        if side in parts:
+            found.append(parts[side].flatten(1))
+        else:
+            half = _half(parts.get(f"lokr_t{side[-1]}"), parts[f"{side}_a"], parts[f"{side}_b"])
+            found.append(half.up @ half.down)
+    return found[0], found[1]
+
+
+def _half(core: Tensor | None, a: Tensor, b: Tensor) -> LowRank:
+    from lorasurgery.linalg.forms import tucker
+
+    if core is None:
+        return LowRank(a.flatten(1), b.flatten(1))
+    return LowRank(a.flatten(1).mT, tucker(core, b))

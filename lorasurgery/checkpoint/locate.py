@@ -1,9 +1,9 @@
-"""Which files make up a checkpoint: one file, a folder, or the shards an index names. No tensor data."""
+"""Which files make up a checkpoint: one file, a folder, the shards an index names, or a diffusers folder's parts."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,25 @@ _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
 
+PIPELINE = "model_index.json"
+
+
 @dataclass(frozen=True)
 class Located:
-    """The files of a checkpoint in order, and the index that names them (None for a single file)."""
+    """The files of a checkpoint in order, and the index that names them (None for a single file).
+
+    Args:
+        parts: Of a diffusers folder: file -> prefix of its tensors' names, `unet.` for what lies in unet/. The other
+            fields then hold the names with folder and prefix.
+        indexes: Of a diffusers folder: prefix -> index, for the parts that have one.
+    """
 
     folder: Path
     files: list[str]
     weight_map: dict[str, str] | None = None
     index_name: str | None = None
+    parts: dict[str, str] = field(default_factory=dict)
+    indexes: dict[str, str] = field(default_factory=dict)
 
 
 def locate(path: Path) -> Located:
@@ -48,6 +59,8 @@ def locate(path: Path) -> Located:
 
 def _in_folder(folder: Path) -> Located:
     names = sorted(f.name for f in folder.iterdir())
+    if PIPELINE in names:
+        return _pipeline(folder, names)
     for name in _SINGLE:
         if name in names:
             return Located(folder, [name])
@@ -70,6 +83,27 @@ def _in_folder(folder: Path) -> Located:
             f"model{INDEX_SUFFIX}"
         )
     raise _nothing(folder, names)
+
+
+def _pipeline(folder: Path, names: list[str]) -> Located:
+    """A diffusers folder: every part that has safetensors weights; parts without are not weights, or pickles."""
+    files: list[str] = []
+    weight_map: dict[str, str] = {}
+    parts: dict[str, str] = {}
+    indexes: dict[str, str] = {}
+    for name in names:
+        inside = folder / name
+        if not inside.is_dir() or not any(f.suffix == ".safetensors" for f in inside.iterdir()):
+            continue
+        found, prefix = _in_folder(inside), f"{name}."
+        files += [f"{name}/{file}" for file in found.files]
+        parts |= {f"{name}/{file}": prefix for file in found.files}
+        weight_map |= {prefix + tensor: f"{name}/{file}" for tensor, file in (found.weight_map or {}).items()}
+        if found.index_name:
+            indexes[prefix] = f"{name}/{found.index_name}"
+    if not files:
+        raise FormatError(f"{show(str(folder))}: has {PIPELINE} but no part with safetensors files")
+    return Located(folder, files, weight_map or None, parts=parts, indexes=indexes)
 
 
 def _nothing(folder: Path, names: list[str]) -> FormatError:

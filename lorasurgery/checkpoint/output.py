@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.locate import INDEX_SUFFIX
+from lorasurgery.checkpoint.locate import INDEX_SUFFIX, PIPELINE
 from lorasurgery.checkpoint.plan import PlannedFile
 from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.errors import OutputError
@@ -141,15 +141,17 @@ class Output:
 
     def _retire(self) -> None:
         """Remove what the old output's readers go by, and its weights; nothing else of the user's."""
-        names = {f.name for f in self.folder.iterdir()}
-        indexes = [n for n in names if n.endswith(INDEX_SUFFIX)]
-        stale = {n for i in indexes for n in _indexed(self.folder / i)} | set(_WEIGHTS)
-        for name in [*indexes, "adapter_config.json", *sorted(stale & names)]:
-            if name in names and name not in self._staged:
-                (self.folder / name).unlink()
-        for name in indexes:  # a new index of the same name must not point at half-renamed shards
-            with suppress(FileNotFoundError):
-                (self.folder / name).unlink()
+        for folder in {(self.folder / name).parent for name in self._staged}:
+            names = {f.name for f in folder.iterdir()}
+            indexes = [n for n in names if n.endswith(INDEX_SUFFIX)]
+            stale = {n for i in indexes for n in _indexed(folder / i)} | set(_WEIGHTS) | {"adapter_config.json"}
+            staged = {Path(n).name for n in self._staged if (self.folder / n).parent == folder}
+            # a new index of the same name must not point at half-renamed shards, so indexes go in any case
+            for name in [*indexes, *sorted((stale & names) - staged)]:
+                with suppress(FileNotFoundError):
+                    (folder / name).unlink()
+        with suppress(FileNotFoundError):
+            (self.folder / PIPELINE).unlink()
 
     def _stage(self, name: str) -> Path:
         final = self.folder / name

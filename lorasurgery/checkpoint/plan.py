@@ -40,11 +40,15 @@ class PlannedFile:
 
     The order is kept as given, unless a tensor would then lie across its own item size; in that case wider
     dtypes come first, as the safetensors library orders them.
+
+    Args:
+        prefix: What the tensors' names begin with here but not in the file (a part of a diffusers folder).
     """
 
     name: str
     tensors: tuple[PlannedTensor, ...]
     metadata: dict[str, str]
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         offset = 0
@@ -65,7 +69,11 @@ class PlannedFile:
         offset = 0
         for t in self.tensors:
             end = offset + t.nbytes
-            table[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, end]}
+            table[t.name.removeprefix(self.prefix)] = {
+                "dtype": t.dtype,
+                "shape": list(t.shape),
+                "data_offsets": [offset, end],
+            }
             offset = end
         raw = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
@@ -79,6 +87,11 @@ def split_shards(files: Sequence[PlannedFile], max_shard_size: int) -> list[Plan
     >>> [f.name for f in split_shards([PlannedFile("x", tuple(w), {})], 12)]
     ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
+    prefixes = list(dict.fromkeys(f.prefix for f in files))
+    if len(prefixes) > 1:
+        return [new for p in prefixes for new in split_shards([f for f in files if f.prefix == p], max_shard_size)]
+    folder, _, stem = _stem(files[0].name if files and prefixes[0] else "model.safetensors").rpartition("/")
+    place, prefix = f"{folder}/{stem}" if folder else stem, prefixes[0] if prefixes else ""
     metadata = files[0].metadata if files else {}
     groups: list[list[PlannedTensor]] = [[]]
     room = max_shard_size
@@ -89,14 +102,23 @@ def split_shards(files: Sequence[PlannedFile], max_shard_size: int) -> list[Plan
         groups[-1].append(tensor)
         room -= tensor.nbytes
     if len(groups) == 1:
-        return [PlannedFile("model.safetensors", tuple(groups[0]), metadata)]
-    names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
-    return [PlannedFile(name, tuple(group), metadata) for name, group in zip(names, groups, strict=True)]
+        return [PlannedFile(f"{place}.safetensors", tuple(groups[0]), metadata, prefix)]
+    names = [f"{place}-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+    return [PlannedFile(name, tuple(group), metadata, prefix) for name, group in zip(names, groups, strict=True)]
+
+
+def _stem(name: str) -> str:
+    """A weight file's name without its shard number.
+
+    >>> _stem("unet/diffusion_pytorch_model-00001-of-00002.safetensors")
+    'unet/diffusion_pytorch_model'
+    """
+    return re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", name)
 
 
 def index_json(files: Sequence[PlannedFile]) -> dict[str, Any]:
     """The index of several shards: total_size in bytes and weight_map, tensor -> shard."""
-    weight_map = {t.name: f.name for f in files for t in f.tensors}
+    weight_map = {t.name.removeprefix(f.prefix): f.name.rpartition("/")[2] for f in files for t in f.tensors}
     total = sum(t.nbytes for f in files for t in f.tensors)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from io import FileIO
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 CHUNK = 16 << 20
 _READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB a call
+_NUMBERS = {"F64": "d", "F32": "f", "F16": "e", "BF16": "f", "I64": "q", "I32": "i"}
 _MAX_OPEN = 16  # file descriptors: a checkpoint may have thousands of shards
 
 
@@ -34,12 +38,15 @@ class Checkpoint:
         path: The reference as given. folder: Where config.json lies. is_file: Whether a file was given.
         files: shard name -> Header, in order. tensors: name -> TensorInfo. file_of: name -> shard name.
         index_name: The index's file name, None for a single file.
+        parts: Of a diffusers folder, file -> prefix of its tensors' names here (`unet.`), which the file has not.
+        indexes: Of a diffusers folder, prefix -> the index of that part.
         bytes_read: Tensor bytes read so far.
     """
 
     def __init__(self, path: Path, located: Located) -> None:
         self.path, self.folder, self.is_file = path, located.folder, path.is_file()
         self.index_name = located.index_name
+        self.parts, self.indexes = located.parts, located.indexes
         self.files: dict[str, Header] = {name: read_header(located.folder / name) for name in located.files}
         self.tensors: dict[str, TensorInfo] = {}
         self.file_of: dict[str, str] = {}
@@ -63,7 +70,10 @@ class Checkpoint:
     def _place(self, weight_map: dict[str, str] | None) -> None:
         """Settle which shard serves each tensor: the index decides; what it doesn't list is kept all the same."""
         for file, header in self.files.items():
-            for name, info in header.tensors.items():
+            prefix = self.parts.get(file, "")
+            for info in header.tensors.values():
+                info = replace(info, name=prefix + info.name) if prefix else info
+                name = info.name
                 if weight_map is not None and weight_map.get(name, file) != file:
                     continue
                 if name in self.tensors:
@@ -83,6 +93,11 @@ class Checkpoint:
         if not file.is_file() or not file.stat().st_size:
             return {}
         return load_object(file)
+
+    def config_of(self, part: str) -> dict[str, Any]:
+        """config.json of a part of a diffusers folder, such as `unet`; {} when it has none."""
+        file = self.folder / part / "config.json"
+        return load_object(file) if file.is_file() and file.stat().st_size else {}
 
     @property
     def nbytes(self) -> int:
@@ -139,6 +154,21 @@ class Checkpoint:
         except OSError as problem:
             raise FormatError(f"{self._where(name)}: cannot be read ({problem.strerror})") from None
         self.bytes_read += done
+
+    def number(self, name: str) -> float:
+        """Read a tensor of one element, without torch: an alpha, for instance.
+
+        Raises:
+            FormatError: more than one element, or no number of a plain kind.
+        """
+        info = self.tensors[name]
+        kind = _NUMBERS.get(info.dtype)
+        if kind is None or prod(info.shape) != 1:
+            raise FormatError(f"{self._where(name)}: is {info.dtype} {list(info.shape)}; expected a single number")
+        raw = bytearray(info.nbytes)
+        self.fill(name, memoryview(raw), 0)
+        raw = bytearray(2) + raw if info.dtype == "BF16" else raw  # a bfloat16 is the upper half of a float32
+        return float(struct.unpack(f"<{kind}", raw)[0])
 
     def prefetch(self, name: str) -> None:
         """Ask the system to read a tensor into its cache while we compute; does nothing where it can't be asked."""

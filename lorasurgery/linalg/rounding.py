@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.norms import row_blocks
-from lorasurgery.lowrank import LowRank
+from lorasurgery.lowrank import Update
 
 Rounding = Literal["nearest", "stochastic"]
 _BITS = {1: torch.int8, 2: torch.int16}
@@ -89,7 +89,7 @@ def _stochastic(x: Tensor, near: Tensor, generator: torch.Generator) -> Tensor:
 
 def add_updates(
     weight: Tensor,
-    updates: Sequence[LowRank],
+    updates: Sequence[Update],
     dtype: torch.dtype,
     *,
     rounding: Rounding = "nearest",
@@ -99,12 +99,13 @@ def add_updates(
 
     Works through rows in blocks that stay in cache, so that upcast, update and downcast touch memory once.
 
+    >>> from lorasurgery.lowrank import LowRank
     >>> add_updates(torch.zeros(2, 2), [LowRank(torch.ones(2, 1), torch.ones(1, 2))], torch.float16)[1].retention
     1.0
 
     Args:
         weight: (m, n), any floating dtype.
-        updates: up (m, r), down (r, n), on the weight's device.
+        updates: (m, n) each, on the weight's device.
         dtype: Storage dtype of the result.
         seed: For stochastic rounding.
 
@@ -115,18 +116,18 @@ def add_updates(
         SurgeryError: the sum is not finite in `dtype` though it should be.
     """
     wide = torch.promote_types(weight.dtype, torch.float32) if weight.dtype.itemsize > 1 else torch.float32
-    factors = [LowRank(u.up.to(wide), u.down.to(wide).contiguous(), u.scale) for u in updates]
+    terms = [u.to(wide) for u in updates]
     generator = _draws(weight.device, seed) if rounding == "stochastic" else None
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     survival = Survival(0.0, 0.0, 0.0)
     for rows in row_blocks(weight):
         old = weight[rows].to(wide)
-        if not factors:
+        if not terms:
             out[rows] = round_to(old, dtype, generator)
             continue
-        delta = _sum(factors, rows, wide)
+        delta = _sum(terms, rows, wide)
         if _needs_float64(old, delta, dtype):
-            old, delta = old.to(torch.float64), _sum(factors, rows, torch.float64)
+            old, delta = old.to(torch.float64), _sum(terms, rows, torch.float64)
         out[rows] = round_to(old + delta, dtype, generator)
         survival = survival + _survived(old, delta, out[rows].to(old.dtype))
     if not math.isfinite(survival.residue):
@@ -161,12 +162,12 @@ def _draws(device: torch.device, seed: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed & (2**63 - 1))
 
 
-def _sum(factors: Sequence[LowRank], rows: slice, wide: torch.dtype) -> Tensor:
-    """Rows of Σ scale·up@down; each scale multiplies the finished product, not a rounded factor."""
-    first, *others = factors
-    total = (first.up[rows].to(wide) @ first.down.to(wide)).mul_(first.scale)  # (b, r) @ (r, n) -> (b, n)
-    for f in others:
-        total.addmm_(f.up[rows].to(wide), f.down.to(wide), alpha=f.scale)
+def _sum(terms: Sequence[Update], rows: slice, wide: torch.dtype) -> Tensor:
+    """Rows of the updates' sum."""
+    first, *others = terms
+    total = first.rows(rows, wide)
+    for term in others:
+        term.add_rows(total, rows)
     return total
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.naming import module_of
 from lorasurgery.checkpoint.header import FLOAT_DTYPES
+from lorasurgery.checkpoint.locate import PIPELINE
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor, index_json, split_shards
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import SurgeryError
+from lorasurgery.errors import OutputError, SurgeryError
 from lorasurgery.ops.carry import CONFIG, carried_files, patched_config, write_carried
 from lorasurgery.ops.edits import Edit, EditPlan
 from lorasurgery.report import ModuleReport, Progress, Report
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     import torch
 
     from lorasurgery.linalg.rounding import Survival
-    from lorasurgery.lowrank import LowRank
 
 Rounding = Literal["nearest", "stochastic"]
 INDEX = "model.safetensors.index.json"
@@ -68,13 +66,16 @@ def plan_files(recipe: Recipe) -> None:
     base, edits = recipe.base, recipe.edits.edits
     files = []
     for name, header in base.files.items():
-        names = [n for n in header.tensors if base.file_of[n] == name and n not in recipe.dropped]
-        files.append(PlannedFile(name, tuple(_planned(recipe, n) for n in names), header.metadata))
+        prefix = base.parts.get(name, "")
+        names = [n for n in (prefix + t for t in header.tensors) if base.file_of[n] == name and n not in recipe.dropped]
+        files.append(PlannedFile(name, tuple(_planned(recipe, n) for n in names), header.metadata, prefix))
     new = tuple(_planned(recipe, n) for n in edits if n not in base.tensors)
     if new and files:
         last = files[-1]
-        files[-1] = PlannedFile(last.name, last.tensors + new, last.metadata)
+        files[-1] = replace(last, tensors=last.tensors + new)
     files = [f for f in files if f.tensors] or files[:1]
+    if recipe.out.suffix == ".safetensors" and base.parts:
+        raise OutputError(f"{recipe.out}: is a file but {base.path} is a diffusers folder of several; name a folder")
     if recipe.out.suffix == ".safetensors":
         tensors = tuple(t for f in files for t in f.tensors)
         files = [PlannedFile(recipe.out.name, tensors, files[0].metadata)]
@@ -147,14 +148,26 @@ def _finish(recipe: Recipe, output: Output) -> None:
             config = patched_config(
                 source.config, untied=recipe.edits.untied, vocab_size=recipe.edits.vocab_size, dtype=dtype
             )
-            write_carried(output, carried_files(source.folder, recipe.adapters), source.config, config)
+            carried = carried_files(source.folder, recipe.adapters, parts=source.parts)
+            write_carried(output, carried, source.config, config, dtype)
         elif recipe.edits.untied:
             config = patched_config(source.config, untied=True)
             output.write_bytes(CONFIG, json.dumps(config, indent=2).encode())
-        if len(recipe.files) > 1:
-            last = recipe.base.index_name or INDEX
-            output.write_bytes(last, (json.dumps(index_json(recipe.files), indent=2) + "\n").encode())
+        last = _write_indexes(recipe, output) or last
     output.commit(last=last)
+
+
+def _write_indexes(recipe: Recipe, output: Output) -> str | None:
+    """An index wherever there are several shards; returns the file that must come last."""
+    last = None
+    for prefix in dict.fromkeys(f.prefix for f in recipe.files):
+        files = [f for f in recipe.files if f.prefix == prefix]
+        if len(files) > 1:
+            folder = files[0].name.rpartition("/")[0]
+            name = recipe.base.indexes.get(prefix) or recipe.base.index_name
+            last = name or (f"{folder}/diffusion_pytorch_{INDEX}" if folder else INDEX)
+            output.write_bytes(last, (json.dumps(index_json(files), indent=2) + "\n").encode())
+    return PIPELINE if recipe.base.parts else last
 
 
 def _write(
@@ -172,8 +185,10 @@ def _write(
 
         write(tensor.name, round_to(base.read(tensor.name), torch_dtype(tensor.dtype)))
         return None
+    from lorasurgery.ops.compute import apply_edit
+
     try:
-        value, survival = apply_edit(recipe, edit, tensor, device)
+        value, survival = apply_edit(base, edit, tensor, device, rounding=recipe.rounding, seed=recipe.seed)
     except SurgeryError as problem:
         raise type(problem)(f"{base.path}: {tensor.name}: {problem}") from None
     write(tensor.name, value.cpu())
@@ -181,90 +196,8 @@ def _write(
     return survival if edit.contributions else None
 
 
-def apply_edit(
-    recipe: Recipe, edit: Edit, tensor: PlannedTensor, device: torch.device
-) -> tuple[torch.Tensor, Survival]:
-    """Compute one output tensor: replace, add every contribution in float32, round once."""
-    from lorasurgery.checkpoint.dtypes import torch_dtype
-    from lorasurgery.linalg.rounding import add_updates, set_values
-
-    start = _start(recipe, edit).to(device)
-    how: dict[str, Any] = {"rounding": recipe.rounding, "seed": recipe.seed ^ zlib.crc32(tensor.name.encode())}
-    dtype = torch_dtype(tensor.dtype)
-    if any(c.stacked for c in edit.contributions):
-        value, survival = _experts(edit, start, dtype, how)
-    else:
-        matrix = start.reshape(start.shape[0], -1) if start.ndim else start.reshape(1, 1)
-        if any(c.delta.magnitude and not c.bias for c in edit.contributions):
-            value, survival = set_values(matrix, _in_turn(edit, matrix), dtype, **how)
-        else:
-            value, survival = add_updates(matrix, [_to(c.load(), device) for c in edit.contributions], dtype, **how)
-    return value.reshape(tensor.shape), survival
-
-
-def _experts(edit: Edit, start: torch.Tensor, dtype: torch.dtype, how: dict[str, Any]) -> tuple[torch.Tensor, Survival]:
-    """All experts of one three-dimensional tensor, each with its own factors."""
-    import torch
-
-    from lorasurgery.linalg.rounding import Survival, add_updates
-
-    value = torch.empty(start.shape, dtype=dtype, device=start.device)
-    total = Survival(0.0, 0.0, 0.0)
-    for e in range(start.shape[0]):
-        updates = [_to(c.load(e), start.device) for c in edit.contributions]
-        value[e], survival = add_updates(start[e], updates, dtype, **(how | {"seed": how["seed"] + e}))
-        total = total + survival
-    return value, total
-
-
-def _in_turn(edit: Edit, matrix: torch.Tensor) -> torch.Tensor:
-    """Contributions one after the other in float32, for DoRA's norm is that of the weight it meets."""
-    import torch
-
-    from lorasurgery.linalg.dora import decomposed
-
-    value = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    for c in edit.contributions:
-        if c.delta.magnitude is None:
-            update = _to(c.load(), value.device)
-            value = value.addmm(update.up.to(value.dtype), update.down.to(value.dtype), alpha=update.scale)
-            continue
-        magnitude = c.adapter.weights.read(c.delta.magnitude).to(value.device)
-        update = _to(c.plain(), value.device)
-        new = decomposed(value, update, magnitude, by_column=c.transposed)
-        value = new if c.weight == 1 else value.lerp_(new, c.weight)
-    return value
-
-
-def _to(update: LowRank, device: torch.device) -> LowRank:
-    return type(update)(update.up.to(device), update.down.to(device), update.scale)
-
-
-def _start(recipe: Recipe, edit: Edit) -> torch.Tensor:
-    """W itself, or what replaces it or some of its rows; at a weight w other than 1, W + w·(R − W) in float32."""
-    import torch
-
-    new = edit.replacement
-    if new is None:
-        assert edit.source is not None
-        value = recipe.base.read(edit.source.name)
-    else:
-        value = new.adapter.load_replaced(new.name)
-        if new.weight != 1:
-            if edit.source is None:
-                raise SurgeryError("is new to the base, so it can only be taken whole; use weight 1")
-            old = recipe.base.read(edit.source.name).to(torch.float32)
-            value = old + new.weight * (value.to(torch.float32) - old)
-    for item in edit.rows:
-        rows, place = item.adapter.weights.read(item.key), torch.tensor(item.rows)
-        if item.weight != 1 or value.dtype != rows.dtype:
-            value = value.to(torch.promote_types(value.dtype, torch.float32))
-        value[place] = torch.lerp(value[place], rows.to(value.dtype), item.weight)
-    return value
-
-
 def _describe(edit: Edit, survival: Survival, report: Report) -> None:
-    deltas = [c.delta for c in edit.contributions if not c.bias]
+    deltas = [c.delta for c in edit.contributions if c.delta is not None and not c.bias]
     name = edit.tensor.removesuffix(".weight")
     if not edit.contributions:
         kind = "replaced" if edit.replacement else "rows" if edit.rows else "untied"
@@ -272,9 +205,9 @@ def _describe(edit: Edit, survival: Survival, report: Report) -> None:
         return
     report.modules.append(
         ModuleReport(
-            name if deltas else f"{module_of(edit.tensor)}.bias",
+            name if deltas or len(edit.shape) > 1 else edit.tensor,
             edit.shape,
-            kind=deltas[0].kind if deltas else "bias",
+            kind=deltas[0].kind if deltas else "bias" if edit.tensor.endswith("bias") else "vector",
             rank=sum(d.rank for d in deltas) if deltas else None,
             alpha=deltas[0].alpha if len(deltas) == 1 else None,
             delta_norm=survival.delta_norm,

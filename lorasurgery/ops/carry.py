@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.checkpoint.locate import load_object
 
 if TYPE_CHECKING:
     from lorasurgery.checkpoint.output import Output
@@ -22,18 +23,24 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
            "F8_E5M2": "float8_e5m2"}  # fmt: skip
 
 
-def carried_files(folder: Path, adapters: Sequence[Adapter] = ()) -> dict[str, Path]:
+def carried_files(folder: Path, adapters: Sequence[Adapter] = (), *, parts: Collection[str] = ()) -> dict[str, Path]:
     """The files that make the weights a model again: name in the output -> source.
 
     Everything in the folder goes along but weights, hidden files and the model card, which would describe
     another model. An adapter's tokenizer wins over the base's, for it knows the tokens that were added.
+
+    Args:
+        parts: Of a diffusers folder, the weight files that are written anew; what lies in other folders is copied
+            whatever it is.
     """
+    rewritten = {file.rpartition("/")[0] for file in parts}
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
-        parts = file.relative_to(folder).parts
-        hidden = any(p.startswith(".") for p in parts)
-        if file.is_file() and not hidden and not file.name.endswith(_WEIGHTS) and parts != ("README.md",):
-            found["/".join(parts)] = file
+        inside = file.relative_to(folder).parts
+        hidden = any(p.startswith(".") for p in inside)
+        weights = file.name.endswith(_WEIGHTS) and (not rewritten or "/".join(inside[:-1]) in rewritten)
+        if file.is_file() and not hidden and not weights and inside != ("README.md",):
+            found["/".join(inside)] = file
     own = tokenizer_files(adapters)
     if own:  # one tokenizer's files, never a mixture of two
         found = {n: f for n, f in found.items() if n not in _TOKENIZER} | own
@@ -73,10 +80,19 @@ def patched_config(
     return new
 
 
-def write_carried(output: Output, files: dict[str, Path], config: dict[str, Any], new: dict[str, Any]) -> None:
+def write_carried(
+    output: Output, files: dict[str, Path], config: dict[str, Any], new: dict[str, Any], dtype: str | None = None
+) -> None:
     """Copy the files byte for byte; config.json is written anew only when a word in it changed."""
     for name, source in files.items():
+        part = load_object(source) if dtype and name.endswith(f"/{CONFIG}") else {}
         if name == CONFIG and new != config:
-            output.write_bytes(name, (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode())
+            output.write_bytes(name, _json(new))
+        elif part != patched_config(part, dtype=dtype):
+            output.write_bytes(name, _json(patched_config(part, dtype=dtype)))
         else:
             output.copy_file(name, source)
+
+
+def _json(config: dict[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

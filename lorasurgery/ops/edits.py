@@ -6,42 +6,61 @@ from dataclasses import dataclass, field
 
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.checkpoint.header import TensorInfo
-from lorasurgery.lowrank import LowRank
+from lorasurgery.lowrank import Update
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """One adapter's term weight · scale · up @ down in a tensor's sum, transposed where the base stores it so."""
+    """One adapter's term weight · ΔW in a tensor's sum, transposed where the base stores it so.
+
+    Args:
+        delta: The update; None for a whole vector that is added (`diff` says which).
+        bias: It is lora_B.bias that is meant.
+        expert: Which of fused experts; None for all of them, or where there are none.
+        rows: The rows of the update that belong to this tensor; None is all of them.
+        into: The rows of the tensor that it is added to; None is all of them.
+        diff: Name of the added tensor in memory.
+    """
 
     adapter: Adapter
-    delta: Delta
+    delta: Delta | None
     weight: float
-    transposed: bool
+    transposed: bool = False
     bias: bool = False
     expert: int | None = None
     rows: slice | None = None
+    into: slice | None = None
+    diff: str = ""
 
-    def load(self, expert: int | None = None) -> LowRank:
-        """Read the factors, in the orientation of the base's tensor; of one expert where there are several."""
+    def load(self, expert: int | None = None) -> Update:
+        """Read the update, in the orientation of the base's tensor; of one expert where there are several."""
         return self.plain(expert).times(self.weight)
 
-    def plain(self, expert: int | None = None) -> LowRank:
+    def plain(self, expert: int | None = None) -> Update:
         """The same without the weight, which DoRA applies later."""
         expert = self.expert if expert is None else expert
-        if self.bias:
+        update: Update
+        if self.delta is None:
+            update = self.adapter.load_diff(self.diff)
+        elif self.bias:
             update = self.adapter.load_bias(self.delta)
         elif expert is not None:
             update = self.adapter.load_expert(self.delta, expert)
         else:
-            update = self.adapter.load(self.delta)
+            update = self.adapter.load_update(self.delta)
         if self.rows is not None:
-            update = LowRank(update.up[self.rows], update.down, update.scale)
+            update = update.part(self.rows)
         return update.transposed if self.transposed else update
 
     @property
     def stacked(self) -> bool:
         """Whether this adds to every expert of a three-dimensional tensor."""
-        return self.delta.experts > 0 and self.expert is None
+        return self.delta is not None and self.delta.experts > 0 and self.expert is None
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether this is DoRA, which sets the weight's norm and so is no sum."""
+        return self.delta is not None and bool(self.delta.magnitude) and not self.bias
 
 
 @dataclass(frozen=True)
@@ -89,3 +108,18 @@ class EditPlan:
     vocab_size: int | None = None
     unrestored: list[str] = field(default_factory=list)
     matched: int = 0
+
+    def edit(self, name: str, source: TensorInfo | None, shape: tuple[int, ...] | None = None) -> Edit:
+        """The edit of an output tensor, made when it is first asked for."""
+        if name not in self.edits:
+            self.edits[name] = Edit(name, source, shape or (source.shape if source else ()))
+        return self.edits[name]
+
+
+def size_of(shape: tuple[int, ...]) -> str:
+    """A shape for a message.
+
+    >>> size_of((2, 3))
+    '2×3'
+    """
+    return "×".join(map(str, shape)) or "a scalar"

@@ -9,8 +9,9 @@ from lorasurgery.adapters.naming import BaseNames, is_embedding, is_head, module
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError
-from lorasurgery.ops.edits import Contribution, Edit, EditPlan, Replacement, RowReplacement
+from lorasurgery.ops.edits import Contribution, Edit, EditPlan, Replacement, RowReplacement, size_of
 from lorasurgery.ops.experts import expert_targets
+from lorasurgery.ops.placing import Placer
 
 _COMPUTABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "weight_scale_2", "weight_packed")
@@ -40,6 +41,7 @@ class _Planner:
     def __init__(self, base: Checkpoint, replace: bool) -> None:
         self.names = BaseNames(base.tensors, base.config, str(base.path))
         self.plan = EditPlan()
+        self.placer = Placer(base, self.plan, replace)
         self.replace = replace
 
     def add(self, adapter: Adapter, weight: float) -> None:
@@ -47,6 +49,8 @@ class _Planner:
             self._replace(adapter, name, weight)
         for name in adapter.tokens:
             self._replace_rows(adapter, name, weight)
+        for name in adapter.diffs:
+            self.placer.add_diff(adapter, name, weight)
         for delta in adapter.deltas.values():
             if delta.kind == "experts":
                 self._add_experts(adapter, delta, weight)
@@ -65,7 +69,7 @@ class _Planner:
             self.plan.unrestored.append(name)
             return
         path, leaf = module_of(name), name[len(module_of(name)) + 1 :]
-        target = self.names.find(path, leaf)
+        target = self.names.find(path, leaf) if adapter.format == "peft" else self.placer.tensor(adapter, path, leaf)
         shared = self.names.tied_source(path) if target is None and leaf == "weight" else None
         if shared is not None and self._same_as_shared(adapter, name, shared):
             return
@@ -142,7 +146,7 @@ class _Planner:
         if edit.shape[1:] != info.shape[1:] or max(rows) >= edit.shape[0]:
             raise MismatchError(
                 f"{adapter.path}: {key} replaces rows up to {max(rows)} of width {info.shape[1]} but {target} is "
-                f"{_size(edit.shape)}"
+                f"{size_of(edit.shape)}"
             )
         edit.rows.append(RowReplacement(adapter, key, rows, weight))
         self.plan.matched += 1
@@ -150,6 +154,8 @@ class _Planner:
     # Low-rank updates
 
     def _add_delta(self, adapter: Adapter, delta: Delta, weight: float) -> None:
+        if adapter.format != "peft":
+            return self.placer.add(adapter, delta, weight)
         shapes = _fitting_shapes(delta)
         target = self.names.find(delta.path, shapes=shapes)
         if target is None and delta.kind == "linear":
@@ -158,13 +164,15 @@ class _Planner:
         if target is None:
             shared = self.names.tied_source(delta.path)
             if shared is not None and self._shared_has_it(adapter, delta, shared):
-                return
+                return None
+            if shared is None and self.placer.knows(delta.path):
+                return self.placer.add(adapter, delta, weight)
             if shared is None or not is_head(delta.path):
                 raise self.names.missing(delta.path, adapter.path)
             target, source = f"{delta.path}.weight", self.names.tensors[shared]
         if delta.magnitude and not self.replace:
             self.plan.unrestored.append(f"{delta.path}.weight")  # the norm it was divided by is gone
-            return
+            return None
         if is_head(delta.path) and self.names.ties and not adapter.tied:
             self.plan.untied = True
         edit = self._edit(target, source)
@@ -175,6 +183,7 @@ class _Planner:
         self.plan.matched += 1
         if delta.bias:
             self._add_bias(adapter, delta, weight, target)
+        return None
 
     def _add_experts(self, adapter: Adapter, delta: Delta, weight: float) -> None:
         if delta.magnitude:
@@ -207,8 +216,8 @@ class _Planner:
         if not fits:
             expected = flipped if delta.kind == "embedding" or conv1d else delta.shape
             raise MismatchError(
-                f"{adapter.path}: {delta.path} is an update of {_size(expected)} but {edit.tensor} in "
-                f"{self.names.where} is {_size(edit.shape)}; is this the adapter's base model?"
+                f"{adapter.path}: {delta.path} is an update of {size_of(expected)} but {edit.tensor} in "
+                f"{self.names.where} is {size_of(edit.shape)}; is this the adapter's base model?"
             )
         return transposed
 
@@ -219,7 +228,7 @@ class _Planner:
         edit = self._edit(name, self.names.tensors[name])
         if edit.shape != (delta.shape[0],):
             raise MismatchError(
-                f"{adapter.path}: {delta.bias} has {delta.shape[0]} entries but {name} has {_size(edit.shape)}"
+                f"{adapter.path}: {delta.bias} has {delta.shape[0]} entries but {name} has {size_of(edit.shape)}"
             )
         edit.contributions.append(Contribution(adapter, delta, weight, transposed=False, bias=True))
 
@@ -229,20 +238,18 @@ class _Planner:
         grouped = edit.shape[:1] + edit.shape[2:] == delta.weight_shape[:1] + delta.weight_shape[2:]
         if grouped and delta.weight_shape[1] % edit.shape[1] == 0:
             raise UnsupportedError(
-                f"{adapter.path}: {delta.path} is a grouped convolution ({_size(edit.shape)}), whose dense factors "
+                f"{adapter.path}: {delta.path} is a grouped convolution ({size_of(edit.shape)}), whose dense factors "
                 "have no merged form; PEFT does not merge it either"
             )
         raise MismatchError(
-            f"{adapter.path}: {delta.path} is an update of {_size(delta.weight_shape)} but {edit.tensor} is "
-            f"{_size(edit.shape)}"
+            f"{adapter.path}: {delta.path} is an update of {size_of(delta.weight_shape)} but {edit.tensor} is "
+            f"{size_of(edit.shape)}"
         )
 
     # Shared
 
     def _edit(self, name: str, source: TensorInfo | None, shape: tuple[int, ...] | None = None) -> Edit:
-        if name not in self.plan.edits:
-            self.plan.edits[name] = Edit(name, source, shape or (source.shape if source else ()))
-        return self.plan.edits[name]
+        return self.plan.edit(name, source, shape)
 
     def _check_tensor(self, edit: Edit) -> None:
         if edit.source is None or not (edit.contributions or edit.replacement or edit.rows):
@@ -267,10 +274,6 @@ def _fitting_shapes(delta: Delta) -> tuple[tuple[int, ...], ...]:
     if delta.kind == "linear":
         return (delta.shape, delta.shape[::-1])
     return (delta.weight_shape,) if delta.kind == "conv" else (delta.shape[::-1],)
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "a scalar"
 
 
 def _bytes(replacement: Replacement) -> bytes:

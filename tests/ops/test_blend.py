@@ -126,7 +126,9 @@ def test_dense_methods_are_truncated_optimally(pair: tuple[Path, Path], tmp_path
         parts = [p[name] for p in (a, b) if name in p]
         dense = reference(method, parts, [0.7, 0.4][: len(parts)] if name in a else [0.4], 0.3)
         s = torch.linalg.svdvals(dense)
-        assert float((found[name] - references.best(dense, rank)).norm() / dense.norm()) < 1e-5
+        turn = float(s[rank - 1] / (s[rank - 1] - s[rank])) if rank < len(s) else 1.0
+        slack = max(10.0, turn)  # directions turn by rounding over the gap (Wedin 1972)
+        assert float((found[name] - references.best(dense, rank)).norm() / dense.norm()) < 1e-6 * slack
         assert module.error == pytest.approx(float(s[rank:].norm() / s.norm()), rel=1e-3, abs=1e-5)
 
 

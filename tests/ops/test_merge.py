@@ -238,12 +238,16 @@ def test_tensors_of_variants_are_refused_by_name(key: str, shape: tuple[int, ...
         merge(base, [adapter], tmp_path / "merged")
 
 
-def test_foreign_formats_are_refused_by_name(tmp_path: Path) -> None:
-    """A kohya file is named for what it is."""
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("lora_unet_x.oft_blocks", "OFT"), ("lora_unet_x.on_input", "IA3"), ("lora_unet_x.a1.weight", "GLoRA")],
+)
+def test_what_is_no_sum_is_refused_by_name(key: str, name: str, tmp_path: Path) -> None:
+    """OFT, IA3 and GLoRA files are named for what they are."""
     base, _ = llama(tmp_path)
-    save_file({"lora_unet_x.lora_down.weight": torch.zeros(4, 4)}, tmp_path / "kohya.safetensors")
-    with pytest.raises(UnsupportedError, match="kohya"):
-        merge(base, [tmp_path / "kohya.safetensors"], tmp_path / "merged")
+    save_file({key: torch.zeros(4, 4)}, tmp_path / "other.safetensors")
+    with pytest.raises(UnsupportedError, match=name):
+        merge(base, [tmp_path / "other.safetensors"], tmp_path / "merged")
 
 
 def test_quantized_and_scaled_weights_are_refused(tmp_path: Path) -> None:

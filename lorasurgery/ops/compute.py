@@ -1,0 +1,112 @@
+"""One output tensor of merge and unmerge: what it starts from, what is added, and the one rounding at the end."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+
+from lorasurgery.checkpoint.dtypes import torch_dtype
+from lorasurgery.checkpoint.plan import PlannedTensor
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg.dora import decomposed, rescaled
+from lorasurgery.linalg.rounding import Rounding, Survival, add_updates, set_values
+from lorasurgery.lowrank import Update
+from lorasurgery.ops.edits import Contribution, Edit
+
+
+def apply_edit(
+    base: Checkpoint, edit: Edit, tensor: PlannedTensor, device: torch.device, *, rounding: Rounding, seed: int
+) -> tuple[torch.Tensor, Survival]:
+    """Compute one output tensor: replace, add every contribution in float32, round once.
+
+    Args:
+        base: Where the tensor starts from.
+        tensor: Name, dtype and shape of what is written.
+        seed: Of stochastic rounding; each tensor's name makes a seed of its own from it.
+
+    Returns:
+        The new tensor, on `device`, and what survived of the updates.
+    """
+    start = _start(base, edit).to(device)
+    how: dict[str, Any] = {"rounding": rounding, "seed": seed ^ zlib.crc32(tensor.name.encode())}
+    dtype = torch_dtype(tensor.dtype)
+    if any(c.stacked for c in edit.contributions):
+        value, survival = _experts(edit, start, dtype, how)
+    else:
+        matrix = start.reshape(start.shape[0], -1) if start.ndim else start.reshape(1, 1)
+        if any(c.decomposes for c in edit.contributions):
+            value, survival = set_values(matrix, _in_turn(edit, matrix), dtype, **how)
+        else:
+            updates = [_placed(c, matrix.shape[0]).to(device) for c in edit.contributions]
+            value, survival = add_updates(matrix, updates, dtype, **how)
+    return value.reshape(tensor.shape), survival
+
+
+def _placed(contribution: Contribution, height: int) -> Update:
+    """A contribution's update, as high as the tensor it goes into."""
+    update = contribution.load()
+    return update if contribution.into is None else update.placed(contribution.into, height)
+
+
+def _experts(edit: Edit, start: torch.Tensor, dtype: torch.dtype, how: dict[str, Any]) -> tuple[torch.Tensor, Survival]:
+    """All experts of one three-dimensional tensor, each with its own factors."""
+    value = torch.empty(start.shape, dtype=dtype, device=start.device)
+    total = Survival(0.0, 0.0, 0.0)
+    for e in range(start.shape[0]):
+        updates = [c.load(e).to(start.device) for c in edit.contributions]
+        value[e], survival = add_updates(start[e], updates, dtype, **(how | {"seed": how["seed"] + e}))
+        total = total + survival
+    return value, total
+
+
+def _in_turn(edit: Edit, matrix: torch.Tensor) -> torch.Tensor:
+    """Contributions one after the other in float32, for DoRA's norm is that of the weight it meets."""
+    value = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
+    for c in edit.contributions:
+        rows = slice(None) if c.into is None else c.into
+        if c.decomposes:
+            value[rows] = _decompose(c, value[rows], edit.shape)
+        else:
+            value[rows] += c.load().to(value.device).rows(slice(None), value.dtype)
+    return value
+
+
+def _decompose(c: Contribution, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """One DoRA update as its own family defines it (docs/formats.md: their strengths mean different things)."""
+    assert c.delta is not None
+    assert c.delta.magnitude is not None
+    magnitude = c.adapter.weights.read(c.delta.magnitude).to(value.device)
+    if c.delta.lycoris:
+        if c.rows is not None and magnitude.shape[0] != 1:
+            magnitude = magnitude[c.rows]
+        update = c.plain().to(value.device)
+        weight = value.reshape(value.shape[0], *shape[1:])
+        return rescaled(weight, update, magnitude, c.weight).reshape(value.shape)
+    if c.rows is not None:
+        magnitude = magnitude.flatten()[c.rows]
+    new = decomposed(value, c.plain().to(value.device), magnitude, by_column=c.transposed)
+    return new if c.weight == 1 else value.lerp(new, c.weight)
+
+
+def _start(base: Checkpoint, edit: Edit) -> torch.Tensor:
+    """W itself, or what replaces it or some of its rows; at a weight w other than 1, W + w·(R − W) in float32."""
+    new = edit.replacement
+    if new is None:
+        assert edit.source is not None
+        value = base.read(edit.source.name)
+    else:
+        value = new.adapter.load_replaced(new.name)
+        if new.weight != 1:
+            if edit.source is None:
+                raise SurgeryError("is new to the base, so it can only be taken whole; use weight 1")
+            old = base.read(edit.source.name).to(torch.float32)
+            value = old + new.weight * (value.to(torch.float32) - old)
+    for item in edit.rows:
+        rows, place = item.adapter.weights.read(item.key), torch.tensor(item.rows)
+        if item.weight != 1 or value.dtype != rows.dtype:
+            value = value.to(torch.promote_types(value.dtype, torch.float32))
+        value[place] = torch.lerp(value[place], rows.to(value.dtype), item.weight)
+    return value

@@ -1,0 +1,106 @@
+"""Where the updates of image models' adapters go: names are looked up in the base's dictionary, shapes are checked.
+
+One module of the adapter may be several tensors of the base, or some rows of one (fused qkv).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+from lorasurgery.adapters.adapter import Adapter, Delta
+from lorasurgery.adapters.components import Place, adapter_place
+from lorasurgery.adapters.dictionary import Dictionary, Slot
+from lorasurgery.adapters.naming import module_of
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import MismatchError, UnsupportedError
+from lorasurgery.ops.edits import Contribution, Edit, EditPlan, size_of
+
+
+class Placer:
+    """Adds an adapter's updates to a plan, by the base's dictionary.
+
+    Args:
+        base: The checkpoint. plan: What the edits go into.
+        replace: False (unmerge) leaves DoRA alone, for the norm it was divided by is gone.
+    """
+
+    def __init__(self, base: Checkpoint, plan: EditPlan, replace: bool) -> None:
+        self.base, self.plan, self.replace = base, plan, replace
+        self.where = str(base.path)
+
+    @cached_property
+    def _dictionary(self) -> Dictionary:
+        return Dictionary(self.base.tensors, pipeline=bool(self.base.parts), config=self.base.config_of)
+
+    def knows(self, path: str) -> bool:
+        """Whether the base has a module of this name, or of one that stands for it."""
+        return bool(self._dictionary.find(adapter_place(path) or Place("denoiser", path)))
+
+    def _slots(self, adapter: Adapter, path: str, leaf: str = "weight") -> tuple[Slot, ...]:
+        place = adapter_place(path) or Place("denoiser" if adapter.format == "peft" else "any", path)
+        found = self._dictionary.find(place, leaf)
+        if not found:
+            raise MismatchError(
+                f"{adapter.path}: {path}{'' if leaf == 'weight' else f' ({leaf})'} matches no tensor in "
+                f"{self.where}; nothing was changed" + self._dictionary.hint(place)
+            )
+        return found
+
+    def tensor(self, adapter: Adapter, path: str, leaf: str) -> str:
+        """The one tensor of the base that a whole tensor of the adapter takes the place of."""
+        slots = self._slots(adapter, path, leaf)
+        if len(slots) > 1 or slots[0].into is not None:
+            raise UnsupportedError(f"{adapter.path}: {path}.{leaf} replaces only a part of {slots[0].tensor}")
+        return slots[0].tensor
+
+    def add(self, adapter: Adapter, delta: Delta, weight: float) -> None:
+        """Add one module's update, to as many tensors as it is spread over."""
+        slots = self._slots(adapter, delta.path)
+        if delta.magnitude and not self.replace:
+            self.plan.unrestored.append(f"{delta.path}.weight")
+            return
+        for slot in slots:
+            edit = self._place(adapter, slot, delta.path, delta.shape, len(slots))
+            edit.contributions.append(
+                Contribution(adapter, delta, weight, slot.transposed, rows=slot.rows, into=slot.into)
+            )
+        self.plan.matched += 1
+        if delta.bias:
+            for slot in self._slots(adapter, delta.path, "bias"):
+                edit = self._place(adapter, slot, delta.path, (delta.shape[0], 1), len(slots))
+                edit.contributions.append(
+                    Contribution(adapter, delta, weight, bias=True, rows=slot.rows, into=slot.into)
+                )
+
+    def add_diff(self, adapter: Adapter, name: str, weight: float) -> None:
+        """Add a whole vector: a norm's or a bias's."""
+        path, leaf = module_of(name), name.rpartition(".")[2]
+        count = math.prod(adapter.weights.tensors[adapter.diffs[name]].shape)
+        slots = self._slots(adapter, path, leaf)
+        for slot in slots:
+            edit = self._place(adapter, slot, name, (count, 1), len(slots))
+            edit.contributions.append(Contribution(adapter, None, weight, rows=slot.rows, into=slot.into, diff=name))
+        self.plan.matched += 1
+
+    def _place(self, adapter: Adapter, slot: Slot, path: str, shape: tuple[int, int], slots: int) -> Edit:
+        """The edit of a slot's tensor, once the update's shape is seen to fit."""
+        edit = self.plan.edit(slot.tensor, self.base.tensors[slot.tensor])
+        height, width = edit.shape[0] if edit.shape else 1, math.prod(edit.shape[1:])
+        rows = height if slot.into is None else slot.into.stop - slot.into.start
+        found = shape if slot.rows is None else (slot.rows.stop - slot.rows.start, shape[1])
+        found = found[::-1] if slot.transposed else found
+        too_few = slot.rows is not None and slot.rows.stop > shape[0]
+        if found != (rows, width) or too_few or (slots > 1 and slot.rows is None):
+            raise MismatchError(
+                f"{adapter.path}: {path} is an update of {size_of(shape)} but {edit.tensor} in {self.where} is "
+                f"{size_of(edit.shape)}; is this the adapter's base model?"
+            )
+        overlap = [c for c in edit.contributions if c.adapter is adapter and not c.bias and _meet(c.into, slot.into)]
+        if overlap and not (overlap[0].delta is None and edit.tensor.endswith("bias")):
+            raise MismatchError(f"{adapter.path}: two modules of the adapter mean {edit.tensor} in {self.where}")
+        return edit
+
+
+def _meet(a: slice | None, b: slice | None) -> bool:
+    return a is None or b is None or (a.start < b.stop and b.start < a.stop)

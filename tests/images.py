@@ -1,0 +1,182 @@
+"""Tiny image models with their true names: SD 1, SDXL, Flux, SD3 and Wan, as pipelines and as single files."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from lorasurgery.adapters.dialects import dialect, family_of
+
+_TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}  # fmt: skip
+Weights = dict[str, Tensor]
+
+
+def denoiser(kind: str) -> torch.nn.Module:
+    """A tiny U-Net or transformer, always with the same weights."""
+    torch.manual_seed(0)
+    if kind in ("sd1", "sdxl"):
+        xl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+              "projection_class_embeddings_input_dim": 32 + 6 * 8, "transformer_layers_per_block": (1, 2, 2),
+              "use_linear_projection": True} if kind == "sdxl" else {}  # fmt: skip
+        first = "DownBlock2D" if kind == "sdxl" else "CrossAttnDownBlock2D"
+        last = "UpBlock2D" if kind == "sdxl" else "CrossAttnUpBlock2D"
+        middle = "CrossAttnDownBlock2D" if kind == "sdxl" else "DownBlock2D"
+        second = "CrossAttnUpBlock2D" if kind == "sdxl" else "UpBlock2D"
+        model: torch.nn.Module = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 32, 64), layers_per_block=2, norm_num_groups=8,
+            down_block_types=(first, "CrossAttnDownBlock2D", middle), up_block_types=(second, "CrossAttnUpBlock2D", last),
+            cross_attention_dim=64 if kind == "sdxl" else 32, attention_head_dim=8, **xl,
+        )  # fmt: skip
+    elif kind == "flux":
+        model = FluxTransformer2DModel(
+            in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+        )  # fmt: skip
+    elif kind == "sd3":
+        model = SD3Transformer2DModel(
+            sample_size=8, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+            joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32, out_channels=4,
+            dual_attention_layers=(0,), qk_norm="rms_norm",
+        )  # fmt: skip
+    else:
+        model = WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+            ffn_dim=32, num_layers=2, cross_attn_norm=True, image_dim=16, added_kv_proj_dim=24,
+        )  # fmt: skip
+    return model.eval()
+
+
+def text_encoder(second: bool = False) -> torch.nn.Module:
+    """CLIP, or CLIP with its projection, which SDXL's second encoder has."""
+    torch.manual_seed(2 if second else 1)
+    return (CLIPTextModelWithProjection if second else CLIPTextModel)(CLIPTextConfig(**_TEXT, projection_dim=32)).eval()
+
+
+def pipeline(kind: str) -> object:
+    """A diffusers pipeline of tiny parts, without tokenizers."""
+    torch.manual_seed(4)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(8,),
+        norm_num_groups=4,
+    )  # fmt: skip
+    common = {"vae": vae, "tokenizer": None, "text_encoder": text_encoder()}
+    if kind == "sd1":
+        return StableDiffusionPipeline(
+            **common, unet=denoiser(kind), scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+    if kind == "sdxl":
+        return StableDiffusionXLPipeline(
+            **common,
+            tokenizer_2=None,
+            text_encoder_2=text_encoder(True),
+            unet=denoiser(kind),
+            scheduler=DDIMScheduler(),
+        )
+    t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
+    return FluxPipeline(
+        **common, text_encoder_2=t5.eval(), tokenizer_2=None, transformer=denoiser(kind),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+def original(model: torch.nn.Module) -> Weights:
+    """A denoiser's weights under the original checkpoint's names; test_dialects holds this against diffusers' own."""
+    state = {k: v.detach() for k, v in model.state_dict().items()}
+    paths = {k.rpartition(".")[0] for k in state}
+    names = dialect(family_of(paths))
+    found: Weights = {}
+    for name in names.originals(a for p in paths for a in names.spell(p).atoms):
+        if name.endswith(".1.conv") and name.startswith("output_blocks"):
+            level = names.spell(name).atoms[0].split(".upsamplers")[0]
+            if any(p.startswith(f"{level}.attentions") for p in paths):
+                continue
+        elif name.endswith(".2.conv") and name.startswith("output_blocks"):
+            level = names.spell(name).atoms[0].split(".upsamplers")[0]
+            if not any(p.startswith(f"{level}.attentions") for p in paths):
+                continue
+        for leaf in ("weight", "bias"):
+            parts = [state.get(f"{atom}.{leaf}") for atom in names.spell(name).atoms]
+            if "#" in names.spell(name).atoms[0]:
+                scale, shift = state[f"norm_out.linear.{leaf}"].chunk(2)
+                parts = [shift, scale]
+            if parts[0] is not None:
+                scaled = name.endswith(("query_norm", "key_norm"))
+                found[f"{name}.{'scale' if scaled else leaf}"] = torch.cat(parts)
+    kept = {a for n in found for a in names.spell(n.rpartition(".")[0]).atoms}
+    return found | {k: v for k, v in state.items() if k.rpartition(".")[0] not in kept and not k.startswith("norm_out")}
+
+
+def openclip(model: torch.nn.Module) -> Weights:
+    """CLIP's weights as OpenCLIP stores them: q, k and v in one tensor, the projection turned."""
+    state = {k.removeprefix("text_model."): v.detach() for k, v in model.state_dict().items()}
+    found: Weights = {"text_projection": state.pop("text_projection.weight").T, "logit_scale": torch.tensor(4.6)}
+    names = dialect("openclip")
+    found["positional_embedding"] = state.pop("embeddings.position_embedding.weight")
+    state.pop("embeddings.position_ids", None)
+    for name in names.originals(k.rpartition(".")[0] for k in state):
+        for leaf in ("weight", "bias"):
+            parts = [state.get(f"{atom}.{leaf}") for atom in names.spell(name).atoms]
+            if parts[0] is not None:
+                found[f"{name}_{leaf}" if name.endswith("in_proj") else f"{name}.{leaf}"] = torch.cat(parts)
+    return found
+
+
+def single_file(kind: str, path: Path) -> Path:
+    """The whole model in one file, with the original's names, markers and metadata."""
+    weights = {f"model.diffusion_model.{k}": v for k, v in original(denoiser(kind)).items()}
+    text = {k: v.detach() for k, v in text_encoder().state_dict().items()}
+    text = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in text.items()}
+    if kind == "sdxl":
+        weights |= {f"conditioner.embedders.0.transformer.{k}": v for k, v in text.items()}
+        weights |= {f"conditioner.embedders.1.model.{k}": v for k, v in openclip(text_encoder(True)).items()}
+    elif kind == "sd1":
+        weights |= {f"cond_stage_model.transformer.{k}": v for k, v in text.items()}
+    weights["v_pred"] = torch.tensor([])
+    weights["edm_vpred.sigma_max"] = torch.tensor(120.0)
+    weights = {k: v.contiguous().clone() for k, v in weights.items()}
+    save_file(weights, path, {"modelspec.architecture": kind, "prompt": "a cat"})
+    return path
+
+
+def modules(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every linear layer and convolution that trainers adapt, with its weight's shape."""
+    wanted = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
+    return {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, wanted)}
+
+
+def quiet(function, *args, **kwargs):  # type: ignore[no-untyped-def]
+    """Call a library that warns about what is none of our business."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*args, **kwargs)
+
+
+def save_pipeline(pipe: object, path: Path) -> Path:
+    """save_pretrained, whatever the pipeline."""
+    quiet(pipe.save_pretrained, path)  # type: ignore[attr-defined]
+    return path
+
+
+def accepts(function: object, name: str) -> bool:
+    """Whether a library's function has this argument."""
+    return name in inspect.signature(function).parameters  # type: ignore[arg-type]
