@@ -40,6 +40,16 @@ class LowRank:
         return int(self.up.shape[0]), int(self.down.shape[1])
 
     @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.up.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the update is made of."""
+        return self.up, self.down
+
+    @property
     def transposed(self) -> LowRank:
         """ΔWᵀ, for weights stored as (in, out): GPT-2's Conv1D and embeddings."""
         return LowRank(self.down.mT, self.up.mT, self.scale)
@@ -103,6 +113,16 @@ class Dense:
     def shape(self) -> tuple[int, int]:
         """The shape (out, in) of ΔW."""
         return int(self.matrix.shape[0]), int(self.matrix.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrix is."""
+        return self.matrix.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the update is made of."""
+        return (self.matrix,)
 
     @property
     def transposed(self) -> Dense:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import images
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-
-from tests import images
 
 Weights = dict[str, Tensor]
 RANK = 4

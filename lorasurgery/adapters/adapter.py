@@ -38,6 +38,7 @@ class Delta:
         wrapped: nn.MultiheadAttention's out_proj, which PEFT keeps and runs inside its module.
         form: What product the tensors are: B·A, with a Tucker core (LoCon), LoHa, LoKr, or the whole difference.
         parts: For forms other than B·A, the tensors' names by part, e.g. `hada_w1_a`.
+        width: Directions of the exact factors, where they are more than the rank says (LoHa, LoKr); 0 is the rank.
         lycoris: Whether the magnitude is LyCORIS's dora_scale, whose strength means something else than PEFT's.
         parameter: For experts, the path of the module's parameter that they adapt, e.g. `…mlp.experts.down_proj`.
     """
@@ -59,6 +60,17 @@ class Delta:
     form: Form = "lora"
     parts: dict[str, str] = field(default_factory=dict, hash=False)
     lycoris: bool = False
+    width: int = 0
+
+    @property
+    def directions(self) -> int:
+        """How many directions the update's exact factors have."""
+        return self.width or self.rank
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether the exact factors are much smaller than the matrix, so that it need not be formed."""
+        return self.form in ("lora", "tucker") or (self.form != "full" and 2 * self.directions <= min(self.shape))
 
     @property
     def names(self) -> tuple[str, ...]:

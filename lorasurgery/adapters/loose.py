@@ -133,38 +133,48 @@ class _Reader:
         one, two = (self._half(path, parts, f"hada_t{i}", f"hada_w{i}_a", f"hada_w{i}_b") for i in (1, 2))
         if one[0] != two[0]:
             raise self._mismatch(path, "the two halves of LoHa", two[0], one[0])
-        return self._product(path, parts, "hadamard", one[0], self._shape(parts["hada_w1_b"])[0], one[1])
+        ranks = [self._shape(parts[f"hada_w{i}_b"])[0] for i in (1, 2)]
+        return self._product(path, parts, "hadamard", one[0], ranks[0], one[1], math.prod(ranks))
 
     def _kronecker(self, path: str, parts: Parts) -> Delta:
         sides: list[tuple[int, int]] = []
         kernel: tuple[int, ...] = ()
-        rank = None
+        rank, width = None, 1
         for i in (1, 2):
             name = f"lokr_w{i}"
             if name in parts:
                 shape = self._shape(parts[name])
                 sides.append((shape[0], math.prod(shape[1:])))
                 kernel = shape[2:] or kernel
+                width *= min(sides[-1])
                 continue
             if not {f"{name}_a", f"{name}_b"} <= set(parts):
                 raise FormatError(f"{self.where}: {path}: {name} is missing; the adapter is incomplete, save it again")
             flat, found = self._half(path, parts, f"lokr_t{i}", f"{name}_a", f"{name}_b")
             sides.append(flat)
             kernel, rank = found or kernel, self._shape(parts[f"{name}_b"])[0]
+            width *= min(*flat, rank)
         flat = (sides[0][0] * sides[1][0], sides[0][1] * sides[1][1])
         if rank is None:  # both halves are full: LyCORIS sets the scale to 1, whatever alpha says
             parts = {p: k for p, k in parts.items() if p != "alpha"}
-        return self._product(path, parts, "kronecker", flat, rank or min(flat), kernel)
+        return self._product(path, parts, "kronecker", flat, rank or min(flat), kernel, width)
 
     def _product(
-        self, path: str, parts: Parts, form: Form, flat: tuple[int, int], rank: int, kernel: tuple[int, ...]
+        self,
+        path: str,
+        parts: Parts,
+        form: Form,
+        flat: tuple[int, int],
+        rank: int,
+        kernel: tuple[int, ...],
+        width: int,
     ) -> Delta:
         alpha, scale = self._scaling(path, parts, rank)
         named = {p: k for p, k in parts.items() if p not in ("alpha", "dora_scale")}
         return Delta(
             path, "conv" if kernel else "linear", "", "", flat, rank, alpha, scale, kernel=kernel, form=form,
             parts=named,
-            magnitude=self._magnitude(path, parts), lycoris="dora_scale" in parts,
+            magnitude=self._magnitude(path, parts), lycoris="dora_scale" in parts, width=width,
         )  # fmt: skip
 
     def _half(self, path: str, parts: Parts, core: str, a: str, b: str) -> tuple[tuple[int, int], tuple[int, ...]]:

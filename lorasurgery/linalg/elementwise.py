@@ -14,14 +14,15 @@ from torch import Tensor
 
 from lorasurgery.linalg.methods import Elementwise
 from lorasurgery.linalg.norms import row_blocks
-from lorasurgery.lowrank import LowRank
+from lorasurgery.lowrank import Update
 
 
 def combine(
-    terms: Sequence[LowRank], weights: Sequence[float], method: Elementwise, *, density: float, seed: int = 0
+    terms: Sequence[Update], weights: Sequence[float], method: Elementwise, *, density: float, seed: int = 0
 ) -> Tensor:
     """Blend terms entry by entry; the result is dense, of full rank in general.
 
+    >>> from lorasurgery.lowrank import LowRank
     >>> up = torch.eye(2)
     >>> a, b = LowRank(up, torch.tensor([[3.0, 1.0], [-2.0, 0.5]])), LowRank(up, torch.tensor([[1.0, 0.0], [5.0, 0.5]]))
     >>> combine([a, b], [1.0, 1.0], "ties", density=0.5).tolist()
@@ -36,9 +37,10 @@ def combine(
     Returns:
         (m, n) in float32.
     """
+    terms = [t.to(torch.float32) for t in terms]
+    out = torch.empty(terms[0].shape, dtype=torch.float32, device=terms[0].device)
     signed = [t.times(math.copysign(1.0, w)) for t, w in zip(terms, weights, strict=True)]
     sizes = [abs(w) for w in weights]
-    out = torch.empty(terms[0].shape, dtype=torch.float32, device=terms[0].up.device)
     if method.startswith("dare"):
         trimmed = [_dropped(t, density, seed + i, out) for i, t in enumerate(signed)]
     else:
@@ -49,19 +51,32 @@ def combine(
     return out
 
 
-def _blocks(term: LowRank, like: Tensor) -> Iterator[Tensor]:
-    """The rows of scale·up@down, block by block, in float32."""
-    up, down = term.up.to(torch.float32), term.down.to(torch.float32)
+def sum_of(terms: Sequence[Update]) -> Tensor:
+    """Σ of updates as one matrix in float32.
+
+    >>> from lorasurgery.lowrank import Dense
+    >>> sum_of([Dense(torch.ones(1, 2)), Dense(torch.ones(1, 2), 0.5)])
+    tensor([[1.5000, 1.5000]])
+    """
+    first, *others = (t.to(torch.float32) for t in terms)
+    total = first.rows(slice(None), torch.float32)
+    for term in others:
+        term.add_rows(total, slice(None))
+    return total
+
+
+def _blocks(term: Update, like: Tensor) -> Iterator[Tensor]:
+    """The rows of an update, block by block, in float32."""
     for rows in row_blocks(like):
-        yield (up[rows] @ down).mul_(term.scale)  # (b, r) @ (r, n) -> (b, n)
+        yield term.rows(rows, torch.float32)
 
 
-def _trimmed(term: LowRank, threshold: float, like: Tensor) -> Iterator[Tensor]:
+def _trimmed(term: Update, threshold: float, like: Tensor) -> Iterator[Tensor]:
     for block in _blocks(term, like):
         yield torch.where(block.abs() >= threshold, block, 0.0)
 
 
-def _dropped(term: LowRank, density: float, seed: int, like: Tensor) -> Iterator[Tensor]:
+def _dropped(term: Update, density: float, seed: int, like: Tensor) -> Iterator[Tensor]:
     """Keep each entry with probability `density` and divide by it, so that the mean stays (Yu et al. 2024)."""
     generator = torch.Generator().manual_seed(seed & (2**63 - 1))
     for block in _blocks(term, like):
@@ -69,7 +84,7 @@ def _dropped(term: LowRank, density: float, seed: int, like: Tensor) -> Iterator
         yield block * mask.to(block.device) / density
 
 
-def _threshold(term: LowRank, density: float, scratch: Tensor) -> float:
+def _threshold(term: Update, density: float, scratch: Tensor) -> float:
     """The magnitude of the ⌊density·m·n⌋-th largest entry; `scratch` (m, n) is overwritten."""
     keep = int(density * scratch.numel())
     if keep >= scratch.numel():

@@ -17,6 +17,7 @@ from lorasurgery.linalg.methods import ELEMENTWISE, METHODS, Method
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.compose import Joint, Whole, base_models, join, whole_tensors
 from lorasurgery.ops.extract_report import total_error, worst
+from lorasurgery.ops.layout import check_name
 from lorasurgery.ops.merge import check_weights
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import ModuleReport, Progress, Report
@@ -114,10 +115,9 @@ def blend(
     options.check()
     check_device_name(device)
     out = Path(out)
-    if out.suffix == ".safetensors":
-        raise UsageError(f"{out}: an adapter is a folder (config and weights); give a folder name")
     strengths = options.strengths(len(adapters))
     opened = [open_adapter(a) for a in adapters]
+    check_name(out, loose=opened[0].format != "peft")
     check_output(out, [Path(a) for a in adapters], overwrite)
     report = Report(options.command, [str(a) for a in adapters], str(out), dry_run=dry_run)
     used = [(a, w) for a, w in zip(opened, strengths, strict=True) if w]
@@ -130,7 +130,7 @@ def blend(
     if not dry_run:
         whole = list(whole_tensors(sources, weights, average=options.average_replaced))
         _warn_alone(report, sources, whole)
-        _run(report, sources, joints, whole, options, device, out, overwrite, progress)
+        _run(report, sources, weights, joints, whole, options, device, out, overwrite, progress)
     return clock.stamp(report)
 
 
@@ -144,15 +144,15 @@ def _check_tokens(sources: Sequence[Adapter]) -> None:
 
 
 def _run(
-    report: Report, sources: list[Adapter], joints: list[Joint], whole: list[Whole], options: BlendOptions,
-    device: str, out: Path, overwrite: bool, progress: Progress | None,
+    report: Report, sources: list[Adapter], weights: list[float], joints: list[Joint], whole: list[Whole],
+    options: BlendOptions, device: str, out: Path, overwrite: bool, progress: Progress | None,
 ) -> None:  # fmt: skip
-    from lorasurgery.ops.compose_write import Composed
+    from lorasurgery.ops.compose_write import Composed, first_keys
     from lorasurgery.ops.composition import Composition  # imports torch
 
     chosen = resolve_device(device)
     report.device = str(chosen)
-    draft = Composed(sources, whole, _dtype(sources, options), cast=options.dtype is not None)
+    draft = Composed(sources, whole, _dtype(sources, options), weights, cast=options.dtype is not None)
     choice = options.choice
     budget = choice.budget.bytes_of(_bytes(sources)) if choice and choice.budget else None
     Composition(joints, options, draft, chosen).run(budget, progress)
@@ -161,7 +161,7 @@ def _run(
         report.totals["budget"] = budget
     if options.uniform_rank:
         draft.pad()
-    if not draft.modules and not whole:
+    if not draft.modules and not whole and not first_keys(sources):
         raise MismatchError(f"the {options.command} is zero in every module, so there is nothing to write")
     report.bytes_written = draft.write(out, overwrite)
     report.bytes_read = sum(a.weights.bytes_read for a in sources)
@@ -200,7 +200,7 @@ def _dtype(sources: Sequence[Adapter], options: BlendOptions) -> str:
     """The widest dtype among the factors; float16 and bfloat16 together, or an exact blend, need float32."""
     if options.dtype:
         return options.dtype
-    found = {a.weights.tensors[name].dtype for a in sources for d in a.deltas.values() for name in (d.up, d.down)}
+    found = {a.weights.tensors[name].dtype for a in sources for d in a.deltas.values() for name in d.names}
     exact = len(sources) > 1 and options.choice is None
     if exact or len(found) != 1 or max(DTYPE_BITS[d] for d in found) > 16:
         return "F32"

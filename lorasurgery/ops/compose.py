@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter, Delta, Kind
 from lorasurgery.adapters.naming import is_embedding, is_head
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
-from lorasurgery.lowrank import LowRank
+from lorasurgery.lowrank import LowRank, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,10 @@ class Term:
         """The factors from disk, with scale alpha/r but not yet the weight."""
         return self.adapter.load(self.delta)
 
+    def load_update(self) -> Update:
+        """The same, or the matrix where factors would be no smaller."""
+        return self.load() if self.delta.is_thin else self.adapter.load_update(self.delta)
+
     def load_bias(self) -> LowRank:
         """lora_B.bias as an (out, 1) update."""
         return self.adapter.load_bias(self.delta)
@@ -30,7 +38,7 @@ class Term:
     @property
     def nbytes(self) -> int:
         """Bytes of the factors on disk."""
-        return sum(self.adapter.weights.tensors[name].nbytes for name in (self.delta.up, self.delta.down))
+        return sum(self.adapter.weights.tensors[name].nbytes for name in self.delta.names)
 
 
 @dataclass
@@ -46,7 +54,12 @@ class Joint:
     @property
     def rank(self) -> int:
         """The most that the sum can have."""
-        return min(*self.shape, sum(t.delta.rank for t in self.terms))
+        return min(*self.shape, sum(t.delta.directions for t in self.terms))
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether all terms have thin factors, so that the matrix need not be formed."""
+        return all(t.delta.is_thin for t in self.terms)
 
     @property
     def nbytes(self) -> int:
@@ -58,9 +71,16 @@ def join(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Joint]:
     """Bring the adapters' modules together by path, in the order they are first met.
 
     Raises:
-        MismatchError: two adapters adapt one module in different shapes or kinds, or disagree on tied weights.
+        MismatchError: adapters of different formats, whose names don't meet; two adapters adapt one module in
+            different shapes or kinds, or disagree on tied weights.
     """
     joints: dict[str, Joint] = {}
+    other = next((a for a in adapters if a.format != adapters[0].format), None)
+    if other is not None:
+        raise MismatchError(
+            f"{adapters[0].path} is in {adapters[0].format}'s format and {other.path} in {other.format}'s, so their "
+            "modules have different names; convert one to the other's format first: lorasurgery convert"
+        )
     for adapter, weight in zip(adapters, weights, strict=True):
         for path, delta in adapter.deltas.items():
             _check_linear(adapter, delta)
@@ -117,6 +137,19 @@ class Whole:
     def key(self) -> str:
         """Its name in the first adapter's file."""
         return self.copies[0][0].replaced[self.name]
+
+    def value(self, dtype: str | None = None) -> Tensor:
+        """The tensor, or the weighted mean of its copies; floating ones in `dtype` when one is given."""
+        from lorasurgery.checkpoint.dtypes import torch_dtype
+
+        (first, share), *others = self.copies
+        found = first.load_replaced(self.name)
+        wanted = torch_dtype(dtype) if dtype and found.is_floating_point() else found.dtype
+        if others:
+            found = found.float() * share
+            for adapter, weight in others:
+                found += adapter.load_replaced(self.name).float() * weight
+        return found.to(wanted)
 
 
 def whole_tensors(adapters: Sequence[Adapter], weights: Sequence[float], *, average: bool) -> Iterator[Whole]:

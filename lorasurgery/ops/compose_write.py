@@ -1,23 +1,20 @@
-"""The adapter that rerank and blend put together, and how it is laid out as a PEFT folder."""
+"""The adapter that rerank and blend put together, and how it is laid out in the format it came in."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
-from lorasurgery.adapters.peft_derive import derived_config
-from lorasurgery.adapters.peft_write import factor_keys, with_kernel
-from lorasurgery.checkpoint.dtypes import dtype_name
-from lorasurgery.checkpoint.output import Output
-from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
+from lorasurgery.adapters.loose_write import LooseFile
+from lorasurgery.adapters.module import Module
+from lorasurgery.checkpoint.plan import PlannedFile
 from lorasurgery.ops.carry import tokenizer_files
 from lorasurgery.ops.compose import Joint, Whole
 from lorasurgery.ops.factored import Factored, fit, hold, unit_scale
+from lorasurgery.ops.layout import Layout, loose_layout, peft_layout, write_layout
 from lorasurgery.report import ModuleReport
 
 if TYPE_CHECKING:
@@ -32,6 +29,7 @@ class Composed:
         sources: In the order given; the first one's config is the pattern for the new one.
         whole: Tensors stored whole.
         dtype: safetensors name of what factors are written in.
+        weights: One strength for each source.
         cast: Whether tensors stored whole are written in that dtype too.
         dropped: modules without any direction: nothing is left of them, or the budget has no room.
     """
@@ -39,6 +37,7 @@ class Composed:
     sources: Sequence[Adapter]
     whole: Sequence[Whole]
     dtype: str
+    weights: Sequence[float] = ()
     cast: bool = False
     modules: list[tuple[Joint, Factored]] = field(default_factory=list)
     dropped: list[ModuleReport] = field(default_factory=list)
@@ -71,60 +70,48 @@ class Composed:
         for joint, f in zip(joints, found, strict=True):
             self.add(joint, f)
 
-    @property
-    def has_bias(self) -> bool:
-        """Whether any module's lora_B has a bias, so that PEFT expects one in every linear module."""
-        return any(f.bias is not None for _, f in self.modules)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Factors and their biases by key in the file."""
-        import torch
-
-        found: dict[str, Tensor] = {}
-        for joint, f in self.modules:
-            a, b = factor_keys(joint.path, joint.kind)
-            found[a], found[b] = with_kernel(f.update.down, f.update.up, joint.kernel)
-            if self.has_bias and joint.kind == "linear":
-                bias = f.bias if f.bias is not None else torch.zeros(joint.shape[0], dtype=f.update.up.dtype)
-                found[b.removesuffix("weight") + "bias"] = (bias.float() / f.update.scale).to(bias.dtype)
-        return found
-
     def file(self) -> PlannedFile:
-        """The weight file, planned: every tensor's name, dtype and shape, in order of name."""
-        planned = [PlannedTensor(key, dtype_name(t.dtype), tuple(t.shape)) for key, t in self.tensors().items()]
-        for item in self.whole:
-            info = item.copies[0][0].weights.tensors[item.key]
-            dtype = self.dtype if self.cast and info.is_float else info.dtype
-            planned.append(PlannedTensor(self._whole_key(item.name), dtype, info.shape))
-        metadata = {"format": "pt"} | next(iter(self.sources[0].weights.files.values())).metadata
-        return PlannedFile(WEIGHTS_NAME, tuple(sorted(planned, key=lambda t: t.name)), metadata)
+        """The weight file, planned: every tensor's name, dtype and shape."""
+        return self.layout().file
 
-    def _whole_key(self, name: str) -> str:
-        """PEFT keeps a targeted layer's own tensors under base_layer."""
-        path, _, leaf = name.rpartition(".")
-        inside = any(joint.path == path for joint, _ in self.modules)
-        return f"{PREFIX}{path}.base_layer.{leaf}" if inside else PREFIX + name
+    def layout(self) -> Layout:
+        """The result in the format of the first source."""
+        first = self.sources[0]
+        if first.format == "peft":
+            return peft_layout(self.sources, self._modules(), self.whole, self.dtype if self.cast else None)
+        extra = {self._loose_key(w.name): w.value(self.dtype if self.cast else None) for w in self.whole}
+        extra |= {key: self._added(name, key) for name, key in first_keys(self.sources).items()}
+        return loose_layout(LooseFile(first.format, self._modules(), extra, first.metadata))
+
+    def _modules(self) -> list[Module]:
+        return [Module(j.path, f.update, j.kernel, f.bias, kind=j.kind) for j, f in self.modules]
+
+    def _loose_key(self, name: str) -> str:
+        return f"{name.rpartition('.')[0]}.set_weight"
+
+    def _added(self, name: str, key: str) -> Tensor:
+        """A vector that is added to the base: the weighted sum of the sources' own."""
+        held = [(a, w) for a, w in zip(self.sources, self.weights, strict=True) if name in a.diffs]
+        (first, weight), *others = held
+        value = first.weights.read(first.diffs[name])
+        if others or weight != 1:
+            total = value.float() * weight
+            for adapter, w in others:
+                total += adapter.weights.read(adapter.diffs[name]).float() * w
+            value = total.to(value.dtype)
+        return value
 
     def write(self, out: Path, overwrite: bool) -> int:
-        """Write weights, tokenizer files and, last, adapter_config.json; returns the bytes written."""
-        config = derived_config(
-            self.sources,
-            {joint.path: f.update.rank for joint, f in self.modules},
-            {joint.path: f.report.alpha or 0.0 for joint, f in self.modules},
-            bias=self.has_bias,
-        )
-        file, factors = self.file(), self.tensors()
-        whole = {self._whole_key(item.name): item for item in self.whole}
-        with Output(out, overwrite=overwrite) as output:
-            with output.tensor_file(file) as writer:
-                for item in file.tensors:
-                    data = factors[item.name] if item.name in factors else _mean(whole[item.name], item)
-                    writer.write(item.name, data)
-            for name, source in tokenizer_files(self.sources).items():
-                output.copy_file(name, source)
-            output.write_bytes(CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-            output.commit(last=CONFIG_NAME)
-            return output.bytes_written
+        """Write weights, tokenizer files and, last, what makes the folder complete; returns the bytes written."""
+        return write_layout(self.layout(), out, overwrite, tokenizer_files(self.sources))
+
+
+def first_keys(sources: Sequence[Adapter]) -> dict[str, str]:
+    """Each added vector's key in the first adapter that has it, by name."""
+    found: dict[str, str] = {}
+    for adapter in sources:
+        found = adapter.diffs | found
+    return found
 
 
 def _alive(found: Factored) -> Factored | None:
@@ -132,15 +119,3 @@ def _alive(found: Factored) -> Factored | None:
     if found.update.rank:
         return found
     return found.pad(1) if found.bias is not None else None
-
-
-def _mean(item: Whole, planned: PlannedTensor) -> Tensor:
-    from lorasurgery.checkpoint.dtypes import torch_dtype
-
-    (first, share), *others = item.copies
-    value = first.load_replaced(item.name)
-    if others:
-        value = value.float() * share
-        for adapter, weight in others:
-            value += adapter.load_replaced(item.name).float() * weight
-    return value.to(torch_dtype(planned.dtype))

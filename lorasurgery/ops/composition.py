@@ -16,14 +16,14 @@ from torch import Tensor
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.core import Core, distance, inner, recompress
-from lorasurgery.linalg.elementwise import combine
+from lorasurgery.linalg.elementwise import combine, sum_of
 from lorasurgery.linalg.knots import knots_ties
 from lorasurgery.linalg.methods import ELEMENTWISE, Elementwise
 from lorasurgery.linalg.norms import residual_norm
 from lorasurgery.linalg.rank import EVERYTHING, RankChoice
 from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE
-from lorasurgery.lowrank import LowRank
+from lorasurgery.lowrank import LowRank, Update
 from lorasurgery.ops.blend import BlendOptions
 from lorasurgery.ops.compose import Joint, Term
 from lorasurgery.ops.compose_write import Composed
@@ -76,15 +76,13 @@ class Composition:
             raise type(problem)(f"{where}: {joint.path}: {problem}") from None
 
     def _take(self, joint: Joint) -> Factored:
-        terms = [self._load(t) for t in joint.terms]
         weights = [t.weight for t in joint.terms]
         method = self.options.method
-        if method in ELEMENTWISE:
-            found = self._elementwise(joint, terms, weights)
-        elif method == "cat":
-            found = self._concatenated(joint, terms, weights)
+        if method in ELEMENTWISE or not joint.is_thin:
+            found = self._dense(joint, [self._load_update(t) for t in joint.terms], weights)
         else:
-            found = self._factored(joint, terms, weights)
+            terms = [self._load(t) for t in joint.terms]
+            found = (self._concatenated if method == "cat" else self._factored)(joint, terms, weights)
         bias = [t for t in joint.terms if t.delta.bias]
         return replace(found, bias=self._bias(joint, bias)) if bias else found
 
@@ -92,6 +90,11 @@ class Composition:
         with self._reading:  # a checkpoint's file has one position
             update = term.load()
         return LowRank(update.up.to(self.device), update.down.to(self.device), update.scale)
+
+    def _load_update(self, term: Term) -> Update:
+        with self._reading:
+            update = term.load_update()
+        return update.to(self.device)
 
     def _factored(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
         choice = self.choice or EVERYTHING
@@ -101,7 +104,8 @@ class Composition:
             terms = [t.times(w) for t, w in zip(terms, weights, strict=True)]
         core = recompress(terms, choice.directions() or choice.max_rank)
         rank = _choose(choice, core)
-        if self.alone and rank == terms[0].rank and choice.budget is None and terms[0].scale > 0:
+        plain = self.alone and joint.terms[0].delta.form == "lora"
+        if plain and rank == terms[0].rank and choice.budget is None and terms[0].scale > 0:
             return self._unchanged(joint, terms[0], core)
         kept = core.truncate(rank)
         written = self._round(kept)
@@ -128,18 +132,25 @@ class Composition:
         written, norm = self._round(kept), math.sqrt(max(inner([kept], [kept]), 0.0))
         return self._found(joint, written, [0.0] * kept.rank, norm, distance(kept, written) / norm if norm else 0.0)
 
-    def _elementwise(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
-        choice = self.choice or RankChoice(rank=max(t.rank for t in terms))
+    def _dense(self, joint: Joint, terms: list[Update], weights: list[float]) -> Factored:
+        """What only a matrix can hold: a blend by entries, or a sum with terms that have no thin factors."""
         if not all(_finite(t) for t in terms):  # comparisons would pass over a NaN in silence
             raise SurgeryError(NOT_FINITE)
-        dense = self._combine(joint, terms, weights)
+        if self.options.method in ELEMENTWISE:
+            choice = self.choice or RankChoice(rank=max(t.delta.rank for t in joint.terms))
+            dense = self._combine(joint, terms, weights)
+        elif self.options.method == "linear":
+            choice = self.choice or RankChoice(rank=min(joint.shape))
+            dense = sum_of([t.times(w) for t, w in zip(terms, weights, strict=True)])
+        else:
+            raise SurgeryError(f"--method {self.options.method} needs thin factors; rerank the adapters first")
         found = truncated_svd(dense, choice, seed=self.options.seed)
         root, norm = found.s.sqrt().to(dense), math.sqrt(found.total)
         written = self._round(LowRank(found.u * root, root[:, None] * found.vt))
         error = residual_norm(dense, written) / norm if norm else 0.0
         return self._found(joint, written, found.s.square().tolist(), norm, error)
 
-    def _combine(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Tensor:
+    def _combine(self, joint: Joint, terms: Sequence[Update], weights: list[float]) -> Tensor:
         options, method = self.options, self.options.method
         entrywise: Elementwise = "ties" if method == "knots-ties" else method  # type: ignore[assignment]
         seed = options.seed ^ (zlib.crc32(joint.path.encode()) << 20)
@@ -172,8 +183,8 @@ class Composition:
         return Factored(report, update, squares)
 
 
-def _finite(update: LowRank) -> bool:
-    return bool(torch.isfinite(update.up).all()) and bool(torch.isfinite(update.down).all())
+def _finite(update: Update) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in update.tensors)
 
 
 @contextmanager
