@@ -83,9 +83,7 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """ΔW itself in float32 (float64 for float64 factors), for tests and small matrices."""
-        from torch import float32, promote_types
-
-        dtype = promote_types(self.up.dtype, float32)
+        dtype = widened(self.up.dtype)
         return self.scale * (self.up.to(dtype) @ self.down.to(dtype))  # (out, r) @ (r, in) -> (out, in)
 
 
@@ -157,13 +155,23 @@ class Dense:
 
     def dense(self) -> Tensor:
         """ΔW itself in float32, or float64 for a float64 matrix."""
-        from torch import float32, promote_types
-
-        return self.scale * self.matrix.to(promote_types(self.matrix.dtype, float32))
+        return self.scale * self.matrix.to(widened(self.matrix.dtype))
 
 
 Update = LowRank | Dense
 """What can be added to a weight, whole or by rows."""
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: float64 for float64, else float32; torch itself promotes no 8-bit floats.
+
+    >>> import torch
+    >>> widened(torch.float8_e4m3fn), widened(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    from torch import float32, float64
+
+    return float64 if dtype == float64 else float32
 
 
 def _to(tensor: Tensor, where: tuple[torch.device | torch.dtype | str, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.lowrank import Dense, LowRank, Update
+from lorasurgery.lowrank import Dense, LowRank, Update, widened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,6 +105,8 @@ class Adapter:
         added: those of `replaced` that may be new to the base (modules_to_save, such as a fresh score head).
         tied: the adapter promises the same update to all tied tensors (PEFT's ensure_weight_tying).
         fan_in_fan_out: a hint that linear weights are stored (in, out); the base decides.
+        members: Of a folder of PEFT adapters, one for each part of an image model: part -> its adapter; the paths
+            here begin with the part's name.
     """
 
     path: str
@@ -119,6 +121,7 @@ class Adapter:
     config: dict[str, Any] = field(default_factory=dict)
     diffs: dict[str, str] = field(default_factory=dict)
     format: Format = "peft"
+    members: dict[str, Adapter] = field(default_factory=dict)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -163,10 +166,8 @@ class Adapter:
         return Dense(self.weights.read(self.diffs[name]).reshape(-1, 1))
 
     def _parts(self, delta: Delta) -> dict[str, Tensor]:
-        import torch
-
         found = {part: self.weights.read(name) for part, name in delta.parts.items()}
-        return {part: t.to(torch.promote_types(t.dtype, torch.float32)) for part, t in found.items()}
+        return {part: t.to(widened(t.dtype)) for part, t in found.items()}
 
     def load_expert(self, delta: Delta, expert: int) -> LowRank:
         """One expert's factors: lora_A is expert-major, lora_B rank-major (peft.tuners.lora.layer.ParamWrapper)."""

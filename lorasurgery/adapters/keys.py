@@ -31,12 +31,12 @@ _PROCESSOR = re.compile(
 )
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _REFUSED = {
-    ".oft_blocks": "OFT (an orthogonal transformation, not an addition)",
+    ".oft_blocks": "OFT or BOFT (an orthogonal transformation, not an addition; its alpha is a constraint, no scale)",
     ".oft_diag": "OFT (an orthogonal transformation, not an addition)",
     ".on_input": "IA3 (a scaling of activations)",
-    ".a1.weight": "GLoRA",
-    ".a2.weight": "GLoRA",
-    ".bm1.weight": "GLoRA",
+    ".a1.weight": "GLoRA (a product with the base's own weight)",
+    ".a2.weight": "GLoRA (a product with the base's own weight)",
+    ".lambda_layer": "T-LoRA (a difference from factors that are not in the file)",
     "lora_controlnet": "a Control-LoRA",
     ".reshape_weight": "an adapter that reshapes the base's weight",
 }
@@ -80,8 +80,10 @@ def group_keys(keys: Iterable[str], where: str) -> dict[str, dict[str, str]]:
         UnsupportedError: a known family that has no additive update. FormatError: a key of no family, or one twice.
     """
     found: dict[str, dict[str, str]] = {}
-    for key in keys:
+    every = list(keys)
+    for key in every:  # first, for a refused family may have keys that say nothing by themselves (IA3's `weight`)
         refuse(key, where)
+    for key in every:
         parsed = parse_key(key)
         if parsed is None:
             raise FormatError(f"{where}: {key} is no adapter tensor that lorasurgery knows")

@@ -12,12 +12,13 @@ from lorasurgery.adapters.adapter import Adapter, Delta, Form, Format
 from lorasurgery.adapters.components import UNDERSCORED_PREFIXES, adapter_place
 from lorasurgery.adapters.header_config import HeaderConfig, read_header_config
 from lorasurgery.adapters.keys import group_keys, is_adapter_key
-from lorasurgery.checkpoint.header import read_header
+from lorasurgery.checkpoint.header import TensorInfo, read_header
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
 
 Parts = dict[str, str]
 _NAMES = ("pytorch_lora_weights.safetensors", "adapter.safetensors", "lora.safetensors")
+_KRONECKER = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_t1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}
 _LEAVES = {"diff_b": "bias", "b_norm": "bias", "w_norm": "weight", "set_weight": "weight"}
 
 
@@ -82,11 +83,17 @@ class _Reader:
         for part, leaf in _LEAVES.items():
             if part in parts:
                 target = self.replaced if part == "set_weight" else self.diffs
-                target[f"{path}.{leaf}"] = parts.pop(part)
+                self._claim(target, f"{path}.{leaf}", parts.pop(part))
         if "diff" in parts and len(self.weights.tensors[parts["diff"]].shape) < 2:
-            self.diffs[f"{path}.weight"] = parts.pop("diff")
+            self._claim(self.diffs, f"{path}.weight", parts.pop("diff"))
         if set(parts) - {"alpha"}:
             self.deltas[path] = self._delta(path, parts)
+
+    def _claim(self, target: dict[str, str], name: str, key: str) -> None:
+        """Note a tensor that is added or replaces whole; two that mean the same are an error."""
+        if name in target:
+            raise FormatError(f"{self.where}: {target[name]} and {key} both change {name}; which is meant?")
+        target[name] = self._float(key).name
 
     def _delta(self, path: str, parts: Parts) -> Delta:
         if "down" in parts or "up" in parts:
@@ -122,8 +129,8 @@ class _Reader:
         named = {p: parts[p] for p in ("up", "mid", "down")} if core else {}
         return Delta(
             path, "conv" if kernel else "linear", parts["down"], parts["up"], (up[0], into), down[0], alpha, scale,
-            bias=parts.get("bias"), kernel=kernel, magnitude=self._magnitude(path, parts), form=form, parts=named,
-            lycoris="dora_scale" in parts,
+            bias=parts.get("bias"), kernel=kernel, magnitude=self._magnitude(path, parts, (up[0], into)), form=form,
+            parts=named, lycoris="dora_scale" in parts,
         )  # fmt: skip
 
     def _hadamard(self, path: str, parts: Parts) -> Delta:
@@ -155,26 +162,20 @@ class _Reader:
             kernel, rank = found or kernel, self._shape(parts[f"{name}_b"])[0]
             width *= min(*flat, rank)
         flat = (sides[0][0] * sides[1][0], sides[0][1] * sides[1][1])
+        self._expect(path, parts, set(), {"alpha", "dora_scale", *_KRONECKER})
         if rank is None:  # both halves are full: LyCORIS sets the scale to 1, whatever alpha says
-            parts = {p: k for p, k in parts.items() if p != "alpha"}
-        return self._product(path, parts, "kronecker", flat, rank or min(flat), kernel, width)
+            return self._product(path, parts, "kronecker", flat, min(flat), kernel, width, scaling=(min(flat), 1.0))
+        return self._product(path, parts, "kronecker", flat, rank, kernel, width)
 
     def _product(
-        self,
-        path: str,
-        parts: Parts,
-        form: Form,
-        flat: tuple[int, int],
-        rank: int,
-        kernel: tuple[int, ...],
-        width: int,
-    ) -> Delta:
-        alpha, scale = self._scaling(path, parts, rank)
-        named = {p: k for p, k in parts.items() if p not in ("alpha", "dora_scale")}
+        self, path: str, parts: Parts, form: Form, flat: tuple[int, int], rank: int, kernel: tuple[int, ...],
+        width: int, scaling: tuple[float, float] | None = None,
+    ) -> Delta:  # fmt: skip
+        alpha, scale = scaling or self._scaling(path, parts, rank)
         return Delta(
             path, "conv" if kernel else "linear", "", "", flat, rank, alpha, scale, kernel=kernel, form=form,
-            parts=named,
-            magnitude=self._magnitude(path, parts), lycoris="dora_scale" in parts, width=width,
+            parts={p: k for p, k in parts.items() if p not in ("alpha", "dora_scale")},
+            magnitude=self._magnitude(path, parts, flat), lycoris="dora_scale" in parts, width=width,
         )  # fmt: skip
 
     def _half(self, path: str, parts: Parts, core: str, a: str, b: str) -> tuple[tuple[int, int], tuple[int, ...]]:
@@ -206,18 +207,31 @@ class _Reader:
             )
         return float(rank), 1.0
 
-    def _magnitude(self, path: str, parts: Parts) -> str | None:
+    def _magnitude(self, path: str, parts: Parts, flat: tuple[int, int]) -> str | None:
         if "dora_scale" in parts and "magnitude" in parts:
             raise FormatError(f"{self.where}: {path} has both dora_scale and lora_magnitude_vector; which is meant?")
-        return parts.get("dora_scale") or parts.get("magnitude")
+        name = parts.get("dora_scale") or parts.get("magnitude")
+        if name is None:
+            return None
+        shape = self.weights.tensors[name].shape
+        by_output = math.prod(shape) == flat[0] == shape[0] or ("magnitude" in parts and math.prod(shape) == flat[0])
+        by_input = "dora_scale" in parts and shape[:1] == (1,) and math.prod(shape) == math.prod(shape[:2])
+        if not by_output and not (by_input and flat[1] % math.prod(shape) == 0):
+            raise self._mismatch(path, name.rpartition(".")[2], shape, (flat[0], 1))
+        self._float(name)
+        return name
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        info = self.weights.tensors[name]
-        if not info.is_float:
-            raise FormatError(f"{self.where}: {name} is {info.dtype}; a factor must be a floating-point tensor")
+        info = self._float(name)
         if not 2 <= len(info.shape) <= 5:
             raise UnsupportedError(f"{self.where}: {name} has shape {list(info.shape)}, which is no factor's")
         return info.shape
+
+    def _float(self, name: str) -> TensorInfo:
+        info = self.weights.tensors[name]
+        if not info.is_float:
+            raise FormatError(f"{self.where}: {name} is {info.dtype}; expected a floating-point tensor")
+        return info
 
     def _expect(self, path: str, parts: Parts, needed: set[str], allowed: set[str]) -> None:
         missing, extra = needed - set(parts), set(parts) - needed - allowed

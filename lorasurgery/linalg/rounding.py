@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.norms import row_blocks
-from lorasurgery.lowrank import Update
+from lorasurgery.lowrank import Update, widened
 
 Rounding = Literal["nearest", "stochastic"]
 _BITS = {1: torch.int8, 2: torch.int16}
@@ -64,7 +64,7 @@ def round_to(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = 
         generator: On x's device.
     """
     if dtype.is_floating_point and dtype.itemsize == 1:
-        x = x.to(torch.promote_types(x.dtype, torch.float32)) if x.dtype.itemsize == 1 else x
+        x = x.to(torch.float32) if x.dtype.itemsize == 1 else x
         x = x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     near = x.to(dtype)
     if generator is None or dtype.itemsize > 2:
@@ -115,7 +115,7 @@ def add_updates(
     Raises:
         SurgeryError: the sum is not finite in `dtype` though it should be.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32) if weight.dtype.itemsize > 1 else torch.float32
+    wide = widened(weight.dtype)
     terms = [u.to(wide) for u in updates]
     generator = _draws(weight.device, seed) if rounding == "stochastic" else None
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)

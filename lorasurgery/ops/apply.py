@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.adapters.hashes import without_hashes
 from lorasurgery.checkpoint.header import FLOAT_DTYPES
 from lorasurgery.checkpoint.locate import PIPELINE
 from lorasurgery.checkpoint.output import Output
@@ -19,6 +20,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import OutputError, SurgeryError
 from lorasurgery.ops.carry import CONFIG, carried_files, patched_config, write_carried
 from lorasurgery.ops.edits import Edit, EditPlan
+from lorasurgery.ops.quantized import is_narrow, is_scale
 from lorasurgery.report import ModuleReport, Progress, Report
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ def plan_files(recipe: Recipe) -> None:
     for name, header in base.files.items():
         prefix = base.parts.get(name, "")
         names = [n for n in (prefix + t for t in header.tensors) if base.file_of[n] == name and n not in recipe.dropped]
-        files.append(PlannedFile(name, tuple(_planned(recipe, n) for n in names), header.metadata, prefix))
+        planned = tuple(_planned(recipe, n) for n in names)
+        files.append(PlannedFile(name, planned, _metadata(recipe, header.metadata, planned), prefix))
     new = tuple(_planned(recipe, n) for n in edits if n not in base.tensors)
     if new and files:
         last = files[-1]
@@ -78,10 +81,17 @@ def plan_files(recipe: Recipe) -> None:
         raise OutputError(f"{recipe.out}: is a file but {base.path} is a diffusers folder of several; name a folder")
     if recipe.out.suffix == ".safetensors":
         tensors = tuple(t for f in files for t in f.tensors)
-        files = [PlannedFile(recipe.out.name, tensors, files[0].metadata)]
+        files = [PlannedFile(recipe.out.name, tensors, _metadata(recipe, files[0].metadata, tensors))]
     elif recipe.max_shard_size:
         files = split_shards(files, recipe.max_shard_size)
     recipe.files = files
+
+
+def _metadata(recipe: Recipe, metadata: dict[str, str], tensors: Sequence[PlannedTensor]) -> dict[str, str]:
+    """The header's words as they were, but for hashes of bytes that change."""
+    base, edits = recipe.base.tensors, recipe.edits.edits
+    same = all(t.name not in edits and t.dtype == base[t.name].dtype for t in tensors) and not recipe.dropped
+    return metadata if same else without_hashes(metadata)
 
 
 def _planned(recipe: Recipe, name: str) -> PlannedTensor:
@@ -92,7 +102,8 @@ def _planned(recipe: Recipe, name: str) -> PlannedTensor:
     else:
         assert info is not None
         dtype = info.dtype
-    if recipe.dtype and dtype in FLOAT_DTYPES:
+    untouched = edit is None and (is_narrow(dtype) or is_scale(name))  # a cast would say nothing new, or undo a scale
+    if recipe.dtype and dtype in FLOAT_DTYPES and not untouched:
         dtype = recipe.dtype
     return PlannedTensor(name, dtype, edit.shape if edit else info.shape)  # type: ignore[union-attr]
 
@@ -109,7 +120,7 @@ def run(recipe: Recipe, report: Report, device: torch.device, progress: Progress
     """Stream the checkpoint through the recipe into the output, which appears whole or not at all."""
     from lorasurgery.linalg.rounding import Survival
 
-    total, done, survived = recipe.bytes_planned, 0, Survival(0.0, 0.0, 0.0)
+    total, done, survived, narrow = recipe.bytes_planned, 0, Survival(0.0, 0.0, 0.0), Survival(0.0, 0.0, 0.0)
     with ExitStack() as stack:
         output = stack.enter_context(Output(recipe.out, overwrite=recipe.overwrite))
         for planned in recipe.files:
@@ -117,11 +128,12 @@ def run(recipe: Recipe, report: Report, device: torch.device, progress: Progress
                 for tensor in planned.tensors:
                     survival = _write(recipe, tensor, file, device, report)
                     survived = survived + survival if survival else survived
+                    narrow = narrow + survival if survival and is_narrow(tensor.dtype) else narrow
                     done += tensor.nbytes
                     if progress:
                         progress(tensor.name, done, total)
-        if not recipe.allow_loss and survived.update and survived.retention < LEAST_RETENTION:
-            raise SurgeryError(_too_little(recipe, survived))
+        if not recipe.allow_loss:
+            _check_survival(recipe, survived, narrow)
         _finish(recipe, output)
         report.bytes_written = output.bytes_written
     report.bytes_read = recipe.base.bytes_read + sum(a.weights.bytes_read for a in recipe.adapters)
@@ -130,13 +142,15 @@ def run(recipe: Recipe, report: Report, device: torch.device, progress: Progress
     }  # fmt: skip
 
 
-def _too_little(recipe: Recipe, survived: Survival) -> str:
-    narrow = any(t.dtype.startswith("F8") for f in recipe.files for t in f.tensors)
-    return (
-        f"{recipe.base.path}: rounding would keep {survived.retention:.1%} of the update, so the result would hardly "
-        f"differ from the base; --dtype {'bfloat16' if narrow else 'float32'} keeps it, --rounding stochastic keeps "
-        "its mean, --allow-loss writes it all the same"
-    )
+def _check_survival(recipe: Recipe, whole: Survival, narrow: Survival) -> None:
+    """Stop when rounding swallows most of the update; 8-bit weights count for themselves too, beside wider ones."""
+    for survived, where in ((narrow, " in the 8-bit tensors"), (whole, "")):
+        if survived.update and survived.retention < LEAST_RETENTION:
+            raise SurgeryError(
+                f"{recipe.base.path}: rounding would keep {survived.retention:.1%} of the update{where}, so the result "
+                f"would hardly differ from the base; --dtype {'bfloat16' if where else 'float32'} keeps it, --rounding "
+                "stochastic keeps its mean, --allow-loss writes it all the same"
+            )
 
 
 def _finish(recipe: Recipe, output: Output) -> None:

@@ -13,7 +13,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.dora import decomposed, rescaled
 from lorasurgery.linalg.rounding import Rounding, Survival, add_updates, set_values
-from lorasurgery.lowrank import Update
+from lorasurgery.lowrank import Update, widened
 from lorasurgery.ops.edits import Contribution, Edit
 
 
@@ -64,7 +64,7 @@ def _experts(edit: Edit, start: torch.Tensor, dtype: torch.dtype, how: dict[str,
 
 def _in_turn(edit: Edit, matrix: torch.Tensor) -> torch.Tensor:
     """Contributions one after the other in float32, for DoRA's norm is that of the weight it meets."""
-    value = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
+    value = matrix.to(widened(matrix.dtype), copy=True)
     for c in edit.contributions:
         rows = slice(None) if c.into is None else c.into
         if c.decomposes:
@@ -107,6 +107,6 @@ def _start(base: Checkpoint, edit: Edit) -> torch.Tensor:
     for item in edit.rows:
         rows, place = item.adapter.weights.read(item.key), torch.tensor(item.rows)
         if item.weight != 1 or value.dtype != rows.dtype:
-            value = value.to(torch.promote_types(value.dtype, torch.float32))
+            value = value.to(widened(value.dtype))
         value[place] = torch.lerp(value[place], rows.to(value.dtype), item.weight)
     return value

@@ -60,6 +60,11 @@ class Placer:
         if delta.magnitude and not self.replace:
             self.plan.unrestored.append(f"{delta.path}.weight")
             return
+        if delta.lycoris and len(slots) > 1 and adapter.weights.tensors[delta.magnitude or ""].shape[0] == 1:
+            raise UnsupportedError(
+                f"{adapter.path}: {delta.path} has a DoRA norm for each input, over all rows of a fused layer, but "
+                f"{self.where} keeps its rows in {len(slots)} tensors; merge it into the checkpoint it was trained on"
+            )
         for slot in slots:
             edit = self._place(adapter, slot, delta.path, delta.shape, len(slots))
             edit.contributions.append(

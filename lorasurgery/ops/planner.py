@@ -12,9 +12,9 @@ from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.ops.edits import Contribution, Edit, EditPlan, Replacement, RowReplacement, size_of
 from lorasurgery.ops.experts import expert_targets
 from lorasurgery.ops.placing import Placer
+from lorasurgery.ops.quantized import scale_of
 
 _COMPUTABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-_SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "weight_scale_2", "weight_packed")
 
 
 def plan_edits(
@@ -261,9 +261,8 @@ class _Planner:
                 f"{self.names.where}: {edit.source.name} is {edit.source.dtype}, a quantized weight; "
                 "an adapter can only be merged into floating-point weights, so dequantize the checkpoint first"
             )
-        stem = module_of(edit.source.name)
-        scale = next((f"{stem}.{s}" for s in _SCALES if f"{stem}.{s}" in self.names.tensors), None)
-        if scale and edit.source.name.endswith(".weight"):
+        scale = scale_of(self.placer.base, edit.source)
+        if scale:
             raise UnsupportedError(
                 f"{self.names.where}: {edit.source.name} is stored with a separate scale ({scale}); "
                 "scaled checkpoints are not merged, so dequantize it to bfloat16 first"

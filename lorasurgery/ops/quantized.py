@@ -1,0 +1,70 @@
+"""Which weights of a checkpoint mean something only together with a scale, as headers tell it.
+
+Facts: ComfyUI's QUANTIZATION.md for `_quantization_metadata` and `.weight_scale`; its older files for `scaled_fp8` and
+`.scale_weight`; transformers and compressed-tensors for `.weight_scale_inv` and `.weight_packed`.
+"""
+
+from __future__ import annotations
+
+import json
+
+from lorasurgery.adapters.naming import module_of
+from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.checkpoint.reader import Checkpoint
+
+KEY, MARKER = "_quantization_metadata", "scaled_fp8"
+_BESIDE = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "scale_weight", "scale_input",
+           "input_scale", "pre_quant_scale", "comfy_quant")  # fmt: skip
+_AFTER = ("_scale", "_scale_inv")  # of parameters without a module: `experts.down_proj_scale`
+
+
+def is_narrow(dtype: str) -> bool:
+    """Whether a dtype has eight bits or fewer for a float, so that most updates are smaller than its steps.
+
+    >>> is_narrow("F8_E4M3"), is_narrow("BF16")
+    (True, False)
+    """
+    return dtype.startswith(("F8", "F6", "F4"))
+
+
+def is_scale(name: str) -> bool:
+    """Whether a tensor is the scale, or another part, of a quantized one; a cast of it would change the weight.
+
+    >>> is_scale("blocks.0.attn.qkv.weight_scale"), is_scale("blocks.0.attn.qkv.weight")
+    (True, False)
+    """
+    return name.rpartition(".")[2] in (*_BESIDE, MARKER)
+
+
+def scale_of(base: Checkpoint, info: TensorInfo) -> str | None:
+    """What in the checkpoint says that this weight is stored with a scale; None for a plain weight.
+
+    Args:
+        info: The weight's entry in the header.
+    """
+    stem = module_of(info.name)
+    beside = [f"{stem}.{leaf}" for leaf in _BESIDE] if info.name.endswith(".weight") else []
+    found = next((n for n in (*beside, *(info.name + end for end in _AFTER)) if n in base.tensors), None)
+    if found or info.name not in base.file_of:
+        return found
+    narrow = is_narrow(info.dtype)
+    marker = next((n for n in base.tensors if n.rpartition(".")[2] == MARKER), None)
+    if narrow and marker:
+        return marker
+    file = base.file_of[info.name]
+    layers = _layers(base.files[file].metadata.get(KEY))
+    named = layers is not None and any(stem == layer or stem.endswith(f".{layer}") for layer in layers)
+    unknown = narrow and layers == []
+    return f"{KEY} in the header of {file}" if named or unknown else None
+
+
+def _layers(text: str | None) -> list[str] | None:
+    """The layers that the header calls quantized: None without such a word, [] when it can't be understood."""
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    layers = found.get("layers") if isinstance(found, dict) else None
+    return list(layers) if isinstance(layers, dict) else []
