@@ -7,10 +7,11 @@ from pathlib import Path
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.loose import is_loose, read_loose
 from lorasurgery.adapters.peft import is_peft, read_peft
+from lorasurgery.adapters.peft_members import is_peft_members, read_peft_members
 from lorasurgery.checkpoint.header import refuse_pickle
 from lorasurgery.errors import FormatError
 
-_FORMATS = ((is_peft, read_peft), (is_loose, read_loose))
+_FORMATS = ((is_peft, read_peft), (is_peft_members, read_peft_members), (is_loose, read_loose))
 
 
 def open_adapter(reference: str | Path) -> Adapter:

@@ -14,7 +14,7 @@ _BIAS = ("none", "lora_only", "all")
 
 
 def derived_config(
-    sources: Sequence[Adapter], ranks: dict[str, int], alphas: dict[str, float], *, bias: bool
+    sources: Sequence[Adapter], ranks: dict[str, int], alphas: dict[str, float], *, bias: bool, dora: bool = False
 ) -> dict[str, Any]:
     """The config for factors of these ranks and alphas, scale alpha/r, that came out of the sources.
 
@@ -22,6 +22,7 @@ def derived_config(
         sources: At least one; the first one's task, base model and other fields go along.
         ranks, alphas: By full module path, of every module in the file.
         bias: Whether the factors have biases of their own (lora_bias).
+        dora: Whether they have magnitudes.
     """
     configs = [a.config for a in sources]
     known = {path for a in sources for path in a.deltas}
@@ -39,6 +40,7 @@ def derived_config(
         "lora_bias": bias,
         "modules_to_save": saved or None,
         "peft_type": "LORA",
+        "use_dora": dora,
         "use_rslora": False,
     }
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "unmerge": "Take merged adapters out of a checkpoint again.",
     "rerank": "Change an adapter's ranks, optimally, from its factors.",
     "blend": "Blend several adapters into one.",
+    "convert": "Write an adapter in another format.",
     "inspect": "Say what an adapter holds, and where its update lies.",
     "check": "Would a server take this adapter as it is meant?",
     "diff": "Compare two adapters: do they agree, or fight?",

@@ -152,7 +152,7 @@ def _run(
 
     chosen = resolve_device(device)
     report.device = str(chosen)
-    draft = Composed(sources, whole, _dtype(sources, options), weights, cast=options.dtype is not None)
+    draft = Composed(sources, whole, factor_dtype(sources, options), weights, cast=options.dtype is not None)
     choice = options.choice
     budget = choice.budget.bytes_of(_bytes(sources)) if choice and choice.budget else None
     Composition(joints, options, draft, chosen).run(budget, progress)
@@ -196,7 +196,7 @@ def _upper(joint: Joint, options: BlendOptions) -> int:
     return asked if dense else min(asked, joint.rank)
 
 
-def _dtype(sources: Sequence[Adapter], options: BlendOptions) -> str:
+def factor_dtype(sources: Sequence[Adapter], options: BlendOptions) -> str:
     """The widest dtype among the factors; float16 and bfloat16 together, or an exact blend, need float32."""
     if options.dtype:
         return options.dtype

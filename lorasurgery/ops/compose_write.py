@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.loose_write import LooseFile
 from lorasurgery.adapters.module import Module
-from lorasurgery.checkpoint.plan import PlannedFile
 from lorasurgery.ops.carry import tokenizer_files
 from lorasurgery.ops.compose import Joint, Whole
 from lorasurgery.ops.factored import Factored, fit, hold, unit_scale
@@ -58,7 +57,7 @@ class Composed:
 
     def spend(self, budget: int, *, uniform: bool) -> None:
         """Cut the factors so that the file takes at most `budget` bytes, all else in it counted."""
-        self._keep(fit([f for _, f in self.modules], self.file(), budget, unit_scale, uniform=uniform))
+        self._keep(fit([f for _, f in self.modules], self.layout().files, budget, unit_scale, uniform=uniform))
 
     def pad(self) -> None:
         """Zero-pad every module to the largest rank."""
@@ -70,16 +69,13 @@ class Composed:
         for joint, f in zip(joints, found, strict=True):
             self.add(joint, f)
 
-    def file(self) -> PlannedFile:
-        """The weight file, planned: every tensor's name, dtype and shape."""
-        return self.layout().file
-
     def layout(self) -> Layout:
         """The result in the format of the first source."""
         first = self.sources[0]
+        whole = {w.name: w.value(self.dtype if self.cast else None) for w in self.whole}
         if first.format == "peft":
-            return peft_layout(self.sources, self._modules(), self.whole, self.dtype if self.cast else None)
-        extra = {self._loose_key(w.name): w.value(self.dtype if self.cast else None) for w in self.whole}
+            return peft_layout(self.sources, self._modules(), whole)
+        extra = {self._loose_key(name): t for name, t in whole.items()}
         extra |= {key: self._added(name, key) for name, key in first_keys(self.sources).items()}
         return loose_layout(LooseFile(first.format, self._modules(), extra, first.metadata))
 

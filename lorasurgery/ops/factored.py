@@ -49,6 +49,16 @@ class Factored:
     bias: Tensor | None = None
 
     @property
+    def rank(self) -> int:
+        """Directions of the update (of each expert, where there are several)."""
+        return self.update.rank
+
+    @property
+    def reports(self) -> tuple[ModuleReport, ...]:
+        """A line for each tensor of the base that the factors belong to."""
+        return (self.report,)
+
+    @property
     def cost(self) -> int:
         """Bytes of one direction in the file."""
         return sum(self.update.shape) * self.update.up.element_size() * self.copies
@@ -98,21 +108,21 @@ def hold(modules: Sequence[Factored], budget: int, scaling: Scaling, *, uniform:
     Returns:
         The cut modules, or None while all of them together are small enough.
     """
-    if sum(m.cost * m.update.rank for m in modules) <= 2 * budget:
+    if sum(m.cost * m.rank for m in modules) <= 2 * budget:
         return None
     return spend(modules, max(budget, sum(m.cost for m in modules)), scaling, uniform=uniform)
 
 
 def fit(
-    modules: Sequence[Factored], file: PlannedFile, budget: int, scaling: Scaling, *, uniform: bool
+    modules: Sequence[Factored], files: Sequence[PlannedFile], budget: int, scaling: Scaling, *, uniform: bool
 ) -> list[Factored]:
-    """Cut the modules so that the file they are planned in takes at most `budget` bytes, all else in it counted.
+    """Cut the modules so that the files they are planned in take at most `budget` bytes, all else in it counted.
 
     Raises:
         SurgeryError: the budget holds not even one direction.
     """
-    factors = sum(m.cost * m.update.rank for m in modules)
-    overhead = len(file.header()) + sum(t.nbytes for t in file.tensors) - factors
+    factors = sum(m.cost * m.rank for m in modules)
+    overhead = sum(len(f.header()) + sum(t.nbytes for t in f.tensors) for f in files) - factors
     _check_room(modules, budget, overhead, uniform)
     return spend(modules, budget - overhead, scaling, uniform=uniform)
 

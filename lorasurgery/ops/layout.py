@@ -17,7 +17,6 @@ from lorasurgery.adapters.peft_write import factor_keys, with_kernel
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.errors import UsageError
-from lorasurgery.ops.compose import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,40 +26,67 @@ SINGLE = "pytorch_lora_weights.safetensors"  # what diffusers calls a LoRA in a 
 
 @dataclass
 class Layout:
-    """What will be written: one weight file and the files beside it, the last of which makes it complete.
+    """What will be written: weight files and the files beside them, the last of which makes it complete.
 
     Args:
+        files: Planned; a file of a part of the model lies in that part's folder and has its prefix.
+        tensors: By planned name, prefix included.
+        beside: Name -> content.
         loose: The weight file stands alone, so the output may be a file as well as a folder.
     """
 
-    file: PlannedFile
+    files: tuple[PlannedFile, ...]
     tensors: Mapping[str, Tensor]
     beside: Mapping[str, bytes] = field(default_factory=dict)
     loose: bool = False
 
 
-def peft_layout(
-    sources: Sequence[Adapter], modules: Sequence[Module], whole: Sequence[Whole], cast: str | None = None
-) -> Layout:
-    """A PEFT folder whose config follows the sources'.
+def peft_layout(sources: Sequence[Adapter], modules: Sequence[Module], whole: Mapping[str, Tensor]) -> Layout:
+    """A PEFT folder whose config follows the sources', or one for each part of an image model.
 
     Args:
-        whole: Tensors stored whole. cast: safetensors dtype that floating ones of them are written in.
+        whole: Tensors stored whole, by name in memory.
     """
+    parts = list(dict.fromkeys(p for a in sources for p in a.members))
+    if not parts:
+        config = derived_config(
+            sources, {m.path: m.update.rank for m in modules}, {m.path: m.alpha for m in modules},
+            bias=any(m.bias is not None for m in modules), dora=any(m.magnitude is not None for m in modules),
+        )  # fmt: skip
+        metadata = {k: v for k, v in sources[0].metadata.items() if sources[0].format == "peft"}
+        return peft_folder(modules, whole, config, metadata)
+    found = {}
+    for part in parts:
+        own = [replace(m, path=m.path[len(part) + 1 :]) for m in modules if m.path.startswith(f"{part}.")]
+        mine = {name[len(part) + 1 :]: t for name, t in whole.items() if name.startswith(f"{part}.")}
+        found[part] = peft_layout([a.members[part] for a in sources if part in a.members], own, mine)
+    return by_part({part: layout for part, layout in found.items() if layout.tensors})
+
+
+def peft_folder(
+    modules: Sequence[Module], whole: Mapping[str, Tensor], config: Mapping[str, object], metadata: Mapping[str, str]
+) -> Layout:
+    """A PEFT folder with this config."""
     from lorasurgery.checkpoint.dtypes import dtype_name
 
-    tensors = peft_tensors(modules)
-    tensors |= {_whole_key(w.name, modules): w.value(cast) for w in whole}
-    metadata = {"format": "pt"} | {k: v for k, v in sources[0].metadata.items() if sources[0].format == "peft"}
+    tensors = peft_tensors(modules) | {_whole_key(name, modules): t for name, t in whole.items()}
     planned = tuple(PlannedTensor(k, dtype_name(t.dtype), tuple(t.shape)) for k, t in sorted(tensors.items()))
-    config = derived_config(
-        sources, {m.path: m.update.rank for m in modules}, {m.path: m.alpha for m in modules},
-        bias=any(m.bias is not None for m in modules),
-    )  # fmt: skip
-    if any(m.magnitude is not None for m in modules):
-        config["use_dora"] = True
     beside = {CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
-    return Layout(PlannedFile(WEIGHTS_NAME, planned, metadata), tensors, beside)
+    return Layout((PlannedFile(WEIGHTS_NAME, planned, {"format": "pt"} | dict(metadata)),), tensors, beside)
+
+
+def by_part(layouts: Mapping[str, Layout]) -> Layout:
+    """Several PEFT folders as one output, each in the folder of its part."""
+    files: list[PlannedFile] = []
+    tensors: dict[str, Tensor] = {}
+    beside: dict[str, bytes] = {}
+    for part, layout in layouts.items():
+        for file in layout.files:
+            named = tuple(replace(t, name=f"{part}.{t.name}") for t in file.tensors)
+            files.append(replace(file, name=f"{part}/{file.name}", tensors=named, prefix=f"{part}."))
+        tensors |= {f"{part}.{key}": t for key, t in layout.tensors.items()}
+        beside |= {f"{part}/{name}": data for name, data in layout.beside.items()}
+    return Layout(tuple(files), tensors, beside)
 
 
 def peft_tensors(modules: Sequence[Module]) -> dict[str, Tensor]:
@@ -90,7 +116,7 @@ def _whole_key(name: str, modules: Sequence[Module]) -> str:
 def loose_layout(file: LooseFile) -> Layout:
     """One file without a config."""
     tensors = file.tensors()
-    return Layout(file.plan(SINGLE, tensors), tensors, loose=True)
+    return Layout((file.plan(SINGLE, tensors),), tensors, loose=True)
 
 
 def write_layout(layout: Layout, out: Path, overwrite: bool, copies: Mapping[str, Path]) -> int:
@@ -101,17 +127,18 @@ def write_layout(layout: Layout, out: Path, overwrite: bool, copies: Mapping[str
     """
     check_name(out, loose=layout.loose)
     single = out.suffix == ".safetensors"
-    file = replace(layout.file, name=out.name) if single else layout.file
+    files = [replace(f, name=out.name) for f in layout.files] if single else layout.files
     with Output(out, overwrite=overwrite) as output:
-        with output.tensor_file(file) as writer:
-            for item in file.tensors:
-                writer.write(item.name, layout.tensors[item.name])
+        for file in files:
+            with output.tensor_file(file) as writer:
+                for item in file.tensors:
+                    writer.write(item.name, layout.tensors[item.name])
         if not single:
             for name, source in copies.items():
                 output.copy_file(name, source)
             for name, data in layout.beside.items():
                 output.write_bytes(name, data)
-        output.commit(last=next(iter(layout.beside), file.name) if not single else file.name)
+        output.commit(last=next(iter(layout.beside), files[0].name))
         return output.bytes_written
 
 

@@ -1,0 +1,289 @@
+"""From one set of an image model's names to another: which modules a file of another format has, and whose rows.
+
+Names alone: a module that is fused on one side is several on the other, and what is missing is filled with zeros. A
+base, where one is given, turns underscores back into dots and knows the height of what the adapter lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lorasurgery.adapters.adapter import Adapter, Format
+from lorasurgery.adapters.components import Part, Place, adapter_place
+from lorasurgery.adapters.dialects import Dialect, Family, dialect, family_of
+from lorasurgery.adapters.dictionary import Dictionary, Side
+from lorasurgery.errors import MismatchError, UnsupportedError
+
+Naming = Literal["original", "diffusers"]
+Sizes = Mapping[str, tuple[int, int]]
+_GIVE = "give --base, whose names tell"
+_KOHYA = {"denoiser": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_", "te3": "lora_te3_"}
+_COMFYUI = {
+    "denoiser": "diffusion_model.",
+    "te1": "text_encoders.clip_l.transformer.",
+    "te2": "text_encoders.clip_g.transformer.",
+    "te3": "text_encoders.t5xxl.transformer.",
+}
+_FOLDER = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_2"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a target module: those of a source module, or zeros where no source has them.
+
+    Args:
+        height: How many. source: The adapter's module path; None for zeros. start: The first of its rows.
+    """
+
+    height: int
+    source: str | None = None
+    start: int = 0
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the source."""
+        return slice(self.start, self.start + self.height)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module of the new file.
+
+    Args:
+        part: Of the model. path: Dotted, inside the part, in the new format's naming.
+        pieces: From the first row to the last; neighbours of one source are put together.
+    """
+
+    part: Part
+    path: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The adapter's modules it is made of, each once."""
+        return tuple(dict.fromkeys(p.source for p in self.pieces if p.source is not None))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A module of the adapter, as the tables know it."""
+
+    part: Part
+    path: str
+    atoms: tuple[str, ...]
+    heights: tuple[int, ...]
+
+
+class Translator:
+    """The modules of one adapter by the names of another format.
+
+    Example:
+        Translator(adapter, "diffusers", Dictionary(base.tensors, pipeline=False)).targets(sizes)
+
+    Args:
+        adapter: Its module paths are translated. to: The new format. dictionary: The base's names, if one is given.
+        home: The part that a PEFT adapter without prefixes is for; None is told from its names.
+    """
+
+    def __init__(
+        self, adapter: Adapter, to: Format, dictionary: Dictionary | None = None, home: Part | None = None
+    ) -> None:
+        self.adapter, self.to, self.dictionary, self.home = adapter, to, dictionary, home
+        paths = [*adapter.deltas, *(n.rpartition(".")[0] for n in (*adapter.diffs, *adapter.replaced))]
+        self.places = {path: self._place(path) for path in dict.fromkeys(paths)}
+        self._dialects: dict[Part, Dialect] = {}
+
+    def targets(self, sizes: Sizes) -> list[Target]:
+        """The new file's modules.
+
+        Args:
+            sizes: (rows, columns) of the updates to translate, by the adapter's module path.
+
+        Raises:
+            MismatchError: a module that the base does not have. UnsupportedError: names that only a base can tell.
+        """
+        held: dict[tuple[Part, str], Piece] = {}
+        for source, size in sizes.items():
+            known, start = self._know(source, size), 0
+            for atom, height in zip(known.atoms, known.heights, strict=True):
+                if (known.part, atom) in held:
+                    other = held[known.part, atom].source
+                    raise MismatchError(f"{self.adapter.path}: {other} and {source} are the same module, {atom}")
+                held[known.part, atom] = Piece(height, source, start)
+                start += height
+        found: dict[tuple[Part, str], Target] = {}
+        for part, atom in held:
+            path = self._new_path(part, atom)
+            if (part, path) not in found:
+                pieces = [self._piece(held, part, a) for a in self.names(part).spell(path).atoms]
+                found[part, path] = Target(part, path, _together(self._filled(part, path, pieces, held)))
+        return list(found.values())
+
+    def names(self, part: Part) -> Dialect:
+        """The tables for a part of the model: the base's family, or the family that the adapter's own names tell."""
+        if part not in self._dialects:
+            side = self._side(part)
+            own = [p.path for p in self.places.values() if p.part == part and p.dotted]
+            self._dialects[part] = side.names if side else dialect("plain" if part != "denoiser" else family_of(own))
+        return self._dialects[part]
+
+    @property
+    def family(self) -> Family:
+        """Of the denoiser; of a base that has none, plain."""
+        return self.names("denoiser").family
+
+    @property
+    def naming(self) -> Naming:
+        """How the new file names the denoiser: sd-scripts names SD 1 and 2 as diffusers does, all else originally."""
+        if self.to in ("diffusers", "peft"):
+            return "diffusers"
+        return "original" if self.to == "comfyui" or self.family != "unet" or self.is_sdxl else "diffusers"
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether a U-Net is SDXL's: a second text encoder, several transformer blocks in a row, or its embedding."""
+        side = self._side("denoiser")
+        if side is not None:
+            return any(m.startswith(("label_emb", "add_embedding")) for m in side.tensors)
+        paths = [p.path for p in self.places.values() if p.part == "denoiser"]
+        return any(p.part == "te2" for p in self.places.values()) or any("transformer_blocks.1." in p for p in paths)
+
+    def name(self, part: Part, path: str) -> str:
+        """A module's whole name in the new file.
+
+        sd-scripts numbers text encoders only where there are several; T5 is diffusers' second encoder in Flux and its
+        third in SD3.
+        """
+        clip = part in ("te1", "te2") and not path.startswith("text_projection")
+        if self.to == "kohya":
+            alone = part == "te1" and self.family == "unet" and not self.is_sdxl
+            path = f"text_model.{path}" if clip else path
+            return ("lora_te_" if alone else _KOHYA[part]) + path.replace(".", "_")
+        if self.to == "comfyui":
+            return _COMFYUI[part] + (f"text_model.{path}" if clip else path)
+        return f"{self.folder(part)}.{path}"
+
+    def folder(self, part: Part) -> str:
+        """diffusers' name for a part: the folder it lies in."""
+        if part == "denoiser":
+            return "unet" if self.family == "unet" else "transformer"
+        return "text_encoder_3" if part == "te3" and self.family == "sd3" else _FOLDER[part]
+
+    # The adapter's modules
+
+    def _place(self, path: str) -> Place:
+        found = adapter_place(path)
+        if found is None and self.home is not None:
+            found = Place(self.home, path)
+        if found is None:
+            raise UnsupportedError(
+                f"{self.adapter.path}: {path} is of no image model that lorasurgery knows, so only PEFT's format fits it"
+            )
+        t5 = found.part == "te2" and found.path.startswith(("encoder.block.", "encoder_block_"))
+        part: Part = "te3" if t5 else found.part
+        if part == "any":
+            part = self._part_of(found, path)
+        path = found.path.removeprefix("text_model." if found.dotted else "text_model_")
+        return Place(part, path if part != "denoiser" else found.path, found.dotted)
+
+    def _part_of(self, place: Place, path: str) -> Part:
+        """LyCORIS's own prefix names no part: the one whose modules the base has, else the denoiser."""
+        if self.dictionary is not None:
+            for part, side in self.dictionary.sides.items():
+                if part != "any" and self.dictionary.path_of(Place(part, place.path, place.dotted)) and side:
+                    return part
+        return "denoiser"
+
+    def _know(self, source: str, size: tuple[int, int]) -> _Known:
+        place = self.places[source]
+        path = self._dotted(source, place)
+        spelling = self.names(place.part).spell(path)
+        if spelling.split == "wide-last" and size[1] == 1 and self.dictionary is None:
+            raise UnsupportedError(
+                f"{self.adapter.path}: {source} is a vector of several modules' rows; {_GIVE} how many"
+            )
+        side = self._side(place.part)
+        known = [side.atoms.get(a) for a in spelling.atoms] if side else []
+        found = [a.height for a in known if a]
+        heights = found if known and len(found) == len(known) else spelling.heights(*size)
+        if sum(heights) != size[0]:
+            raise MismatchError(
+                f"{self.adapter.path}: {source} is an update of {size[0]} rows but {path} has {sum(heights)}; is this "
+                "the adapter's base model?"
+            )
+        return _Known(place.part, path, spelling.atoms, tuple(heights))
+
+    def _dotted(self, source: str, place: Place) -> str:
+        if self.dictionary is None:
+            if place.dotted:
+                return place.path
+            raise UnsupportedError(
+                f"{self.adapter.path}: {source} has underscores where its model has dots or underscores; {_GIVE} them "
+                "apart"
+            )
+        found = self.dictionary.path_of(place)
+        if found is None:
+            hint = self.dictionary.hint(place)
+            raise MismatchError(f"{self.adapter.path}: {source} matches no module of the base{hint}")
+        return found
+
+    def _side(self, part: Part) -> Side | None:
+        if self.dictionary is None:
+            return None
+        sides = self.dictionary.sides
+        return sides.get(part) or (sides.get("any") if part == "denoiser" or len(sides) == 1 else None)
+
+    # The new file's modules
+
+    def _new_path(self, part: Part, atom: str) -> str:
+        """The module that holds an atom, in the new naming."""
+        names = self.names(part)
+        plain = atom.partition("#")[0]
+        if part != "denoiser" or self.naming == "diffusers":
+            return plain
+        found = names.originals([atom])
+        if len(found) > 1:
+            return self._upsampler(part, atom, found)
+        if not found and names.family == "plain" and self.dictionary is None:
+            raise UnsupportedError(f"{self.adapter.path}: of which family {atom} is can't be told from it; {_GIVE} it")
+        return found.pop() if found else plain
+
+    def _upsampler(self, part: Part, atom: str, found: set[str]) -> str:
+        """The original numbers an upsampler after its level's attention, so whether there is one decides."""
+        level = atom.partition(".upsamplers")[0]
+        side = self._side(part)
+        known = set(side.tensors) | set(side.atoms) if side else {p.path for p in self.places.values()}
+        place = 2 if any(name.startswith(f"{level}.attentions.") for name in known) else 1
+        return next(name for name in sorted(found) if name.endswith(f".{place}.conv"))
+
+    def _piece(self, held: Mapping[tuple[Part, str], Piece], part: Part, atom: str) -> Piece | None:
+        if (part, atom) in held:
+            return held[part, atom]
+        side = self._side(part)
+        return Piece(side.atoms[atom].height) if side and atom in side.atoms else None
+
+    def _filled(
+        self, part: Part, path: str, pieces: list[Piece | None], held: Mapping[tuple[Part, str], Piece]
+    ) -> list[Piece]:
+        """Rows that no source has are zero; in a module of equal parts their height is that of the others."""
+        even = self.names(part).spell(path).split == "even"
+        height = next(p.height for p in pieces if p is not None)
+        if any(p is None for p in pieces) and not even:
+            raise UnsupportedError(
+                f"{self.adapter.path}: {path} also holds modules that the adapter has no update for; {_GIVE} their size"
+            )
+        return [p or Piece(height) for p in pieces]
+
+
+def _together(pieces: list[Piece]) -> tuple[Piece, ...]:
+    found: list[Piece] = []
+    for piece in pieces:
+        last = found[-1] if found else None
+        follows = last and last.source == piece.source and (piece.source is None or last.rows.stop == piece.start)
+        if last and follows:
+            found[-1] = Piece(last.height + piece.height, last.source, last.start)
+        else:
+            found.append(piece)
+    return tuple(found)

@@ -1,0 +1,48 @@
+"""`lorasurgery convert`."""
+
+from __future__ import annotations
+
+import click
+
+from lorasurgery.cli import options, render
+
+
+@click.command("convert")
+@click.argument("adapter", metavar="ADAPTER")
+@click.option("--to", required=True, type=click.Choice(["peft", "kohya", "diffusers", "comfyui"]),
+              help="A PEFT folder, or a file with the names of kohya's sd-scripts, diffusers or ComfyUI.")  # fmt: skip
+@click.option("--base", metavar="BASE",
+              help="The adapter's model: tells where the dots were that became underscores, and every tensor must "
+                   "match it.")  # fmt: skip
+@click.option(
+    "--portable",
+    is_flag=True,
+    help="One rank for all (zero-padded), alpha = r, the scale in the factors: what every reader takes.",
+)
+@click.option("--dtype", type=options.DTYPE, help="Dtype of what is written. [default: the adapter's own]")
+@options.common
+@options.guarded
+def command(
+    adapter: str, to: str, base: str | None, portable: bool, dtype: str | None, out: str, as_json: bool, quiet: bool,
+    verbose: bool, device: str, dry_run: bool, overwrite: bool,
+) -> None:  # fmt: skip
+    """Write an adapter in another format, bit for bit wherever both formats can say it.
+
+    Names, alpha (a tensor here, a word in the config there), split and fused modules are translated and the header's
+    metadata goes along. LoHa, LoKr, LoCon's core and whole differences become plain LoRA, with the measured error. An
+    image model's adapter becomes a PEFT folder for each of its parts (the folder itself for a denoiser alone).
+
+    \b
+    Examples:
+      lorasurgery convert style.safetensors --to peft --base sdxl -o style
+      lorasurgery convert style --to kohya --base sdxl -o style.safetensors
+      lorasurgery convert flux.safetensors --to diffusers --base flux -o flux-diffusers.safetensors
+      lorasurgery convert adapter --to peft --portable -o portable       # for any server
+    """
+    from lorasurgery.ops.convert import ConvertOptions, convert
+
+    chosen = ConvertOptions(to, portable, dtype)  # type: ignore[arg-type]
+    with render.progress("convert", quiet=quiet or as_json) as callback:
+        report = convert(adapter, out, chosen, base=base, device=device, overwrite=overwrite, dry_run=dry_run,
+                         progress=callback)  # fmt: skip
+    render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)

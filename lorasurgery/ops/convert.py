@@ -1,0 +1,202 @@
+"""convert: the same update in another format's names, bit for bit wherever both formats can say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from lorasurgery.adapters.adapter import Adapter, Delta
+from lorasurgery.adapters.components import FOLDER_NAMES, Part, adapter_place
+from lorasurgery.adapters.dialects import family_of
+from lorasurgery.adapters.dictionary import Dictionary
+from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.adapters.translate import Piece, Target, Translator
+from lorasurgery.checkpoint.output import check_output
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import UnsupportedError, UsageError
+from lorasurgery.ops.layout import check_name
+from lorasurgery.ops.planner import plan_edits
+from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
+from lorasurgery.report import ModuleReport, Progress, Report
+
+To = Literal["peft", "kohya", "diffusers", "comfyui"]
+FORMATS: tuple[To, ...] = get_args(To)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What comes out.
+
+    Args:
+        to: The format.
+        portable: One rank for all (zero-padded), alpha = r, the scale in the factors: what every reader takes.
+        dtype: safetensors name of what factors are written in; None keeps the adapter's own.
+    """
+
+    to: To
+    portable: bool = False
+    dtype: str | None = None
+
+    def check(self) -> None:
+        """Raise UsageError for what is no format or dtype."""
+        if self.to not in FORMATS:
+            raise UsageError(f"--to {self.to}: expected one of {', '.join(FORMATS)}")
+        if self.dtype not in (None, "F32", "BF16", "F16"):
+            raise UsageError("--dtype: an adapter is written as float32, bfloat16 or float16")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is settled before a tensor is read.
+
+    Args:
+        adapter: The source. targets: Modules of the new file, by the adapter's.
+        translator: None where PEFT stays PEFT, so that no name changes.
+        known: Every module path of the model by folder, where a base tells them: for exact target_modules.
+    """
+
+    adapter: Adapter
+    options: ConvertOptions
+    targets: list[Target]
+    translator: Translator | None
+
+    def name(self, target: Target) -> str:
+        """The target's name in the file."""
+        return self.translator.name(target.part, target.path) if self.translator else target.path
+
+
+def convert(
+    adapter: str | Path,
+    out: str | Path,
+    options: ConvertOptions,
+    *,
+    base: str | Path | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write an adapter in another format; factors, alphas and metadata go along as they are.
+
+    Example:
+        convert("style.safetensors", "style", ConvertOptions("peft"), base="sdxl")
+
+    Args:
+        adapter: Adapter folder or file of any format.
+        out: Folder, or a .safetensors file for all formats but PEFT's.
+        base: The adapter's model: it turns underscores back into dots, and every tensor must match it.
+        dry_run: Settle everything from headers, write nothing (torch is not imported).
+
+    Raises:
+        SurgeryError: one line saying which file, what was expected, what was found and the next move.
+    """
+    clock = Clock()
+    options.check()
+    check_device_name(device)
+    out = Path(out)
+    check_name(out, loose=options.to != "peft")
+    opened = open_adapter(adapter)
+    check_output(out, [Path(adapter)], overwrite)
+    checkpoint = Checkpoint.open(base) if base is not None else None
+    report = Report("convert", [str(adapter), *([str(base)] if base is not None else [])], str(out), dry_run=dry_run)
+    matched = plan_edits(checkpoint, [opened], [1.0]).matched if checkpoint else None
+    plan = plan_conversion(opened, options, checkpoint)
+    report.modules = [_line(plan, target) for target in plan.targets]
+    report.totals = {"from": opened.format, "to": options.to, "modules_in": len(opened.deltas),
+                     "modules": len(plan.targets), "matched": matched}  # fmt: skip
+    report.summary = f"{opened.format} to {options.to}: {len(opened.deltas)} modules become {len(plan.targets)}"
+    if not dry_run:
+        from lorasurgery.ops.convert_write import carry_out  # imports torch
+
+        report.device = str(resolve_device(device))
+        carry_out(plan, report, out, overwrite, progress)
+    return clock.stamp(report)
+
+
+def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint | None) -> Conversion:
+    """Settle from headers what each module becomes.
+
+    Raises:
+        UnsupportedError: what the new format can't say, by name. MismatchError: a module the base does not have.
+    """
+    _check_sayable(adapter, options)
+    if adapter.format == "peft" and options.to == "peft":
+        targets = [Target("any", path, (Piece(d.shape[0], path),)) for path, d in adapter.deltas.items()]
+        return Conversion(adapter, options, targets, None)
+    dictionary = None
+    if base is not None:
+        dictionary = Dictionary(base.tensors, pipeline=bool(base.parts), config=base.config_of)
+    translator = Translator(adapter, options.to, dictionary, _home(adapter))
+    targets = translator.targets({path: delta.shape for path, delta in adapter.deltas.items()})
+    for target in targets:
+        _check_whole(adapter, target)
+    return Conversion(adapter, options, targets, translator)
+
+
+def _home(adapter: Adapter) -> Part | None:
+    """The part that a PEFT adapter of one part is for: the folder's name says it, or a denoiser's own names do."""
+    if adapter.format != "peft":
+        return None
+    place = adapter_place(f"{adapter.folder.name}.") if adapter.folder.name in FOLDER_NAMES else None
+    if place is not None:
+        return place.part
+    return "denoiser" if family_of(adapter.deltas) not in ("plain", "openclip") else None
+
+
+def _check_sayable(adapter: Adapter, options: ConvertOptions) -> None:
+    """Refuse by name what the new format, or every server, can't say."""
+    for delta in adapter.deltas.values():
+        for problem in _problems(delta, options, peft=adapter.format == "peft"):
+            raise UnsupportedError(f"{adapter.path}: {delta.path} {problem}")
+    stored = [*adapter.replaced, *adapter.tokens]
+    flat = {n for n in adapter.diffs if n.rpartition(".")[0] not in adapter.deltas or not n.endswith(".bias")}
+    if stored and (options.portable or (options.to != "peft" and adapter.format == "peft")):
+        raise UnsupportedError(
+            f"{adapter.path}: {stored[0]} is stored whole, which "
+            f"{'not every server takes' if options.portable else f'the {options.to} format has no place for'}; "
+            "merge the adapter into its base instead"
+        )
+    if stored and adapter.format != "peft" and options.to in ("peft", "diffusers"):
+        raise UnsupportedError(f"{adapter.path}: {stored[0]} is set whole; only --to kohya or comfyui can say that")
+    if flat and options.to in ("peft", "diffusers"):
+        raise UnsupportedError(
+            f"{adapter.path}: {min(flat)} is a difference of a vector that has no LoRA beside it, which the "
+            f"{options.to} format has no place for; --to kohya keeps it, or merge the adapter into its base"
+        )
+
+
+def _problems(delta: Delta, options: ConvertOptions, *, peft: bool) -> list[str]:
+    found = []
+    if delta.experts or delta.wrapped:
+        what = "holds fused experts" if delta.experts else "lies inside an nn.MultiheadAttention"
+        found.append(f"{what}: it can be merged but not converted")
+    if delta.kind == "embedding" and options.to != "peft":
+        found.append(f"adapts an embedding, which the {options.to} format has no place for; merge it instead")
+    if delta.magnitude and options.portable:
+        found.append("is DoRA, which not every server takes; merge the adapter into its base instead")
+    if options.portable and (delta.bias and peft):
+        found.append("has a bias, which not every server takes; merge the adapter into its base instead")
+    return found
+
+
+def _check_whole(adapter: Adapter, target: Target) -> None:
+    """What has no rows of its own can't be taken apart or put together."""
+    one = target.pieces[0]
+    sources = [adapter.deltas[s] for s in target.sources]
+    whole = len(target.pieces) == 1 and one.start == 0 and one.height == sources[0].shape[0]
+    if not whole and any(d.kernel for d in sources):
+        raise UnsupportedError(f"{adapter.path}: {target.path} would take a convolution apart, which is not done")
+    missing = any(p.source is None for p in target.pieces)
+    with_norm = [d for d in sources if d.magnitude]
+    if with_norm and (missing or len(with_norm) < len(sources)):
+        raise UnsupportedError(
+            f"{adapter.path}: {with_norm[0].path} is DoRA, but {target.path} also holds rows without a magnitude; "
+            "merge the adapter into its base instead"
+        )
+
+
+def _line(plan: Conversion, target: Target) -> ModuleReport:
+    sources = [plan.adapter.deltas[s] for s in target.sources]
+    height, rank = sum(p.height for p in target.pieces), sum(d.rank for d in sources)
+    return ModuleReport(plan.name(target), (height, sources[0].shape[1]), kind=sources[0].kind, rank=rank)

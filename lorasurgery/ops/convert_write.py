@@ -1,0 +1,174 @@
+"""Carrying out a conversion: build every module, lay it out in the new format, write it whole or not at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorasurgery.adapters.header_config import KEY
+from lorasurgery.adapters.loose_write import LooseFile
+from lorasurgery.adapters.module import Module
+from lorasurgery.adapters.peft_write import PeftLayout
+from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg.core import distance
+from lorasurgery.ops.blend import BlendOptions, factor_dtype
+from lorasurgery.ops.carry import tokenizer_files
+from lorasurgery.ops.compose import Joint, Term
+from lorasurgery.ops.compose_write import Composed
+from lorasurgery.ops.composition import Composition
+from lorasurgery.ops.convert import Conversion
+from lorasurgery.ops.convert_modules import Assembly, is_zero, join_vectors, portable
+from lorasurgery.ops.extract_report import total_error
+from lorasurgery.ops.factored import Factored
+from lorasurgery.ops.layout import Layout, by_part, loose_layout, peft_folder, peft_layout, write_layout
+from lorasurgery.report import ModuleReport, Progress, Report
+
+
+@torch.inference_mode()
+def carry_out(plan: Conversion, report: Report, out: Path, overwrite: bool, progress: Progress | None) -> None:
+    """Do what was planned and fill in the report."""
+    modules, report.modules = _modules(plan, torch.device(report.device), progress)
+    layout, unseen = _layout(plan, modules)
+    copies = tokenizer_files([plan.adapter]) if plan.options.to == "peft" else {}
+    report.bytes_written = write_layout(layout, out, overwrite, copies)
+    report.bytes_read = plan.adapter.weights.bytes_read
+    total_error(report)
+    _tell(plan, report, unseen)
+
+
+def _modules(
+    plan: Conversion, device: torch.device, progress: Progress | None
+) -> tuple[list[Module], list[ModuleReport]]:
+    """All modules of the new file; parts of a fused one in which nothing was ever trained are left out."""
+    options, lycoris = plan.options, plan.options.to in ("kohya", "comfyui")
+    assembly = Assembly(plan.adapter, _reduced(plan, device), options.dtype)
+    found: list[tuple[Module, float, float]] = []
+    for i, target in enumerate(plan.targets):
+        name = plan.name(target)
+        try:
+            module, error, norm = assembly.build(target, name, lycoris=lycoris)
+        except SurgeryError as problem:
+            raise type(problem)(f"{plan.adapter.path}: {target.sources[0]}: {problem}") from None
+        split = sum(p.height for p in target.pieces) < plan.adapter.deltas[target.sources[0]].shape[0]
+        if not (split and is_zero(module)):
+            found.append((module, error, norm))
+        if progress:
+            progress(name, i + 1, len(plan.targets))
+    modules = [m for m, _, _ in found]
+    final = portable(modules) if options.portable else modules
+    return final, [_line(new, old, *rest) for new, (old, *rest) in zip(final, found, strict=True)]
+
+
+def _reduced(plan: Conversion, device: torch.device) -> dict[str, Factored]:
+    """Exact factors for what the file holds as LoHa, LoKr, Tucker or a whole difference."""
+    adapter = plan.adapter
+    others = [d for d in adapter.deltas.values() if d.form != "lora"]
+    if not others:
+        return {}
+    draft = Composed([adapter], [], plan.options.dtype or factor_dtype([adapter], BlendOptions()), [1.0])
+    joints = [Joint(d.path, d.kind, d.shape, [Term(adapter, d, 1.0)], d.kernel) for d in others]
+    Composition(joints, BlendOptions(), draft, device).run(None, None)
+    return {joint.path: factored for joint, factored in draft.modules}
+
+
+def _line(new: Module, old: Module, error: float, norm: float) -> ModuleReport:
+    rounding = distance(old.update, new.update) / norm if norm and new is not old else 0.0
+    error = math.hypot(error, rounding)
+    flat = (len(new.update.up), new.update.down[0].numel())
+    return ModuleReport(
+        new.path, flat, kind=new.kind, rank=new.update.rank, alpha=new.alpha, delta_norm=norm, error=error,
+        energy=1 - error**2,
+    )  # fmt: skip
+
+
+def _layout(plan: Conversion, modules: Sequence[Module]) -> tuple[Layout, list[str]]:
+    """The new file, and the modules whose alpha ComfyUI would not see."""
+    adapter, to = plan.adapter, plan.options.to
+    metadata = {k: v for k, v in adapter.metadata.items() if k not in (KEY, "alpha")}
+    if to == "peft" and plan.translator is None:
+        whole = {name: adapter.load_replaced(name) for name in adapter.replaced}
+        return peft_layout([adapter], modules, whole), []
+    if to == "peft":
+        return _peft(plan, modules, metadata), []
+    file = LooseFile(to, modules, _vectors(plan), metadata)
+    return loose_layout(file), file.unseen
+
+
+def _peft(plan: Conversion, modules: Sequence[Module], metadata: Mapping[str, str]) -> Layout:
+    """A PEFT folder for each part; the folder itself for a denoiser alone, as PeftModel.from_pretrained takes it."""
+    assert plan.translator is not None
+    parts: dict[str, list[Module]] = {}
+    for module in modules:
+        folder, _, path = module.path.partition(".")
+        parts.setdefault(folder, []).append(
+            Module(path, module.update, module.kernel, module.bias, module.magnitude, module.kind)
+        )
+    found = {}
+    for i, (folder, own) in enumerate(parts.items()):
+        layout = PeftLayout(
+            paths=set(), ranks={m.path: m.update.rank for m in own}, alphas={m.path: m.alpha for m in own}
+        )
+        config = layout.config() | {
+            "target_modules": sorted(m.path for m in own),
+            "lora_bias": any(m.bias is not None for m in own),
+            "use_dora": any(m.magnitude is not None for m in own),
+        }
+        found[folder] = peft_folder(own, {}, config, metadata if i == 0 else {})
+    alone = next(iter(found)) if len(found) == 1 else ""
+    return found[alone] if alone in ("unet", "transformer") else by_part(found)
+
+
+def _vectors(plan: Conversion) -> dict[str, Tensor]:
+    """Tensors that belong to no factors, under their new keys: norms, biases, whole replacements."""
+    adapter, translator = plan.adapter, plan.translator
+    assert translator is not None
+    found: dict[str, Tensor] = {}
+    for names, leaves in ((adapter.diffs, ("weight", "bias")), (adapter.replaced, ("weight",))):
+        for leaf in leaves:
+            own = {n.rpartition(".")[0]: key for n, key in names.items() if n.endswith(f".{leaf}")}
+            own = {path: key for path, key in own.items() if leaf != "bias" or path not in adapter.deltas}
+            tensors = {path: adapter.weights.read(key) for path, key in own.items()}
+            sizes = {p: (t.shape[0] if t.ndim else 1, _width(plan, p)) for p, t in tensors.items()}
+            for target in translator.targets(sizes):
+                ending = own[target.sources[0]].rpartition(".")[2]
+                value = tensors[target.sources[0]]
+                if len(target.pieces) > 1 or target.pieces[0].height != sizes[target.sources[0]][0]:
+                    value = join_vectors(target.pieces, dict(tensors))  # type: ignore[assignment]
+                found[f"{plan.name(target)}.{ending}"] = value
+    return found
+
+
+def _width(plan: Conversion, path: str) -> int:
+    delta = plan.adapter.deltas.get(path)
+    return delta.shape[1] if delta else 1
+
+
+def _tell(plan: Conversion, report: Report, unseen: Sequence[str]) -> None:
+    totals = report.totals
+    grown = [t for t in plan.targets if len(t.sources) > 1]
+    totals |= {"modules": len(report.modules), "fused": len(grown), "alpha_in_header_only": len(unseen)}
+    wide = max((m.rank or 0 for m in report.modules), default=0)
+    most = max((d.rank for d in plan.adapter.deltas.values()), default=0)
+    if grown and wide > most and not plan.options.portable:
+        report.warnings.append(
+            f"{len(grown)} fused modules hold parts with a lora_A each, so their rank is up to {wide} instead of "
+            f"{most}; lorasurgery rerank gives them the least rank that is exact, or any smaller one"
+        )
+    if unseen:
+        report.warnings.append(
+            f"alpha of {len(unseen)} modules ({', '.join(unseen[:2])} …) is in the header alone, where diffusers looks "
+            "and ComfyUI does not; --portable writes it into the factors, up to rounding"
+        )
+    if any(d.magnitude for d in plan.adapter.deltas.values()):
+        report.warnings.append(
+            "this is DoRA: at strength 1 both formats mean the same, at other strengths they do not (docs/formats.md)"
+        )
+    report.summary = (
+        f"{totals['from']} to {totals['to']}: {totals['modules_in']} modules become {totals['modules']}, "
+        f"{'bit for bit' if not totals['error'] else 'error {:.2e}'.format(totals['error'])}, "
+        f"{report.bytes_written / 1e6:.2f} MB"
+    )
