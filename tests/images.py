@@ -1,4 +1,4 @@
-"""Tiny image models with their true names: SD 1, SDXL, Flux, SD3 and Wan, as pipelines and as single files."""
+"""Tiny image models with their true names: SD 1, SDXL, Flux, SD3, Wan and HunyuanVideo, as pipelines and as single files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
     SD3Transformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from lorasurgery.adapters.dialects import dialect, family_of
+from lorasurgery.adapters.dictionary import split_leaf
 
 _TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}  # fmt: skip
@@ -57,11 +59,21 @@ def denoiser(kind: str) -> torch.nn.Module:
             joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32, out_channels=4,
             dual_attention_layers=(0,), qk_norm="rms_norm",
         )  # fmt: skip
+    elif kind == "hunyuan":
+        model = HunyuanVideoTransformer3DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+            num_single_layers=2, num_refiner_layers=1, patch_size=1, text_embed_dim=24, pooled_projection_dim=20,
+            rope_axes_dim=(4, 6, 6),
+        )  # fmt: skip
     else:
         model = WanTransformer3DModel(
             num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
             ffn_dim=32, num_layers=2, cross_attn_norm=True, image_dim=16, added_kv_proj_dim=24,
         )  # fmt: skip
+    with torch.no_grad():
+        for value in model.state_dict().values():  # no two norms or biases alike, or a mix-up would not show
+            if value.is_floating_point():
+                value.add_(0.02 * torch.randn_like(value))
     return model.eval()
 
 
@@ -102,28 +114,36 @@ def pipeline(kind: str) -> object:
 def original(model: torch.nn.Module) -> Weights:
     """A denoiser's weights under the original checkpoint's names; test_dialects holds this against diffusers' own."""
     state = {k: v.detach() for k, v in model.state_dict().items()}
-    paths = {k.rpartition(".")[0] for k in state}
-    names = dialect(family_of(paths))
+    paths = {split_leaf(k)[0] for k in state}
+    family = family_of(paths)
+    names = dialect(family, len(model.transformer_blocks) if family == "sd3" else None)
+    rows: dict[tuple[str, str], Tensor] = {}
+    for key, value in state.items():
+        path, leaf = split_leaf(key)
+        atoms = names.spell(path).atoms
+        rows |= {(atom, leaf): part for atom, part in zip(atoms, value.chunk(len(atoms)), strict=True)}
     found: Weights = {}
-    for name in names.originals(a for p in paths for a in names.spell(p).atoms):
-        if name.endswith(".1.conv") and name.startswith("output_blocks"):
-            level = names.spell(name).atoms[0].split(".upsamplers")[0]
-            if any(p.startswith(f"{level}.attentions") for p in paths):
-                continue
-        elif name.endswith(".2.conv") and name.startswith("output_blocks"):
-            level = names.spell(name).atoms[0].split(".upsamplers")[0]
-            if not any(p.startswith(f"{level}.attentions") for p in paths):
-                continue
-        for leaf in ("weight", "bias"):
-            parts = [state.get(f"{atom}.{leaf}") for atom in names.spell(name).atoms]
-            if "#" in names.spell(name).atoms[0]:
-                scale, shift = state[f"norm_out.linear.{leaf}"].chunk(2)
-                parts = [shift, scale]
+    for name in names.originals(atom for atom, _ in rows):
+        if _other_upsampler(name, names.spell(name).atoms[0], paths):
+            continue
+        for leaf in ("weight", "bias", ""):
+            parts = [rows.pop((atom, leaf), None) for atom in names.spell(name).atoms]
             if parts[0] is not None:
-                scaled = name.endswith(("query_norm", "key_norm"))
-                found[f"{name}.{'scale' if scaled else leaf}"] = torch.cat(parts)
-    kept = {a for n in found for a in names.spell(n.rpartition(".")[0]).atoms}
-    return found | {k: v for k, v in state.items() if k.rpartition(".")[0] not in kept and not k.startswith("norm_out")}
+                scaled = leaf == "weight" and name.endswith(("query_norm", "key_norm"))
+                found[_join(name, "scale" if scaled else leaf)] = torch.cat(parts)
+    return found | {_join(path, leaf): value for (path, leaf), value in rows.items()}
+
+
+def _join(path: str, leaf: str) -> str:
+    return f"{path}.{leaf}" if leaf else path
+
+
+def _other_upsampler(name: str, atom: str, paths: set[str]) -> bool:
+    """Upsamplers stand after the attention where their level has one: number 2, else 1."""
+    if not name.startswith("output_blocks") or not name.endswith(".conv"):
+        return False
+    level = atom.split(".upsamplers")[0]
+    return name.endswith(".1.conv") == any(p.startswith(f"{level}.attentions") for p in paths)
 
 
 def openclip(model: torch.nn.Module) -> Weights:

@@ -86,7 +86,7 @@ def _resnet(original: str, ours: str) -> list[Row]:
 
 _LINEAR1 = ("{n}.attn.to_q", "{n}.attn.to_k", "{n}.attn.to_v", "{n}.proj_mlp")
 _LAST = Row("final_layer.adaLN_modulation.1", ("norm_out.linear#shift", "norm_out.linear#scale"))
-DIFFUSERS_LAST = Row("norm_out.linear", ("norm_out.linear#scale", "norm_out.linear#shift"))
+_LINEAR1_ROW = Row("single_blocks.{n}.linear1", tuple(f"single_transformer_blocks.{p}" for p in _LINEAR1), "wide-last")
 
 FLUX = (
     *_rows("""
@@ -118,13 +118,12 @@ FLUX = (
     vector_in.out_layer = time_text_embed.text_embedder.linear_2
     final_layer.linear = proj_out
     """),
-    Row("single_blocks.{n}.linear1", tuple(f"single_transformer_blocks.{p}" for p in _LINEAR1), "wide-last"),
+    _LINEAR1_ROW,
     Row("single_blocks.{n}.qkv", tuple(f"single_transformer_blocks.{p}" for p in _LINEAR1[:3]), alias=True),  # XLabs
     _LAST,
 )  # fmt: skip
 
-# Of SD3 the modulation of the last context block differs in kind from the others', so it has no row.
-SD3 = (
+_SD3 = (
     *_rows("""
     joint_blocks.{n}.x_block.attn.qkv = transformer_blocks.{n}.attn.*to_q,to_k,to_v
     joint_blocks.{n}.context_block.attn.qkv = transformer_blocks.{n}.attn.*add_q_proj,add_k_proj,add_v_proj
@@ -132,11 +131,18 @@ SD3 = (
     joint_blocks.{n}.x_block.attn.proj = transformer_blocks.{n}.attn.to_out.0
     joint_blocks.{n}.x_block.attn2.proj = transformer_blocks.{n}.attn2.to_out.0
     joint_blocks.{n}.context_block.attn.proj = transformer_blocks.{n}.attn.to_add_out
+    joint_blocks.{n}.x_block.attn.ln_q = transformer_blocks.{n}.attn.norm_q
+    joint_blocks.{n}.x_block.attn.ln_k = transformer_blocks.{n}.attn.norm_k
+    joint_blocks.{n}.x_block.attn2.ln_q = transformer_blocks.{n}.attn2.norm_q
+    joint_blocks.{n}.x_block.attn2.ln_k = transformer_blocks.{n}.attn2.norm_k
+    joint_blocks.{n}.context_block.attn.ln_q = transformer_blocks.{n}.attn.norm_added_q
+    joint_blocks.{n}.context_block.attn.ln_k = transformer_blocks.{n}.attn.norm_added_k
     joint_blocks.{n}.x_block.mlp.fc1 = transformer_blocks.{n}.ff.net.0.proj
     joint_blocks.{n}.x_block.mlp.fc2 = transformer_blocks.{n}.ff.net.2
     joint_blocks.{n}.context_block.mlp.fc1 = transformer_blocks.{n}.ff_context.net.0.proj
     joint_blocks.{n}.context_block.mlp.fc2 = transformer_blocks.{n}.ff_context.net.2
     joint_blocks.{n}.x_block.adaLN_modulation.1 = transformer_blocks.{n}.norm1.linear
+    pos_embed = pos_embed.pos_embed
     x_embedder.proj = pos_embed.proj
     t_embedder.mlp.0 = time_text_embed.timestep_embedder.linear_1
     t_embedder.mlp.2 = time_text_embed.timestep_embedder.linear_2
@@ -146,6 +152,19 @@ SD3 = (
     """),
     _LAST,
 )  # fmt: skip
+
+
+def sd3(blocks: int) -> tuple[Row, ...]:
+    """SD3: the last block's context has only shift and scale, which diffusers stores the other way round.
+
+    Args:
+        blocks: How many there are; 0 when it is not known, then the context's modulation has no row.
+    """
+    names = [(f"joint_blocks.{n}.context_block.adaLN_modulation.1", f"transformer_blocks.{n}.norm1_context.linear")
+             for n in range(blocks)]  # fmt: skip
+    last = [Row(theirs, (f"{ours}#shift", f"{ours}#scale")) for theirs, ours in names[-1:]]
+    return (*_SD3, *(Row(theirs, (ours,)) for theirs, ours in names[:-1]), *last)
+
 
 WAN = _rows("""
     blocks.{n}.self_attn.q = blocks.{n}.attn1.to_q
@@ -160,35 +179,98 @@ WAN = _rows("""
     blocks.{n}.cross_attn.o = blocks.{n}.attn2.to_out.0
     blocks.{n}.cross_attn.norm_q = blocks.{n}.attn2.norm_q
     blocks.{n}.cross_attn.norm_k = blocks.{n}.attn2.norm_k
+    blocks.{n}.cross_attn.norm_k_img = blocks.{n}.attn2.norm_added_k
     blocks.{n}.cross_attn.k_img = blocks.{n}.attn2.add_k_proj
     blocks.{n}.cross_attn.v_img = blocks.{n}.attn2.add_v_proj
     blocks.{n}.ffn.0 = blocks.{n}.ffn.net.0.proj
     blocks.{n}.ffn.2 = blocks.{n}.ffn.net.2
+    blocks.{n}.norm3 = blocks.{n}.norm2
+    blocks.{n}.modulation = blocks.{n}.scale_shift_table
     text_embedding.0 = condition_embedder.text_embedder.linear_1
     text_embedding.2 = condition_embedder.text_embedder.linear_2
     time_embedding.0 = condition_embedder.time_embedder.linear_1
     time_embedding.2 = condition_embedder.time_embedder.linear_2
     time_projection.1 = condition_embedder.time_proj
+    img_emb.proj.0 = condition_embedder.image_embedder.norm1
     img_emb.proj.1 = condition_embedder.image_embedder.ff.net.0.proj
     img_emb.proj.3 = condition_embedder.image_embedder.ff.net.2
+    img_emb.proj.4 = condition_embedder.image_embedder.norm2
     head.head = proj_out
+    head.modulation = scale_shift_table
 """)
 
-# HunyuanVideo is named twice over: by its authors (img_attn_qkv, img_mlp.fc1) and by ComfyUI, as Flux.
-_HUNYUAN = _rows("""
+_REFINER = """
+    norm1 = norm1
+    norm2 = norm2
+    self_attn_qkv = attn.*to_q,to_k,to_v
+    self_attn_proj = attn.to_out.0
+    mlp.fc1 = ff.net.0.proj
+    mlp.fc2 = ff.net.2
+    adaLN_modulation.1 = norm_out.linear
+"""
+_HUNYUAN = (
+    *_rows("""
     double_blocks.{n}.img_attn_qkv = transformer_blocks.{n}.attn.*to_q,to_k,to_v
     double_blocks.{n}.txt_attn_qkv = transformer_blocks.{n}.attn.*add_q_proj,add_k_proj,add_v_proj
     double_blocks.{n}.img_attn_proj = transformer_blocks.{n}.attn.to_out.0
     double_blocks.{n}.txt_attn_proj = transformer_blocks.{n}.attn.to_add_out
+    double_blocks.{n}.img_attn_q_norm = transformer_blocks.{n}.attn.norm_q
+    double_blocks.{n}.img_attn_k_norm = transformer_blocks.{n}.attn.norm_k
+    double_blocks.{n}.txt_attn_q_norm = transformer_blocks.{n}.attn.norm_added_q
+    double_blocks.{n}.txt_attn_k_norm = transformer_blocks.{n}.attn.norm_added_k
     double_blocks.{n}.img_mlp.fc1 = transformer_blocks.{n}.ff.net.0.proj
     double_blocks.{n}.img_mlp.fc2 = transformer_blocks.{n}.ff.net.2
     double_blocks.{n}.txt_mlp.fc1 = transformer_blocks.{n}.ff_context.net.0.proj
     double_blocks.{n}.txt_mlp.fc2 = transformer_blocks.{n}.ff_context.net.2
     double_blocks.{n}.img_mod.linear = transformer_blocks.{n}.norm1.linear
     double_blocks.{n}.txt_mod.linear = transformer_blocks.{n}.norm1_context.linear
+    single_blocks.{n}.linear2 = single_transformer_blocks.{n}.proj_out
+    single_blocks.{n}.q_norm = single_transformer_blocks.{n}.attn.norm_q
+    single_blocks.{n}.k_norm = single_transformer_blocks.{n}.attn.norm_k
     single_blocks.{n}.modulation.linear = single_transformer_blocks.{n}.norm.linear
-""")  # fmt: skip
-HUNYUAN = (*_HUNYUAN, *(row for row in FLUX if not row.original.endswith((".lin", "_in", "_layer"))))
+    img_in.proj = x_embedder.proj
+    time_in.mlp.0 = time_text_embed.timestep_embedder.linear_1
+    time_in.mlp.2 = time_text_embed.timestep_embedder.linear_2
+    guidance_in.mlp.0 = time_text_embed.guidance_embedder.linear_1
+    guidance_in.mlp.2 = time_text_embed.guidance_embedder.linear_2
+    vector_in.in_layer = time_text_embed.text_embedder.linear_1
+    vector_in.out_layer = time_text_embed.text_embedder.linear_2
+    txt_in.input_embedder = context_embedder.proj_in
+    txt_in.t_embedder.mlp.0 = context_embedder.time_text_embed.timestep_embedder.linear_1
+    txt_in.t_embedder.mlp.2 = context_embedder.time_text_embed.timestep_embedder.linear_2
+    txt_in.c_embedder.linear_1 = context_embedder.time_text_embed.text_embedder.linear_1
+    txt_in.c_embedder.linear_2 = context_embedder.time_text_embed.text_embedder.linear_2
+    final_layer.linear = proj_out
+    """),
+    *(Row(f"txt_in.individual_token_refiner.blocks.{{n}}.{row.original}",
+          tuple(f"context_embedder.token_refiner.refiner_blocks.{{n}}.{part}" for part in row.parts))
+      for row in _rows(_REFINER)),
+    _LINEAR1_ROW,
+    _LAST,
+)  # fmt: skip
+# ComfyUI's names of the same: comfy/supported_models.py, HunyuanVideo.process_unet_state_dict, October 2025.
+_COMFY = (("txt_in.c_embedder.linear_1", "txt_in.c_embedder.in_layer"),
+          ("txt_in.c_embedder.linear_2", "txt_in.c_embedder.out_layer"),
+          ("t_embedder.mlp.0", "t_embedder.in_layer"), ("t_embedder.mlp.2", "t_embedder.out_layer"),
+          ("_in.mlp.0", "_in.in_layer"), ("_in.mlp.2", "_in.out_layer"), ("_mod.linear", "_mod.lin"),
+          ("modulation.linear", "modulation.lin"), ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.2"),
+          ("_attn_qkv", "_attn.qkv"), ("_attn_proj", "_attn.proj"), ("_attn_q_norm", "_attn.norm.query_norm"),
+          ("_attn_k_norm", "_attn.norm.key_norm"), (".q_norm", ".norm.query_norm"),
+          (".k_norm", ".norm.key_norm"))  # fmt: skip
+
+
+def _comfy(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    found = []
+    for row in rows:
+        name = row.original
+        for native, comfy in _COMFY:
+            name = name.replace(native, comfy)
+        if name != row.original:
+            found.append(Row(name, row.parts, row.split, alias=True))
+    return tuple(found)
+
+
+HUNYUAN = (*_HUNYUAN, *_comfy(_HUNYUAN))
 
 # OpenCLIP's text tower (SD 2, SDXL's second, SD3's clip_g), whose transformers names have lost their `text_model.`.
 OPENCLIP = _rows("""

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from lorasurgery.adapters.dialect_tables import DIFFUSERS_LAST, FLUX, HUNYUAN, OPENCLIP, SD3, WAN, Row, Split, unet
+from lorasurgery.adapters.dialect_tables import FLUX, HUNYUAN, OPENCLIP, WAN, Row, Split, sd3, unet
 
 Family = Literal["unet", "flux", "hunyuan", "sd3", "wan", "openclip", "plain"]
-_TABLES = {"flux": FLUX, "hunyuan": HUNYUAN, "sd3": SD3, "wan": WAN, "openclip": OPENCLIP, "plain": ()}
+_TABLES = {"flux": FLUX, "hunyuan": HUNYUAN, "wan": WAN, "openclip": OPENCLIP, "plain": ()}
 _SLOTS = {"n": r"(?P<n>\d+)", "m": r"(?P<m>\d+)", "rest": r"(?P<rest>.+)"}
 
 
@@ -45,12 +45,21 @@ class Dialect:
     'single_transformer_blocks.3.proj_mlp'
     >>> Dialect("flux").originals(["transformer_blocks.0.attn.to_q"])
     {'double_blocks.0.img_attn.qkv'}
+
+    Args:
+        layers: Of a U-Net: ResNets a level. Of SD3: its blocks. None where it is not known; other families don't ask.
     """
 
-    def __init__(self, family: Family, layers: int = 2) -> None:
+    def __init__(self, family: Family, layers: int | None = None) -> None:
         self.family = family
-        self._rows = unet(layers) if family == "unet" else _TABLES[family]
-        self._last = any(row.original == "final_layer.adaLN_modulation.1" for row in self._rows)
+        self._rows: tuple[Row, ...] = _TABLES.get(family, ())
+        if family == "unet":
+            self._rows = unet(layers or 2)
+        elif family == "sd3":
+            self._rows = sd3(layers or 0)
+        # diffusers has the scale above the shift where the original has the shift above
+        swapped = [row.parts for row in self._rows if "#" in row.parts[0]]
+        self._swapped = {parts[0].partition("#")[0]: Spelling(parts[::-1]) for parts in swapped}
 
     @cached_property
     def _by_head(self) -> dict[str, list[tuple[re.Pattern[str], Row]]]:
@@ -66,8 +75,8 @@ class Dialect:
 
     def spell(self, path: str) -> Spelling:
         """The atoms of a module, by whichever of its names; a name in no table stands for itself."""
-        if self._last and path == DIFFUSERS_LAST.original:
-            return Spelling(DIFFUSERS_LAST.parts)
+        if path in self._swapped:
+            return self._swapped[path]
         found = self.row(path)
         if found is None:
             return Spelling((path,))
@@ -86,7 +95,7 @@ class Dialect:
 
 
 @lru_cache(maxsize=16)
-def dialect(family: Family, layers: int = 2) -> Dialect:
+def dialect(family: Family, layers: int | None = None) -> Dialect:
     """One dialect, made once."""
     return Dialect(family, layers)
 
@@ -109,7 +118,8 @@ def family_of(paths: Iterable[str]) -> Family:
         return "sd3"
     if heads & {"double_blocks", "single_blocks", "single_transformer_blocks"}:
         native = inner & {"img_attn_qkv", "img_mlp.fc1", "txt_attn_qkv", "txt_mlp.fc1"}
-        return "hunyuan" if native else "flux"
+        refiner = any("token_refiner." in path for path in known)  # diffusers' and ComfyUI's HunyuanVideo
+        return "hunyuan" if native or refiner else "flux"
     if "transformer_blocks" in heads:
         return "flux" if inner & {"attn.add_q_proj", "ff_context.net", "norm1_context.linear"} else "plain"
     if "blocks" in heads:

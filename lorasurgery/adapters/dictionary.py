@@ -48,7 +48,7 @@ class _Atom:
 
 
 @dataclass
-class _Side:
+class Side:
     """One part of the model: its modules with their tensors, and its atoms."""
 
     names: Dialect
@@ -77,26 +77,28 @@ class Dictionary:
         grouped: dict[tuple[Part, str], list[str]] = defaultdict(list)
         for name in tensors:
             grouped[checkpoint_place(name, pipeline=pipeline)].append(name)
-        self.sides: dict[Part, _Side] = {}
+        self.sides: dict[Part, Side] = {}
         for (part, prefix), names in grouped.items():
-            layers = config(prefix[:-1]).get("layers_per_block", 2) if prefix else 2
-            side = self._side(names, prefix, layers if isinstance(layers, int) and 0 < layers < 9 else 2)
+            layers = config(prefix[:-1]).get("layers_per_block") if prefix else None
+            side = self._side(names, prefix, layers if isinstance(layers, int) and 0 < layers < 9 else None)
             t5 = part == "te2" and any(p.startswith("encoder.block.") for p in side.tensors)
             self.sides["te3" if t5 else part] = side
 
-    def _side(self, names: Iterable[str], prefix: str, layers: int) -> _Side:
+    def _side(self, names: Iterable[str], prefix: str, layers: int | None) -> Side:
         modules: dict[str, dict[str, str]] = defaultdict(dict)
         for name in names:
             module, leaf = split_leaf(name.removeprefix(prefix))
             modules[_TEXT.sub("", module)][leaf] = name
-        side = _Side(dialect(family_of(modules), layers), modules)
+        family = family_of(modules)
+        side = Side(dialect(family, _blocks(modules) if family == "sd3" else layers), modules)
         for module, tensors in modules.items():
             self._add_atoms(side, module, tensors)
-        for module in (*modules, *side.atoms, *side.names.originals(side.atoms, aliases=True)):
+        atoms = (atom.partition("#")[0] for atom in side.atoms)  # a part of norm_out.linear goes by its name
+        for module in (*modules, *atoms, *side.names.originals(side.atoms, aliases=True)):
             side.underscored[module.replace(".", "_")].add(module)
         return side
 
-    def _add_atoms(self, side: _Side, module: str, tensors: dict[str, str]) -> None:
+    def _add_atoms(self, side: Side, module: str, tensors: dict[str, str]) -> None:
         shape = self.tensors[tensors.get("weight") or next(iter(tensors.values()))].shape
         spelling = side.names.spell(module)
         height, width = (shape[0], shape[1] if len(shape) > 1 else 1) if shape else (1, 1)
@@ -133,20 +135,20 @@ class Dictionary:
         path = place.path.removeprefix("text_model_" if not place.dotted else "text_model.")
         return nearest(path, known) or "; is this the adapter's base model?"
 
-    def _sides(self, part: Part) -> list[_Side]:
+    def _sides(self, part: Part) -> list[Side]:
         if part == "any" or part not in self.sides:
             rest = list(self.sides.values()) if part == "any" else [self.sides[k] for k in ("any",) if k in self.sides]
             return [self.sides["te3"], *rest] if part == "te2" and "te3" in self.sides else rest
         return [self.sides[part]]
 
-    def _dotted(self, side: _Side, place: Place) -> list[str]:
+    def _dotted(self, side: Side, place: Place) -> list[str]:
         if place.dotted:
             return [_TEXT.sub("", place.path)]
         found = side.underscored.get(place.path.removeprefix("text_model_"), set())
         spelt = {side.names.spell(p).atoms: p for p in sorted(found)}
         return list(spelt.values())
 
-    def _slots(self, side: _Side, path: str, leaf: str) -> tuple[Slot, ...]:
+    def _slots(self, side: Side, path: str, leaf: str) -> tuple[Slot, ...]:
         """All the atoms of a name, runs of neighbours put together; none when the base lacks one of them."""
         atoms = [side.atoms.get(a) for a in side.names.spell(path).atoms]
         runs: list[list[Any]] = []  # [module, start in the update, start in the tensor, height]
@@ -163,7 +165,7 @@ class Dictionary:
             place += atom.height
         return tuple(self._slot(side.tensors[m][leaf], *run, whole=len(runs) == 1) for m, *run in runs)
 
-    def _projection(self, side: _Side) -> tuple[Slot, ...]:
+    def _projection(self, side: Side) -> tuple[Slot, ...]:
         """CLIP's text_projection: a linear layer in transformers, a bare parameter (in, out) in the original."""
         tensors = side.tensors["text_projection"]
         bare = "weight" not in tensors
@@ -173,6 +175,11 @@ class Dictionary:
         shape = self.tensors[tensor].shape
         into = None if height == (shape[0] if shape else 1) else slice(start, start + height)
         return Slot(tensor, None if whole else slice(place, place + height), into)
+
+
+def _blocks(modules: Iterable[str]) -> int:
+    numbers = [re.match(r"(?:joint|transformer)_blocks\.(\d+)\.", m) for m in modules]
+    return 1 + max((int(n[1]) for n in numbers if n), default=0)
 
 
 def split_leaf(name: str) -> tuple[str, str]:
