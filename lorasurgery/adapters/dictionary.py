@@ -108,32 +108,42 @@ class Dictionary:
             start += rows
 
     def find(self, place: Place, leaf: str = "weight") -> tuple[Slot, ...]:
-        """The base's tensors behind a module's name, with the rows that belong to each; empty when there are none."""
-        for side in self._sides(place.part):
-            for path in self._dotted(side, place):
-                found = self._slots(side, path, leaf)
-                if found:
-                    return found
-        return ()
+        """The base's tensors behind a module's name, with the rows that belong to each; empty when there are none.
+
+        A name that could be two modules is no name either; `hint` says so.
+        """
+        found = list(self._matches(place, leaf).values())
+        return found[0] if len(found) == 1 else ()
 
     def path_of(self, place: Place) -> str | None:
         """The dotted path that a name with underscores stands for, as diffusers or the base calls it."""
+        found = list(self._matches(place, "weight") or self._matches(place, "bias"))
+        return found[0] if len(found) == 1 else None
+
+    def _matches(self, place: Place, leaf: str) -> dict[str, tuple[Slot, ...]]:
+        """Every module that a name may mean: path -> slots; all but one are of other parts, or spelt alike."""
+        found: dict[str, tuple[Slot, ...]] = {}
         for side in self._sides(place.part):
             for path in self._dotted(side, place):
-                if self._slots(side, path, "weight") or self._slots(side, path, "bias"):
-                    return path
-        return None
+                slots = self._slots(side, path, leaf)
+                if slots and slots not in found.values():
+                    found[path if path not in found else slots[0].tensor] = slots
+        return found
 
     def hint(self, place: Place) -> str:
         """The tail of an error line for a name that is not found: the nearest names, or that the part is missing."""
+        several = list(self._matches(place, "weight"))
+        if len(several) > 1:
+            return f"; it may be {' or '.join(several)}, and nothing tells which"
         sides = self._sides(place.part)
-        if not sides:
-            what = "denoiser (U-Net or transformer)" if place.part == "denoiser" else "text encoder of that number"
-            return f"; it has no {what}: give the whole model, or convert the adapter to PEFT, a folder for each part"
         names = {n for side in sides for n in (*side.tensors, *side.atoms)}
         known = names if place.dotted else {n.replace(".", "_") for n in names}
         path = place.path.removeprefix("text_model_" if not place.dotted else "text_model.")
-        return nearest(path, known) or "; is this the adapter's base model?"
+        close = nearest(path, known)
+        if not close and place.part not in self.sides and place.part != "any":
+            what = "denoiser (U-Net or transformer)" if place.part == "denoiser" else f"text encoder {place.part[2:]}"
+            return f"; it has no {what}: give the whole model, or leave that part out of the adapter"
+        return close or "; is this the adapter's base model?"
 
     def _sides(self, part: Part) -> list[Side]:
         if part == "any" or part not in self.sides:
@@ -151,6 +161,8 @@ class Dictionary:
     def _slots(self, side: Side, path: str, leaf: str) -> tuple[Slot, ...]:
         """All the atoms of a name, runs of neighbours put together; none when the base lacks one of them."""
         atoms = [side.atoms.get(a) for a in side.names.spell(path).atoms]
+        if _is_other_upsampler(side, path):
+            return ()
         runs: list[list[Any]] = []  # [module, start in the update, start in the tensor, height]
         place = 0
         for atom in atoms:
@@ -175,6 +187,18 @@ class Dictionary:
         shape = self.tensors[tensor].shape
         into = None if height == (shape[0] if shape else 1) else slice(start, start + height)
         return Slot(tensor, None if whole else slice(place, place + height), into)
+
+
+def _is_other_upsampler(side: Side, path: str) -> bool:
+    """Whether a name gives an upsampler the number it would have in a level of the other kind.
+
+    The original counts it after the level's attention: 2 where there is one, else 1.
+    """
+    if not (path.startswith("output_blocks.") and path.endswith(".conv")):
+        return False
+    level, _, found = side.names.spell(path).atoms[0].partition(".upsamplers")
+    attends = any(atom.startswith(f"{level}.attentions.") for atom in side.atoms)
+    return bool(found) and path.endswith(".1.conv") == attends
 
 
 def _blocks(modules: Iterable[str]) -> int:

@@ -78,6 +78,8 @@ class _Reader:
 
     def add(self, path: str, parts: Parts) -> None:
         """One module, with all of its tensors."""
+        if set(parts) == {"alpha"}:
+            raise FormatError(f"{self.where}: {parts['alpha']} belongs to no factors; is it misspelt?")
         self.paths.append(path)
         parts = dict(parts)
         for part, leaf in _LEAVES.items():

@@ -37,14 +37,35 @@ class Placer:
         """Whether the base has a module of this name, or of one that stands for it."""
         return bool(self._dictionary.find(adapter_place(path) or Place("denoiser", path)))
 
+    def check(self, adapter: Adapter) -> None:
+        """See that every module of an adapter is one of the base's.
+
+        Raises:
+            MismatchError: how many are not, the first of them and the names nearest to it.
+        """
+        names = [(path, "weight") for path in adapter.deltas]
+        names += [(module_of(n), n.rpartition(".")[2]) for n in (*adapter.diffs, *adapter.replaced)]
+        missing = [(path, leaf) for path, leaf in names if not self._dictionary.find(self._of(adapter, path), leaf)]
+        if missing:
+            raise self._missing(adapter, missing, len(names))
+
+    def _missing(self, adapter: Adapter, names: list[tuple[str, str]], total: int) -> MismatchError:
+        said = [path if leaf == "weight" else f"{path} ({leaf})" for path, leaf in names]
+        verb = "matches" if len(names) == 1 else "match"
+        hint = self._dictionary.hint(self._of(adapter, names[0][0]))
+        return MismatchError(
+            f"{adapter.path}: {len(names)} of {total} modules {verb} no tensor in {self.where}: {', '.join(said[:3])}"
+            f"{' …' if len(said) > 3 else ''}; nothing was changed{hint}"
+        )
+
+    def _of(self, adapter: Adapter, path: str) -> Place:
+        """The part a path's prefix names; without one a PEFT adapter is taken to be the denoiser's."""
+        return adapter_place(path) or Place("denoiser" if adapter.format == "peft" else "any", path)
+
     def _slots(self, adapter: Adapter, path: str, leaf: str = "weight") -> tuple[Slot, ...]:
-        place = adapter_place(path) or Place("denoiser" if adapter.format == "peft" else "any", path)
-        found = self._dictionary.find(place, leaf)
+        found = self._dictionary.find(self._of(adapter, path), leaf)
         if not found:
-            raise MismatchError(
-                f"{adapter.path}: {path}{'' if leaf == 'weight' else f' ({leaf})'} matches no tensor in "
-                f"{self.where}; nothing was changed" + self._dictionary.hint(place)
-            )
+            raise self._missing(adapter, [(path, leaf)], len(adapter.deltas) + len(adapter.diffs))
         return found
 
     def tensor(self, adapter: Adapter, path: str, leaf: str) -> str:
@@ -101,8 +122,7 @@ class Placer:
                 f"{adapter.path}: {path} is an update of {size_of(shape)} but {edit.tensor} in {self.where} is "
                 f"{size_of(edit.shape)}; is this the adapter's base model?"
             )
-        overlap = [c for c in edit.contributions if c.adapter is adapter and not c.bias and _meet(c.into, slot.into)]
-        if overlap and not (overlap[0].delta is None and edit.tensor.endswith("bias")):
+        if any(c.adapter is adapter and _meet(c.into, slot.into) for c in edit.contributions):
             raise MismatchError(f"{adapter.path}: two modules of the adapter mean {edit.tensor} in {self.where}")
         return edit
 

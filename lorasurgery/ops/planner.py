@@ -45,6 +45,8 @@ class _Planner:
         self.replace = replace
 
     def add(self, adapter: Adapter, weight: float) -> None:
+        if adapter.format != "peft":
+            self.placer.check(adapter)
         for name in adapter.replaced:
             self._replace(adapter, name, weight)
         for name in adapter.tokens:
