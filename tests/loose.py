@@ -27,14 +27,21 @@ def factors(
     return found if alpha is None else found | {f"{name}.alpha": torch.tensor(alpha)}
 
 
-def kohya(kind: str, path: Path, *, text: bool = True, only: Callable[[str], bool] = lambda _: True) -> Path:
+def kohya(
+    kind: str,
+    path: Path,
+    *,
+    text: bool = True,
+    only: Callable[[str], bool] = lambda _: True,
+    alpha: float = 2.0,
+) -> Path:
     """A LoRA on every linear layer and convolution, named as sd-scripts names them."""
     state = images.original(images.denoiser(kind)) if kind != "sd1" else images.denoiser(kind).state_dict()
     shapes = {n.removesuffix(".weight"): tuple(t.shape) for n, t in state.items() if n.endswith(".weight")}
     weights: Weights = {}
     for name, shape in shapes.items():
         if len(shape) > 1 and only(name):
-            weights |= factors(f"lora_unet_{name.replace('.', '_')}", shape)
+            weights |= factors(f"lora_unet_{name.replace('.', '_')}", shape, alpha=alpha)
     if text:
         weights |= text_part("lora_te_" if kind == "sd1" else "lora_te1_", images.text_encoder())
         weights |= text_part("lora_te2_", images.text_encoder(True)) if kind == "sdxl" else {}

@@ -163,7 +163,13 @@ class Translator:
             return ("lora_te_" if alone else _KOHYA[part]) + path.replace(".", "_")
         if self.to == "comfyui":
             return _COMFYUI[part] + (f"text_model.{path}" if clip else path)
+        if self.to == "diffusers" or self._has_projection(part):
+            path = f"text_model.{path}" if clip else path
         return f"{self.folder(part)}.{path}"
+
+    def _has_projection(self, part: Part) -> bool:
+        """Whether a text encoder is a CLIPTextModelWithProjection, which alone kept `text_model` in transformers 5."""
+        return part == "te2" or self.family == "sd3"
 
     def folder(self, part: Part) -> str:
         """diffusers' name for a part: the folder it lies in."""

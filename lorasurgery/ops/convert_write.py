@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorasurgery.adapters.components import FOLDER_NAMES
 from lorasurgery.adapters.header_config import KEY
 from lorasurgery.adapters.loose_write import LooseFile
 from lorasurgery.adapters.module import Module
 from lorasurgery.adapters.peft_write import PeftLayout
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.core import distance
+from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.blend import BlendOptions, factor_dtype
 from lorasurgery.ops.carry import tokenizer_files
 from lorasurgery.ops.compose import Joint, Term
@@ -76,13 +78,19 @@ def _reduced(plan: Conversion, device: torch.device) -> dict[str, Factored]:
 
 
 def _line(new: Module, old: Module, error: float, norm: float) -> ModuleReport:
-    rounding = distance(old.update, new.update) / norm if norm and new is not old else 0.0
-    error = math.hypot(error, rounding)
+    if norm and new is not old:
+        error = math.hypot(error, _baking(old.update, new.update) / norm)
     flat = (len(new.update.up), new.update.down[0].numel())
     return ModuleReport(
         new.path, flat, kind=new.kind, rank=new.update.rank, alpha=new.alpha, delta_norm=norm, error=error,
         energy=1 - error**2,
     )  # fmt: skip
+
+
+def _baking(old: LowRank, new: LowRank) -> float:
+    """What rounding the scale into lora_B did: ‖old − new‖, the padding aside."""
+    exact = LowRank(old.up.to(torch.float64) * old.scale, old.down)
+    return distance(exact, LowRank(new.up[:, : old.rank], new.down[: old.rank]))
 
 
 def _layout(plan: Conversion, modules: Sequence[Module]) -> tuple[Layout, list[str]]:
@@ -107,8 +115,8 @@ def _peft(plan: Conversion, modules: Sequence[Module], metadata: Mapping[str, st
         parts.setdefault(folder, []).append(
             Module(path, module.update, module.kernel, module.bias, module.magnitude, module.kind)
         )
-    found = {}
-    for i, (folder, own) in enumerate(parts.items()):
+    found: dict[str, Layout] = {}
+    for folder, own in sorted(parts.items(), key=lambda item: FOLDER_NAMES.index(item[0])):
         layout = PeftLayout(
             paths=set(), ranks={m.path: m.update.rank for m in own}, alphas={m.path: m.alpha for m in own}
         )
@@ -117,7 +125,7 @@ def _peft(plan: Conversion, modules: Sequence[Module], metadata: Mapping[str, st
             "lora_bias": any(m.bias is not None for m in own),
             "use_dora": any(m.magnitude is not None for m in own),
         }
-        found[folder] = peft_folder(own, {}, config, metadata if i == 0 else {})
+        found[folder] = peft_folder(own, {}, config, metadata if not found else {})
     alone = next(iter(found)) if len(found) == 1 else ""
     return found[alone] if alone in ("unet", "transformer") else by_part(found)
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import images
 import loose
+import models
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
+from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.ops.check import check
 from lorasurgery.ops.convert import ConvertOptions, convert
 from lorasurgery.ops.merge import merge
+from lorasurgery.ops.rerank import rerank
 
 KINDS = ["sd1", "sdxl", "flux"]
 
@@ -73,3 +81,232 @@ def test_merges_alike(kind: str, to: str, bases: Path, tmp_path: Path) -> None:
         one, two, old = (load_file(root / file) for root in (tmp_path / "one", tmp_path / "two", bases / kind))
         assert all(torch.allclose(one[k], two[k], atol=1e-7, rtol=1e-6) for k in one)
         assert "vae" in file.parts or any(not torch.equal(one[k], old[k]) for k in one) or kind == "flux"
+
+
+def merged(base: Path, adapter: Path, out: Path) -> dict[str, dict[str, Tensor]]:
+    """The weights of each part after our merge, without the `text_model` that files and memory disagree about."""
+    merge(base, [adapter], out)
+    found = {f.parent.name: load_file(f) for f in out.rglob("*.safetensors") if f.parent.name != "vae"}
+    return {part: {k.removeprefix("text_model."): v for k, v in w.items()} for part, w in found.items()}
+
+
+def agree(model: torch.nn.Module, expected: dict[str, Tensor]) -> bool:
+    """Whether a model in memory has these weights, to 1e-6."""
+    state = {k.removeprefix("text_model."): v for k, v in model.state_dict().items()}
+    return all(torch.allclose(state[k], v, atol=1e-6, rtol=1e-6) for k, v in expected.items() if k in state)
+
+
+def trained(name: str) -> bool:
+    """What sd-scripts trains of Flux by default, less linear1, whose height diffusers' converter knows for one size."""
+    return "_blocks" in name and "linear1" not in name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_loads_it(kind: str, bases: Path, tmp_path: Path) -> None:
+    """PeftModel.from_pretrained finds every key in every part, and its merge is ours."""
+    source = loose.kohya(kind, tmp_path / "in.safetensors", alpha=3.0)
+    convert(source, tmp_path / "there", ConvertOptions("peft"), base=bases / kind)
+    pipe = images.quiet(images.pipeline, kind)
+    for part, expected in merged(bases / kind, source, tmp_path / "out").items():
+        if (tmp_path / "there" / part).is_dir():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+                model = PeftModel.from_pretrained(getattr(pipe, part), tmp_path / "there" / part)
+                assert agree(model.merge_and_unload(), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [ConvertOptions("diffusers"), ConvertOptions("kohya", portable=True),
+                                     ConvertOptions("diffusers", portable=True)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("alpha", [2.0, 3.0])
+def test_diffusers_loads_it(kind: str, options: ConvertOptions, alpha: float, bases: Path, tmp_path: Path) -> None:
+    """load_lora_weights and fuse_lora give our merge of the original, whether alpha is in the header or in factors."""
+    only = trained if kind == "flux" and options.to == "kohya" else lambda _: True
+    source = loose.kohya(kind, tmp_path / "in.safetensors", only=only, alpha=alpha)
+    convert(source, tmp_path / "there", options, base=bases / kind)
+    pipe = images.quiet(images.pipeline, kind)
+    parts = {"sd1": ["unet", "text_encoder"], "sdxl": ["unet", "text_encoder", "text_encoder_2"]}
+    images.quiet(pipe.load_lora_weights, tmp_path / "there", weight_name="pytorch_lora_weights.safetensors")
+    images.quiet(pipe.fuse_lora, components=parts.get(kind, ["transformer", "text_encoder"]))
+    images.quiet(pipe.unload_lora_weights)
+    for part, expected in merged(bases / kind, source, tmp_path / "out").items():
+        assert agree(getattr(pipe, part), expected), part
+
+
+def test_parts_with_factors_of_their_own(bases: Path, tmp_path: Path) -> None:
+    """diffusers' q, k and v become one fused module: block-diagonal, exact, and rerank brings the rank back down."""
+    weights: dict[str, Tensor] = {}
+    for name, shape in images.modules(images.denoiser("flux")).items():
+        if "attn.to_" in name or "proj_mlp" in name:
+            weights |= loose.factors(f"transformer.{name}", shape, alpha=None)
+    source = tmp_path / "in.safetensors"
+    save_file({k.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): v for k, v in weights.items()}, source)
+    report = convert(source, tmp_path / "k.safetensors", ConvertOptions("kohya"))
+    assert report.totals["rank_max"] == 4 * loose.RANK
+    assert "rerank" in report.warnings[0]
+    rerank(tmp_path / "k.safetensors", tmp_path / "small.safetensors", RankChoice(rank=12))
+    expected = merged(bases / "flux", source, tmp_path / "one")["transformer"]
+    assert all(
+        torch.allclose(v, expected[k], atol=1e-6)
+        for k, v in merged(bases / "flux", tmp_path / "k.safetensors", tmp_path / "two")["transformer"].items()
+    )
+    there = convert(
+        tmp_path / "k.safetensors", tmp_path / "d.safetensors", ConvertOptions("diffusers"), base=bases / "flux"
+    )
+    assert there.totals["modules"] == len(weights) // 2
+    again = updates(tmp_path / "d.safetensors")
+    assert all(torch.allclose(again[k], v, atol=1e-6) for k, v in updates(source).items())
+
+
+def test_a_part_alone(bases: Path, tmp_path: Path) -> None:
+    """Only to_q: the rows of k and v are zeros, and the way back drops them again."""
+    source = tmp_path / "in.safetensors"
+    save_file(loose.factors("transformer.transformer_blocks.0.attn.to_q", (32, 32)), source)
+    convert(source, tmp_path / "k.safetensors", ConvertOptions("kohya"), base=bases / "flux")
+    ((name, update),) = updates(tmp_path / "k.safetensors").items()
+    assert name == "lora_unet_double_blocks_0_img_attn_qkv"
+    assert torch.equal(update[:32], next(iter(updates(source).values())))
+    assert not update[32:].any()
+    convert(tmp_path / "k.safetensors", tmp_path / "d.safetensors", ConvertOptions("diffusers"), base=bases / "flux")
+    assert same(updates(tmp_path / "d.safetensors"), updates(source))
+    save_file(loose.factors("transformer.single_transformer_blocks.0.attn.to_q", (32, 32)), source)
+    with pytest.raises(UnsupportedError, match=r"linear1 also holds modules .*; give --base"):
+        convert(source, tmp_path / "no.safetensors", ConvertOptions("kohya"))
+    convert(source, tmp_path / "l.safetensors", ConvertOptions("kohya"), base=bases / "flux")
+    assert next(iter(updates(tmp_path / "l.safetensors").values())).shape == (7 * 32, 32)
+
+
+@pytest.mark.parametrize("to", ["peft", "diffusers", "kohya"])
+def test_other_products_become_lora(to: str, bases: Path, tmp_path: Path) -> None:
+    """LoHa, LoKr, LoCon's core and whole differences come out as plain LoRA with the error that they really have."""
+    g = torch.Generator().manual_seed(0)
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_"
+    parts = {
+        "q": {"hada_w1_a": torch.randn(32, 2, generator=g), "hada_w1_b": torch.randn(2, 32, generator=g),
+              "hada_w2_a": torch.randn(32, 2, generator=g), "hada_w2_b": torch.randn(2, 32, generator=g)},
+        "k": {"lokr_w1": torch.randn(4, 4, generator=g), "lokr_w2_a": torch.randn(8, 2, generator=g),
+              "lokr_w2_b": torch.randn(2, 8, generator=g)},
+        "v": {"diff": torch.randn(32, 3, generator=g) @ torch.randn(3, 32, generator=g)},
+    }  # fmt: skip
+    weights = {f"{stem}{leaf}.{name}": t for leaf, found in parts.items() for name, t in found.items()}
+    resnet = "lora_unet_down_blocks_0_resnets_0_conv1"
+    weights |= {f"{resnet}.lora_up.weight": torch.randn(32, 3, 1, 1, generator=g),
+                f"{resnet}.lora_down.weight": torch.randn(3, 32, 1, 1, generator=g),
+                f"{resnet}.lora_mid.weight": torch.randn(3, 3, 3, 3, generator=g)}  # fmt: skip
+    source = tmp_path / "in.safetensors"
+    save_file(weights | {f"{stem}q.alpha": torch.tensor(1.0)}, source)
+    report = convert(source, tmp_path / "there", ConvertOptions(to), base=bases / "sd1")
+    ranks = {m.name[-1]: m.rank for m in report.modules}
+    assert (ranks["q"], ranks["k"], ranks["v"]) == (4, 8, 3)
+    assert all(d.form == "lora" for d in open_adapter(tmp_path / "there").deltas.values())
+    assert report.totals["error"] < 1e-6
+    one = merged(bases / "sd1", source, tmp_path / "one")["unet"]
+    two = merged(bases / "sd1", tmp_path / "there", tmp_path / "two")["unet"]
+    assert all(torch.allclose(two[k], v, atol=1e-5) for k, v in one.items())
+
+
+@pytest.mark.parametrize("to", ["peft", "diffusers", "comfyui"])
+def test_dora_and_biases(to: str, bases: Path, tmp_path: Path) -> None:
+    """DoRA's magnitudes and differences of biases are translated with their modules, split ones too."""
+    weights: dict[str, Tensor] = {}
+    g = torch.Generator().manual_seed(0)
+    for name, height in (("double_blocks_0_img_attn_qkv", 96), ("double_blocks_0_img_attn_proj", 32)):
+        path = f"lora_unet_{name}"
+        weights |= loose.factors(path, (height, 32))
+        weights[f"{path}.dora_scale"] = 1 + torch.rand(height, 1, generator=g)
+        weights[f"{path}.diff_b"] = torch.randn(height, generator=g)
+    source = tmp_path / "in.safetensors"
+    save_file(weights, source)
+    report = convert(source, tmp_path / "there", ConvertOptions(to), base=bases / "flux")
+    assert "DoRA" in report.warnings[-1]
+    one = merged(bases / "flux", source, tmp_path / "one")["transformer"]
+    two = merged(bases / "flux", tmp_path / "there", tmp_path / "two")["transformer"]
+    assert all(torch.allclose(two[k], v, atol=1e-6) for k, v in one.items())
+    convert(tmp_path / "there", tmp_path / "back.safetensors", ConvertOptions("kohya"), base=bases / "flux")
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == weights.keys()
+    kept = [k for k in weights if k.endswith(("dora_scale", "diff_b"))]
+    assert all(torch.equal(back[k], weights[k]) for k in kept)
+    assert same(updates(tmp_path / "back.safetensors"), updates(source))
+
+
+def test_metadata_goes_along(bases: Path, tmp_path: Path) -> None:
+    """What a trainer wrote stays; ss_network_* and the hashes say what is there now."""
+    source = loose.kohya("sd1", tmp_path / "in.safetensors")
+    weights = load_file(source)
+    save_file(weights, source, metadata(source) | {"modelspec.title": "cat", "ss_tag_frequency": "{}"})
+    convert(source, tmp_path / "there", ConvertOptions("peft"), base=bases / "sd1")
+    convert(
+        tmp_path / "there", tmp_path / "back.safetensors", ConvertOptions("kohya", portable=True), base=bases / "sd1"
+    )
+    found = metadata(tmp_path / "back.safetensors")
+    assert found["modelspec.title"] == "cat"
+    assert found["ss_tag_frequency"] == "{}"
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("4", "4.0")
+    raw = (tmp_path / "back.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    assert found["sshs_model_hash"] == hashlib.sha256(raw[start:]).hexdigest()
+    assert "format" not in found or found["format"] == "pt"
+
+
+def test_a_language_model_made_portable(tmp_path: Path) -> None:
+    """Ranks, alphas, rsLoRA and patterns become one rank with alpha = r, which every server takes and PEFT reloads."""
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}, "use_rslora": True}
+    models.peft_adapter(
+        "llama", tmp_path / "a", r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], **patterns
+    )
+    report = convert(tmp_path / "a", tmp_path / "b", ConvertOptions("peft", portable=True))
+    config = json.loads((tmp_path / "b/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    for server in ("peft", "vllm", "sglang", "llama.cpp"):
+        assert check(tmp_path / "b", server).totals["serves"]
+    assert report.totals["error"] < 1e-7
+    assert (
+        models.relative(models.peft_deltas("llama", tmp_path / "b"), models.peft_deltas("llama", tmp_path / "a")) < 1e-6
+    )
+
+
+def refusals(tmp_path: Path) -> list[tuple[str, ConvertOptions, type[Exception], str]]:
+    """Adapters that another format can't say: a maker's name, options, error and words."""
+    return [
+        ("kohya", ConvertOptions("peft"), UnsupportedError, "underscores.*give --base"),
+        ("norms", ConvertOptions("diffusers"), UnsupportedError, "difference of a vector.*--to kohya keeps it"),
+        ("llama", ConvertOptions("kohya"), UnsupportedError, "no image model.*PEFT's format"),
+        ("saved", ConvertOptions("peft", portable=True), UnsupportedError, "stored whole.*not every server takes"),
+        ("dora", ConvertOptions("peft", portable=True), UnsupportedError, "is DoRA, which not every server takes"),
+        ("kohya", ConvertOptions("safetensors"), UsageError, "expected one of peft, kohya"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_refused_by_name(case: int, tmp_path: Path) -> None:
+    """What the new format can't say is refused with the reason and the next move; nothing is written."""
+    kind, options, error, words = refusals(tmp_path)[case]
+    source = tmp_path / "in.safetensors"
+    if kind in ("kohya", "norms"):
+        norms = {"unet.mid_block.resnets.0.norm1.w_norm": torch.ones(64)} if kind == "norms" else {}
+        save_file(
+            loose.factors("lora_unet_mid_block_attentions_0_proj_in", (64, 64)) if kind == "kohya" else norms, source
+        )
+    else:
+        extra = {"llama": {}, "saved": {"modules_to_save": ["norm"]}, "dora": {"use_dora": True}}[kind]
+        source = tmp_path / "in"
+        models.peft_adapter("llama", source, r=4, target_modules=["q_proj", "v_proj"], **extra)
+    with pytest.raises(error, match=words):
+        convert(source, tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_base_is_refused(bases: Path, tmp_path: Path) -> None:
+    """With --base every module must be one of the base's, in its shape."""
+    source = loose.kohya("sdxl", tmp_path / "in.safetensors")
+    with pytest.raises(MismatchError):
+        convert(source, tmp_path / "out", ConvertOptions("peft"), base=bases / "sd1")
+    with pytest.raises(UsageError, match="a PEFT adapter is a folder"):
+        convert(source, tmp_path / "out.safetensors", ConvertOptions("peft"), base=bases / "sdxl")
+    report = convert(source, tmp_path / "out", ConvertOptions("peft"), base=bases / "sdxl", dry_run=True)
+    assert report.totals["modules"] == report.totals["modules_in"] > 100
+    assert not (tmp_path / "out").exists()
