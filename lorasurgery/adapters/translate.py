@@ -185,7 +185,7 @@ class Translator:
             found = Place(self.home, path)
         if found is None:
             raise UnsupportedError(
-                f"{self.adapter.path}: {path} is of no image model that lorasurgery knows, so only PEFT's format fits it"
+                f"{self.adapter.path}: {path} is of no image model that lorasurgery knows; only PEFT's format fits it"
             )
         t5 = found.part == "te2" and found.path.startswith(("encoder.block.", "encoder_block_"))
         part: Part = "te3" if t5 else found.part

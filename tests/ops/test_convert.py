@@ -68,6 +68,23 @@ def test_there_and_back(kind: str, single: bool, to: str, bases: Path, tmp_path:
     assert same(updates(tmp_path / "back.safetensors"), updates(source))
 
 
+@pytest.mark.parametrize("kind", ["sd3", "wan", "hunyuan"])
+@pytest.mark.parametrize("to", ["peft", "diffusers", "comfyui"])
+def test_denoisers_alone(kind: str, to: str, tmp_path: Path) -> None:
+    """SD3's, Wan's and HunyuanVideo's transformers: there and back, by the names of a folder or of a single file."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/model_index.json").write_text("{}")
+    images.quiet(images.denoiser(kind).save_pretrained, tmp_path / "base/transformer")
+    source = loose.kohya(kind, tmp_path / "in.safetensors", text=False)
+    for base in (tmp_path / "base", images.single_file(kind, tmp_path / "single.safetensors")):
+        for name in ("there", "back.safetensors"):
+            convert(
+                source if name == "there" else tmp_path / "there", tmp_path / name,
+                ConvertOptions(to if name == "there" else "kohya"), base=base, overwrite=True,
+            )  # fmt: skip
+        assert same(updates(tmp_path / "back.safetensors"), updates(source))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("to", ["peft", "diffusers", "comfyui", "kohya"])
 def test_merges_alike(kind: str, to: str, bases: Path, tmp_path: Path) -> None:
