@@ -131,8 +131,7 @@ class Adapter:
     def load(self, delta: Delta) -> LowRank:
         """Read one module's exact factors, on the CPU; as they are stored for LoRA, in float32 for other forms.
 
-        Raises:
-            ValueError: a whole difference, which has no factors but its SVD.
+        Those of a whole difference are itself and the identity.
         """
         if delta.form == "lora":
             up, down = self.weights.read(delta.up), self.weights.read(delta.down)
@@ -146,7 +145,13 @@ class Adapter:
             return forms.hadamard_factors(*_halves(parts)).times(delta.scale)
         if delta.form == "kronecker":
             return forms.kronecker_factors(*_sides(parts)).times(delta.scale)
-        raise ValueError(f"{delta.path} is stored whole")
+        import torch
+
+        whole = parts["diff"].flatten(1)
+        rows, columns = whole.shape
+        if rows <= columns:
+            return LowRank(torch.eye(rows, dtype=whole.dtype), whole, delta.scale)
+        return LowRank(whole, torch.eye(columns, dtype=whole.dtype), delta.scale)
 
     def load_update(self, delta: Delta) -> Update:
         """Read one module's update in the form that is cheapest to add to a weight."""

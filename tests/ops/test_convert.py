@@ -20,8 +20,11 @@ from torch import Tensor
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.ops.blend import BlendOptions, blend
 from lorasurgery.ops.check import check
 from lorasurgery.ops.convert import ConvertOptions, convert
+from lorasurgery.ops.diff import diff
+from lorasurgery.ops.inspect import inspect
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.rerank import rerank
 
@@ -327,3 +330,38 @@ def test_another_base_is_refused(bases: Path, tmp_path: Path) -> None:
     report = convert(source, tmp_path / "out", ConvertOptions("peft"), base=bases / "sdxl", dry_run=True)
     assert report.totals["modules"] == report.totals["modules_in"] > 100
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_a_pipeline_as_peft_folders(bases: Path, tmp_path: Path) -> None:
+    """A folder of PEFT adapters by part is one adapter: reranked and blended it stays one, and merges as such."""
+    source = loose.kohya("sdxl", tmp_path / "in.safetensors")
+    convert(source, tmp_path / "parts", ConvertOptions("peft"), base=bases / "sdxl")
+    assert {f.name for f in (tmp_path / "parts").iterdir()} == {"unet", "text_encoder", "text_encoder_2"}
+    rerank(tmp_path / "parts", tmp_path / "small", RankChoice(rank=2))
+    rerank(source, tmp_path / "small.safetensors", RankChoice(rank=2))
+    one = merged(bases / "sdxl", tmp_path / "small", tmp_path / "one")
+    two = merged(bases / "sdxl", tmp_path / "small.safetensors", tmp_path / "two")
+    assert all(torch.allclose(one[part][k], v, atol=1e-6) for part in two for k, v in two[part].items())
+    blend([tmp_path / "parts", tmp_path / "parts"], tmp_path / "half", BlendOptions(weights=[0.25, 0.25]))
+    half = merged(bases / "sdxl", tmp_path / "half", tmp_path / "three")
+    merge(bases / "sdxl", [source], tmp_path / "four", weights=[0.5])
+    whole = load_file(tmp_path / "four/unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.allclose(half["unet"][k], v, atol=1e-6) for k, v in whole.items())
+
+
+def test_looking_at_other_products(tmp_path: Path) -> None:
+    """inspect and diff take whole differences and LoHa as they take LoRA."""
+    g = torch.Generator().manual_seed(0)
+    weights = {
+        "lora_unet_a.diff": torch.randn(12, 8, generator=g), "lora_unet_b.hada_w1_a": torch.randn(12, 2, generator=g),
+        "lora_unet_b.hada_w1_b": torch.randn(2, 8, generator=g), "lora_unet_b.hada_w2_a": torch.randn(12, 2, generator=g),
+        "lora_unet_b.hada_w2_b": torch.randn(2, 8, generator=g), "lora_unet_c.diff": torch.randn(8, 12, generator=g),
+    }  # fmt: skip
+    save_file(weights, tmp_path / "a.safetensors")
+    found = {m.name: m.singular_values for m in inspect(tmp_path / "a.safetensors", spectrum=True).modules}
+    for name, delta in updates(tmp_path / "a.safetensors").items():
+        expected = torch.linalg.svdvals(delta.double())
+        assert torch.allclose(torch.tensor(found[name], dtype=torch.float64), expected[: len(found[name])], rtol=1e-5)
+    save_file({k: v if "hada_w1_a" not in k else -v for k, v in weights.items()}, tmp_path / "b.safetensors")
+    cosines = [m.cosine for m in diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors").modules]
+    assert cosines == pytest.approx([1, -1, 1], abs=1e-6)
