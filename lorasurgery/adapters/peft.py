@@ -125,7 +125,7 @@ def _strip_prefix(key: str) -> str:
 def _strip_wrappers(name: str) -> str:
     """`score.modules_to_save.default.weight` and `q_proj.base_layer.bias` name plain tensors of the base."""
     name = re.sub(r"\.modules_to_save\.(?:[^.]+\.)?(?=[^.]+$)", ".", name)
-    return name.replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name)
 
 
 def _delta(path: str, parts: dict[str, str], weights: Checkpoint, config: PeftConfig, where: str) -> Delta:
@@ -149,8 +149,7 @@ def _delta(path: str, parts: dict[str, str], weights: Checkpoint, config: PeftCo
     if config.is_parameter(path):
         module, rank, experts = config.parameter(path, rank, where)
         if experts == 1 and module.endswith(".weight"):  # a matrix after all, such as a router's
-            path = module = module.removesuffix(".weight")
-            experts = 0
+            path, experts = module.removesuffix(".weight"), 0
     if up.shape[1] != down.shape[0]:
         raise MismatchError(
             f"{where}: {path}: lora_{prefix}A is {down.shape[0]}×{down.shape[1]} but lora_{prefix}B is "

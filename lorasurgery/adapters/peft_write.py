@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.adapters.fused import parameter_names
 from lorasurgery.adapters.peft import PREFIX
 
 if TYPE_CHECKING:
@@ -28,9 +29,11 @@ class PeftLayout:
     """What an adapter folder will say, collected module by module.
 
     Args:
-        ranks: module path -> rank, of every module with factors.
+        ranks: module path (or parameter's path) -> rank, of every module with factors.
         alphas: module path -> alpha.
         paths: Every module path of the model, so that target_modules can name exactly the right ones.
+        leaves: Every parameter's path, likewise for target_parameters.
+        parameters: Those of `ranks` that PEFT must be told of as parameters (fused experts).
         saved: Module paths stored whole (modules_to_save).
         bias: `none`, `lora_only` or `all`, by which biases the file holds.
         tied: The same update is stored for all modules that share one tensor (ensure_weight_tying).
@@ -40,12 +43,20 @@ class PeftLayout:
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
+    leaves: set[str] = field(default_factory=set)
+    parameters: set[str] = field(default_factory=set)
     bias: str = "none"
     rslora: bool = False
     tied: bool = False
     fan_in_fan_out: bool = False
     base_model: str = ""
     architectures: tuple[str, ...] = ()
+
+    def add(self, path: str, rank: int, alpha: float, *, parameter: bool = False) -> None:
+        """Note a module, or a parameter, with factors."""
+        self.ranks[path], self.alphas[path] = rank, alpha
+        if parameter:
+            self.parameters.add(path)
 
     def config(self) -> dict[str, Any]:
         """adapter_config.json, with patterns only for modules that differ from the commonest rank and alpha."""
@@ -66,11 +77,16 @@ class PeftLayout:
             "modules_to_save": exact_suffixes(self.saved, self.paths, whole_parts=False) or None,
             "peft_type": "LORA",
             "revision": None,
-            "target_modules": exact_suffixes(set(self.ranks), self.paths) or NO_TARGETS,
+            "target_modules": self._modules(),
+            **({"target_parameters": parameter_names(self.parameters, self.leaves)} if self.parameters else {}),
             "task_type": self._task(),
             "use_dora": False,
             "use_rslora": self.rslora,
         }
+
+    def _modules(self) -> list[str] | str:
+        names = exact_suffixes(set(self.ranks) - self.parameters, self.paths)
+        return names if names or self.parameters else NO_TARGETS
 
     def _task(self) -> str | None:
         for architecture in self.architectures:

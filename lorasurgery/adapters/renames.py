@@ -82,7 +82,7 @@ FAMILIES = (
     Family(_QKV_DISK, _QKV_MEMORY, frozenset(("dinov2", "dinov2_with_registers"))),
     Family(
         ((r"\.mlp\.gate\.", ".block_sparse_moe.gate."), (r"\.mlp\.experts\b", ".block_sparse_moe.experts")),
-        ((r"\.block_sparse_moe\.gate\.", ".mlp.gate."),),
+        ((r"\.block_sparse_moe\.", ".mlp."),),
         frozenset(("mixtral", "minimax", "minimax_m2")),
     ),
     Family(((r"^lm_head\.", "embed_out."),), ((r"^embed_out\.", "lm_head."),), frozenset(("gpt_neox",))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,25 @@ if TYPE_CHECKING:
     from lorasurgery.checkpoint.reader import Checkpoint
 
 _BLOCK = 2 << 20  # bytes of one side: both sides and their difference stay in cache
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor in both checkpoints, or one expert's slice of a three-dimensional one.
+
+    Args:
+        old, new: Floating tensors of the same shape.
+    """
+
+    old: TensorInfo
+    new: TensorInfo
+    expert: int | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(rows, columns), all but the first axis taken as one."""
+        shape = self.old.shape if self.expert is None else self.old.shape[1:]
+        return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
 
 class Difference:
@@ -44,21 +64,40 @@ class Difference:
         Returns:
             (shape[0], the rest) on the device; it is overwritten by the next call.
         """
-        rows = old.shape[0] if old.shape else 1
-        columns = prod(old.shape[1:]) if old.shape else 1
-        delta = self._buffer(old, new, rows * columns).view(rows, columns)
+        return self.stack(Piece(old, new))
+
+    def stack(self, *pieces: Piece) -> Tensor | None:
+        """The same for several tensors of equal width, one above the other; None when nothing changed in any.
+
+        Returns:
+            (all rows, columns) on the device; it is overwritten by the next call.
+        """
+        rows, columns = sum(p.size[0] for p in pieces), pieces[0].size[1]
+        delta = self._buffer(pieces, rows * columns).view(rows, columns)
+        parts = torch.split(delta, [p.size[0] for p in pieces])
+        same = [part for part, piece in zip(parts, pieces, strict=True) if not self._fill(part, piece)]
+        if len(same) == len(pieces):
+            return None
+        for part in same:
+            part.zero_()
+        return delta
+
+    def _fill(self, delta: Tensor, piece: Piece) -> bool:
+        """Write one piece's difference; False, and nothing is written, when all bytes are equal."""
+        old, new, (rows, columns) = piece.old, piece.new, piece.size
         step = max(1, _BLOCK // max(1, columns * _itemsize(new)))
+        first = (piece.expert or 0) * rows
         equal = True
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            before, after = self._both(old, new, start, stop, columns)
+            before, after = self._both(old, new, first + start, first + stop, columns)
             if equal and old.dtype == new.dtype and torch.equal(before, after):
                 continue
             if equal:
                 delta[:start].zero_()
                 equal = False
             self._subtract(delta[start:stop], before, after, old, new)
-        return None if equal else delta
+        return not equal
 
     def prefetch(self, old: TensorInfo | None, new: TensorInfo) -> None:
         """Let the system read the next pair while this one is computed."""
@@ -98,8 +137,9 @@ class Difference:
         (self.tuned if side else self.base).fill(info.name, view.numpy().data, start)
         return view
 
-    def _buffer(self, old: TensorInfo, new: TensorInfo, size: int) -> Tensor:
-        wide = torch.float64 if "F64" in (old.dtype, new.dtype) else torch.float32
+    def _buffer(self, pieces: tuple[Piece, ...], size: int) -> Tensor:
+        dtypes = {info.dtype for piece in pieces for info in (piece.old, piece.new)}
+        wide = torch.float64 if "F64" in dtypes else torch.float32
         if wide not in self._scratch or self._scratch[wide].numel() < size:
             self._scratch.pop(wide, None)
             self._scratch[wide] = torch.empty(size, dtype=wide, device=self.device)

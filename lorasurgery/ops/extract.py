@@ -11,6 +11,7 @@ from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.ops.expert_pairs import group_experts
 from lorasurgery.ops.extract_report import plan_report, summarise
 from lorasurgery.ops.extract_write import write_adapter
 from lorasurgery.ops.pairs import Selection, plan_pairs
@@ -89,7 +90,7 @@ def extract(
         raise UsageError(f"{out}: an adapter is a folder (config and weights); give a folder name")
     first, second = Checkpoint.open(base), Checkpoint.open(tuned)
     check_output(out, [Path(base), Path(tuned)], overwrite)
-    pairs = plan_pairs(first, second, options.selection)
+    pairs = group_experts(plan_pairs(first, second, options.selection), first.config | second.config)
     report = plan_report(first, second, out, pairs, options.choice, dry_run)
     if not dry_run:
         chosen = resolve_device(device)

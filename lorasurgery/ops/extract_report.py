@@ -27,17 +27,18 @@ def plan_report(
 ) -> Report:
     """The report as far as headers can tell it: how many tensors get which treatment, and the most bytes."""
     report = Report("extract", [str(base.path), str(tuned.path)], str(out), dry_run=dry_run)
-    counts = Counter(p.treatment for p in pairs)
+    counts: Counter[str] = Counter(t.treatment for p in pairs for t in p.tensors)
     matrices = [p for p in pairs if p.treatment in FACTORED]
-    upper = sum(choice.upper(*p.matrix) * sum(p.matrix) for p in matrices)
+    upper = sum(p.count * choice.upper(*p.matrix) * sum(p.matrix) for p in matrices)
     report.totals = {"tensors": dict(counts), "parameters_at_most": upper, "model_bytes": tuned.nbytes}
     if dry_run:
         report.modules = [
-            ModuleReport(p.name.removesuffix(".weight"), p.tuned.shape, kind=p.treatment, rank=choice.upper(*p.matrix))
+            ModuleReport(t.name.removesuffix(".weight"), t.tuned.shape, kind=t.treatment, rank=choice.upper(*p.matrix))
             for p in matrices
+            for t in p.tensors
         ]
     report.summary = (
-        f"{len(matrices)} matrices to compare, at most {upper:,} parameters in factors; "
+        f"{sum(len(p.tensors) for p in matrices)} matrices to compare, at most {upper:,} parameters in factors; "
         f"{counts['full']} other tensors are stored whole if they changed"
     )
     return report

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lorasurgery.adapters.fused import expert_place, wants_parameter
 from lorasurgery.adapters.naming import BaseNames, is_head, module_of
 from lorasurgery.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from lorasurgery.adapters.peft_write import PeftLayout, factor_keys, with_kernel
+from lorasurgery.adapters.renames import memory_name
 from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
@@ -48,7 +50,7 @@ class AdapterDraft:
 
     def pad(self) -> None:
         """Zero-pad every module to the largest rank."""
-        top = max((f.update.rank for _, f in self.factors), default=0)
+        top = max((f.rank for _, f in self.factors), default=0)
         self.factors = [(pair, f.pad(top, self.rslora)) for pair, f in self.factors]
 
     def hold(self, budget: int, scaling: Scaling, *, uniform: bool) -> None:
@@ -60,11 +62,21 @@ class AdapterDraft:
     def spend(self, budget: int, scaling: Scaling, *, uniform: bool) -> None:
         """Cut the factors so that the file takes at most `budget` bytes, all else in it counted."""
         self._keep([replace(f, copies=1 + len(_aliases(self, pair))) for pair, f in self.factors])
-        self._keep(fit([f for _, f in self.factors], _Folder(self).file, budget, scaling, uniform=uniform))
+        self._keep(fit([f for _, f in self.factors], [_Folder(self).file], budget, scaling, uniform=uniform))
 
     def _keep(self, modules: list[Factored]) -> None:
-        self.dropped += [f.report for f in modules if not f.update.rank]
-        self.factors = [(pair, f) for (pair, _), f in zip(self.factors, modules, strict=True) if f.update.rank]
+        self.dropped += [line for f in modules if not f.rank for line in f.reports]
+        self.factors = [(pair, f) for (pair, _), f in zip(self.factors, modules, strict=True) if f.rank]
+
+    def wrapped(self, module: str) -> list[str]:
+        """The parameters of a module that have factors of their own, the outermost first (docs/formats.md)."""
+        found = [p.path for p, _ in self.factors if p.treatment == "experts" and module_of(p.path) == module]
+        return sorted(found, key=lambda p: not p.endswith(".down_proj"))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Both checkpoints' config.json, for what the architecture's name tells."""
+        return self.base.config | self.tuned.config
 
     @property
     def names(self) -> BaseNames:
@@ -78,6 +90,7 @@ class _Folder:
     def __init__(self, draft: AdapterDraft) -> None:
         self.layout = PeftLayout(
             paths=_all_paths(draft),
+            leaves=_all_parameters(draft),
             rslora=draft.rslora,
             base_model=_base_name(draft.base),
             architectures=tuple(a for a in draft.base.config.get("architectures") or [] if isinstance(a, str)),
@@ -112,18 +125,33 @@ def _whole(tuned: Checkpoint, name: str, planned: PlannedTensor) -> Tensor:
 def _factor_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for pair, found in draft.factors:
-        update, alpha = found.update, found.report.alpha or 0.0
+        if pair.treatment == "experts":
+            _add_experts(tensors, draft, pair, found, layout)
+            continue
         kind = "embedding" if pair.treatment == "embedding" else "linear"
         aliases = _aliases(draft, pair)
         layout.tied |= bool(aliases)
         for path in [pair.path, *aliases]:
             as_head = is_head(path) and kind == "embedding"
-            factors = update.transposed if as_head else update  # the head's weight is the table itself
+            factors = found.update.transposed if as_head else found.update  # the head's weight is the table itself
             a, b = factor_keys(path, "linear" if as_head else kind)
             kernel = pair.tuned.shape[2:] if pair.treatment == "conv" else ()
             tensors[a], tensors[b] = with_kernel(factors.down.contiguous(), factors.up.contiguous(), kernel)
-            layout.ranks[path], layout.alphas[path] = update.rank, alpha
+            as_parameter = kind == "linear" and wants_parameter(path, draft.config)
+            name = f"{path}.weight" if as_parameter else path
+            layout.add(name, found.rank, found.report.alpha or 0.0, parameter=as_parameter)
     return tensors
+
+
+def _add_experts(
+    tensors: dict[str, Tensor], draft: AdapterDraft, pair: Pair, found: Factored, layout: PeftLayout
+) -> None:
+    """PEFT wraps the module once for each parameter; the keys say only how deep inside the factors are."""
+    module = module_of(pair.path)
+    inside = ".base_layer" * draft.wrapped(module).index(pair.path)
+    a, b = factor_keys(module + inside, "linear")
+    tensors[a], tensors[b] = found.update.down, found.update.up
+    layout.add(pair.path, found.rank, found.report.alpha or 0.0, parameter=True)
 
 
 def _aliases(draft: AdapterDraft, pair: Pair) -> list[str]:
@@ -150,15 +178,17 @@ def _full_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, str]:
             layout.saved.add(pair.path)
             keys |= _module_tensors(draft, pair)
         else:  # a bare parameter: no module to save, PEFT loads it by its name
-            keys[f"{PREFIX}{pair.path}.{pair.leaf}" if "." in pair.name else PREFIX + pair.name] = pair.tuned.name
+            inside = ".base_layer" * len(draft.wrapped(pair.path))
+            name = f"{pair.path}{inside}.{pair.leaf}" if "." in pair.name else pair.name
+            keys[PREFIX + name] = pair.tuned.name
     return keys
 
 
 def _module_tensors(draft: AdapterDraft, pair: Pair) -> dict[str, str]:
-    """PEFT's modules_to_save wants every parameter of the module, changed or not."""
-    stem = pair.tuned.name.rpartition(".")[0]
-    found = (f"{stem}.{leaf}" for leaf in ("weight", "bias"))
-    return {f"{PREFIX}{pair.path}.{n.rpartition('.')[2]}": n for n in found if n in draft.tuned.tensors}
+    """PEFT's modules_to_save wants every parameter and buffer of the module, changed or not."""
+    stem = pair.tuned.name.rpartition(".")[0] + "."
+    leaves = (n.removeprefix(stem) for n in draft.tuned.tensors if n.startswith(stem))
+    return {f"{PREFIX}{pair.path}.{leaf}": stem + leaf for leaf in leaves if "." not in leaf}
 
 
 def _is_matrix(draft: AdapterDraft, path: str) -> bool:
@@ -168,9 +198,25 @@ def _is_matrix(draft: AdapterDraft, path: str) -> bool:
 
 def _all_paths(draft: AdapterDraft) -> set[str]:
     names = draft.names
-    paths = {module_of(n) for n in draft.tuned.tensors} | {module_of(n) for n in draft.base.tensors}
-    paths |= {p.path for p, _ in draft.factors} | {p.path for p in draft.full}
+    paths = {module_of(n) for n in _memory_names(draft)}
+    paths |= {p.path for p, _ in draft.factors if p.treatment != "experts"} | {p.path for p in draft.full}
     return paths | (set(names.tied_paths(names.input_embedding)) if names.input_embedding else set())
+
+
+def _all_parameters(draft: AdapterDraft) -> set[str]:
+    """Every parameter's name in memory, stacked experts included."""
+    return _memory_names(draft) | {p.path for p, _ in draft.factors if p.treatment == "experts"}
+
+
+def _memory_names(draft: AdapterDraft) -> set[str]:
+    found = set()
+    for side in (draft.tuned, draft.base):
+        kind = str(side.config.get("model_type"))
+        for name, info in side.tensors.items():
+            memory = memory_name(name, kind)
+            place = expert_place(memory, info.shape, draft.config)
+            found.add(place.parameter if place else memory)
+    return found
 
 
 def _base_name(base: Checkpoint) -> str:

@@ -15,6 +15,8 @@ from lorasurgery.linalg.norms import residual_norm, squared_norm
 from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.difference import Difference
+from lorasurgery.ops.expert_extraction import ExpertWork
+from lorasurgery.ops.expert_pairs import ExpertPair
 from lorasurgery.ops.extract import ExtractOptions
 from lorasurgery.ops.extract_report import LeftOut
 from lorasurgery.ops.extract_write import AdapterDraft
@@ -42,7 +44,7 @@ class Extraction:
         Raises:
             MismatchError: nothing changed at all.
         """
-        total = sum(p.tuned.nbytes for p in pairs if p.treatment != "skipped")
+        total = sum(p.nbytes for p in pairs if p.treatment != "skipped")
         done = 0
         budget = self._set_budget(pairs)
         wanted = [p for p in pairs if p.treatment != "skipped"]
@@ -55,7 +57,7 @@ class Extraction:
                 raise type(problem)(f"{pair.name}: {problem}") from None
             if budget:
                 self.draft.hold(budget, self.options.scaling, uniform=self.options.uniform_rank)
-            done += pair.tuned.nbytes
+            done += pair.nbytes
             if progress:
                 progress(pair.name, done, total)
         if not (self.draft.factors or self.draft.full or self.left_out):
@@ -71,14 +73,15 @@ class Extraction:
     @property
     def modules(self) -> list[ModuleReport]:
         """The reports of all changed matrices, those that a budget left out last."""
-        return [f.report for _, f in self.draft.factors] + self.draft.dropped
+        return [line for _, f in self.draft.factors for line in f.reports] + self.draft.dropped
 
     @property
     def capped(self) -> list[str]:
         """Modules that brought all they were allowed to and kept it: a budget would have given them more."""
         if self.options.choice.budget is None:
             return []
-        return [m.name for m in self.modules if m.rank == self.choice.upper(*m.shape) < min(m.shape)]
+        found = [f for _, f in self.draft.factors]
+        return [f.report.name for f in found if f.rank == self.choice.upper(*f.update.shape) < min(f.update.shape)]
 
     def _set_budget(self, pairs: Sequence[Pair]) -> int | None:
         """Bytes to spend, and how many directions a module may bring to the competition."""
@@ -87,11 +90,13 @@ class Extraction:
             return None
         budget = choice.budget.bytes_of(self.base.nbytes)
         matrices = [p for p in pairs if p.treatment in FACTORED]
-        costs = [sum(p.matrix) * self.draft.factor_dtype(p).itemsize for p in matrices]
+        costs = [p.count * sum(p.matrix) * self.draft.factor_dtype(p).itemsize for p in matrices]
         self.choice = brought(budget, costs, choice.max_rank)
         return budget
 
     def _take(self, pair: Pair) -> None:
+        if isinstance(pair, ExpertPair):
+            return self._factor_experts(pair)
         factored = pair.treatment in FACTORED
         comparable = pair.base is not None and pair.base.shape == pair.tuned.shape
         if not comparable or pair.base is None:
@@ -108,6 +113,13 @@ class Extraction:
             self.unchanged += 1
         else:
             self._keep_whole(pair, None)
+        return None
+
+    def _factor_experts(self, pair: ExpertPair) -> None:
+        found = ExpertWork(self.difference, self.options, self.choice, self.draft.factor_dtype(pair)).factor(pair)
+        self.unchanged += len(pair.members) - (len(found.shares) if found else 0)
+        if found is not None:
+            self.draft.factors.append((pair, found))
 
     def _keep_whole(self, pair: Pair, norm: float | None) -> None:
         if pair.treatment == "full":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from lorasurgery.adapters.fused import ExpertPlace, expert_place
 from lorasurgery.adapters.naming import (
     BaseNames,
     align_names,
@@ -23,8 +24,8 @@ from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 
-Treatment = Literal["linear", "conv1d", "embedding", "conv", "full", "left out", "skipped"]
-FACTORED: tuple[Treatment, ...] = ("linear", "conv1d", "embedding", "conv")
+Treatment = Literal["linear", "conv1d", "embedding", "conv", "experts", "full", "left out", "skipped"]
+FACTORED: tuple[Treatment, ...] = ("linear", "conv1d", "embedding", "conv", "experts")
 # Buffers that a model recomputes: they come and go between library versions and hold nothing that was trained.
 _BUFFERS = re.compile(r".*\.(position_ids|inv_freq|masked_bias|attn\.bias|token_type_ids|num_batches_tracked)")
 
@@ -37,6 +38,8 @@ class Pair:
         name: The tensor's name in the base (in the tuned checkpoint when it is new or was tied).
         path: Module path in memory, as PEFT names it.
         why: For what is left out or stored whole against expectation, the reason in a few words.
+        place: Where the tensor lies in a parameter that holds all experts in memory.
+        count: How many matrices of this size there are (experts).
     """
 
     name: str
@@ -45,6 +48,18 @@ class Pair:
     tuned: TensorInfo
     treatment: Treatment
     why: str = ""
+    place: ExpertPlace | None = None
+    count: int = 1
+
+    @property
+    def tensors(self) -> tuple[Pair, ...]:
+        """The tensors on disk that are taken together: this one."""
+        return (self,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tuned side."""
+        return sum(p.tuned.nbytes for p in self.tensors)
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -111,7 +126,13 @@ class _Matcher:
         self.base_prefix, self.tuned_prefix = align_names(set(base.tensors), set(tuned.tensors))
         self.prefix = self.base_prefix or self.tuned_prefix  # memory has the longer path, where they differ
         everything = [*map(self._from_base, base.tensors), *map(self._from_tuned, tuned.tensors)]
-        self.paths = {module_of(name) for name in everything}
+        self.config = base.config | tuned.config
+        places = (expert_place(n, t.shape, self.config) for n, t in zip(everything, self._infos(), strict=True))
+        self.paths = {module_of(n) for n in everything}
+        self.paths |= {n for p in places if p for n in (p.parameter, module_of(p.parameter))}
+
+    def _infos(self) -> list[TensorInfo]:
+        return [*self.base.tensors.values(), *self.tuned.tensors.values()]
 
     def _from_base(self, name: str) -> str:
         return memory_name(self.tuned_prefix + name, str(self.base.config.get("model_type")))
@@ -147,8 +168,37 @@ class _Matcher:
 
     def _pair(self, name: str, memory: str, base: TensorInfo | None, tuned: TensorInfo) -> Pair:
         path = module_of(memory)
-        treatment, why = self._treatment(memory, path, base, tuned)
-        return Pair(name, path, base, tuned, treatment, why)
+        place = expert_place(memory, tuned.shape, self.config)
+        if place is not None:
+            treatment, why = self._expert_treatment(memory, place, base, tuned)
+        else:
+            treatment, why = self._treatment(memory, path, base, tuned)
+        return Pair(name, path, base, tuned, treatment, why, place)
+
+    def _expert_treatment(
+        self, memory: str, place: ExpertPlace, base: TensorInfo | None, tuned: TensorInfo
+    ) -> tuple[Treatment, str]:
+        """Experts go by the names of their module, of the parameter in it, and of their own matrix."""
+        names, selection = (place.parameter, module_of(place.parameter), module_of(memory)), self.selection
+        if any(any_match(selection.full_patterns, n) for n in names):
+            if place.expert is not None:
+                raise UsageError(
+                    f"--full on {memory}: PEFT holds the experts as one parameter, {place.parameter}, which is not "
+                    "on disk; leave it to factors, or --exclude it"
+                )
+            return "full", "--full"
+        if any(any_match(selection.exclude, n) for n in names):
+            return "skipped", "--target/--exclude"
+        if selection.target and not any(any_match(selection.target, n) for n in names):
+            return "skipped", "--target/--exclude"
+        if base is None or base.shape != tuned.shape:
+            found = f"has {_size(base)}" if base else "has none of this name"
+            raise MismatchError(
+                f"{self.tuned.path}: {tuned.name} is {_size(tuned)} but the base {found}; --exclude experts leaves "
+                "all of them out"
+            )
+        self._check_float(base, tuned)
+        return "experts", ""
 
     def _treatment(self, memory: str, path: str, base: TensorInfo | None, tuned: TensorInfo) -> tuple[Treatment, str]:
         selection = self.selection

@@ -1,0 +1,104 @@
+"""The work of extract on fused experts: each expert's own truncated SVD, with one expert's ΔW in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lorasurgery.linalg.norms import residual_norm, squared_norm
+from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
+from lorasurgery.lowrank import LowRank
+from lorasurgery.ops.difference import Difference, Piece
+from lorasurgery.ops.expert_factors import ExpertFactors, Share, added, joined, summary
+from lorasurgery.ops.expert_pairs import ExpertPair
+from lorasurgery.ops.extract import ExtractOptions
+from lorasurgery.ops.pairs import Pair
+
+
+@dataclass
+class ExpertWork:
+    """Takes the experts of one parameter apart.
+
+    Args:
+        choice: Decides each expert's rank; the parameter gets the largest, the others zeros.
+        dtype: What factors are written in.
+    """
+
+    difference: Difference
+    options: ExtractOptions
+    choice: RankChoice
+    dtype: torch.dtype
+
+    def factor(self, pair: ExpertPair) -> ExpertFactors | None:
+        """The factors of all experts, with their measured errors; None when no expert changed."""
+        rank = self.choice.upper(*pair.matrix)
+        while True:  # a scale that depends on the rank is known when the ranks are
+            alpha, scale = self.options.scaling(rank)
+            work = _Parameter(self, pair, scale)
+            work.run()
+            top = max((u.rank for u in work.updates.values()), default=0)
+            if not top:
+                return None
+            alpha, wanted = self.options.scaling(top)
+            if wanted == scale:
+                return work.joined(top, alpha)
+            rank = top
+
+
+class _Parameter:
+    """One pass over the experts of a parameter."""
+
+    def __init__(self, job: ExpertWork, pair: ExpertPair, scale: float) -> None:
+        self.job, self.pair, self.scale = job, pair, scale
+        self.updates: dict[int, LowRank] = {}
+        self.squares: list[float] = []
+        self.shares = {m.name: Share(m.name.removesuffix(".weight"), m.tuned.shape) for m in pair.members}
+
+    def run(self) -> None:
+        """Decompose expert after expert; what is kept is on the CPU and in the dtype of the file."""
+        for expert in range(self.pair.count):
+            delta = self.job.difference.stack(*_pieces(self.pair, expert))
+            if delta is None:
+                continue
+            options = self.job.options
+            found = truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed)
+            if len(found.s):
+                self._keep(expert, delta, found)
+
+    def _keep(self, expert: int, delta: Tensor, found: TruncatedSVD) -> None:
+        root = (found.s / self.scale).sqrt().to(delta.dtype)
+        update = LowRank((found.u * root).to(self.job.dtype), (root[:, None] * found.vt).to(self.job.dtype), self.scale)
+        squares = found.s.square().cpu()
+        for member, rows in _rows(self.pair.of(expert), delta.shape[0]):
+            part = squares * found.u[rows].to(torch.float64).square().sum(0).cpu()
+            lost = residual_norm(delta[rows], update.part(rows)) ** 2
+            self.shares[member.name].add(squared_norm(delta[rows]), lost, part.tolist())
+        self.squares = added(self.squares, squares.tolist())
+        kept = update.transposed if self.pair.turned else update
+        self.updates[expert] = LowRank(kept.up.cpu().contiguous(), kept.down.cpu().contiguous(), self.scale)
+
+    def joined(self, rank: int, alpha: float) -> ExpertFactors:
+        """All experts side by side; those that did not change, and directions that one lacks, are zero."""
+        (out, into), experts = self.pair.matrix, self.pair.count
+        up = torch.zeros(out, rank, experts, dtype=self.job.dtype)
+        down = torch.zeros(experts, rank, into, dtype=self.job.dtype)
+        for e, update in self.updates.items():
+            up[:, : update.rank, e], down[e, : update.rank] = update.up, update.down
+        shares = tuple(s for s in self.shares.values() if s.total)
+        report = replace(summary(self.pair.name, (experts, out, into), shares), rank=rank, alpha=alpha)
+        return ExpertFactors(report, joined(up, down, self.scale), self.squares[:rank], experts=experts, shares=shares)
+
+
+def _pieces(pair: ExpertPair, expert: int) -> Iterator[Piece]:
+    for member in pair.of(expert):
+        assert member.base is not None
+        yield Piece(member.base, member.tuned, expert if pair.is_stack else None)
+
+
+def _rows(members: tuple[Pair, ...], height: int) -> Iterator[tuple[Pair, slice]]:
+    step = height // len(members)
+    return ((member, slice(i * step, (i + 1) * step)) for i, member in enumerate(members))
