@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
 
 import torch
 from diffusers import (
@@ -20,6 +23,7 @@ from diffusers import (
     UNet2DConditionModel,
     WanTransformer3DModel,
 )
+from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -93,7 +97,7 @@ def pipeline(kind: str) -> object:
     common = {"vae": vae, "tokenizer": None, "text_encoder": text_encoder()}
     if kind == "sd1":
         return StableDiffusionPipeline(
-            **common, unet=denoiser(kind), scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None,
+            **common, unet=denoiser(kind), scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None, feature_extractor=None,
             requires_safety_checker=False,
         )  # fmt: skip
     if kind == "sdxl":
@@ -109,6 +113,33 @@ def pipeline(kind: str) -> object:
         **common, text_encoder_2=t5.eval(), tokenizer_2=None, transformer=denoiser(kind),
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )  # fmt: skip
+
+
+def smaller(function: Callable[..., Any], width: int) -> Callable[..., Any]:
+    """A converter of diffusers with the width 3072, a constant of its code, made as small as the tiny models."""
+    sizes = {3072: width, 12288: 4 * width, (3072, 3072, 3072, 12288): (width, width, width, 4 * width)}
+
+    def code(old: CodeType) -> CodeType:
+        new = (code(c) if isinstance(c, CodeType) else sizes.get(c, c) for c in old.co_consts)
+        return old.replace(co_consts=tuple(new))
+
+    return FunctionType(code(function.__code__), function.__globals__, closure=function.__closure__)
+
+
+CONVERTERS = {
+    "flux": smaller(theirs.convert_flux_transformer_checkpoint_to_diffusers, 32),
+    "hunyuan": smaller(theirs.convert_hunyuan_video_transformer_to_diffusers, 32),
+    "sd3": theirs.convert_sd3_transformer_checkpoint_to_diffusers,
+    "wan": theirs.convert_wan_transformer_to_diffusers,
+}
+
+
+def diffusers_names(kind: str, weights: Weights) -> Weights:
+    """An original denoiser's weights as diffusers' own converter names them."""
+    if kind in CONVERTERS:
+        return CONVERTERS[kind](dict(weights))  # type: ignore[no-any-return]
+    config = denoiser(kind).config
+    return theirs.convert_ldm_unet_checkpoint({f"model.diffusion_model.{k}": v for k, v in weights.items()}, config)  # type: ignore[no-any-return]
 
 
 def original(model: torch.nn.Module) -> Weights:

@@ -60,7 +60,10 @@ _UNDERSCORED: tuple[tuple[str, Part], ...] = (
 _BARE = {
     "double_blocks", "single_blocks", "joint_blocks", "transformer_blocks", "single_transformer_blocks", "blocks",
     "input_blocks", "middle_block", "output_blocks", "down_blocks", "mid_block", "up_blocks", "final_layer",
-    "img_in", "txt_in", "time_in", "vector_in", "guidance_in",
+    "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "conv_in", "conv_out", "time_embed", "time_embedding",
+    "label_emb", "add_embedding", "out", "x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out",
+    "t_embedder", "y_embedder", "condition_embedder", "text_embedding", "time_projection", "img_emb", "head",
+    "patch_embedding", "pos_embed",
 }  # fmt: skip
 FOLDER_NAMES = tuple(prefix[:-1] for prefix, _ in _FOLDERS)
 UNDERSCORED_PREFIXES = tuple(prefix for prefix, _ in _UNDERSCORED)

@@ -30,8 +30,8 @@ class HeaderConfig:
     def scaling(self, path: str, rank: int) -> tuple[float, float] | None:
         """(alpha, scale) of a module; None when the header doesn't say."""
         for prefix, config in self.components.items():
-            if path.startswith(f"{prefix}."):
-                inner = path[len(prefix) + 1 :]
+            if not prefix or path.startswith(f"{prefix}."):  # a component's own file has no prefixes
+                inner = path[len(prefix) + 1 :] if prefix else path
                 pattern = {k.removeprefix("^"): v for k, v in (config.get("alpha_pattern") or {}).items()}
                 alpha = float(first_match(pattern, inner, config.get("lora_alpha", 8)))
                 return alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import CodeType, FunctionType
-from typing import Any
-
 import images
 import pytest
 import torch
@@ -28,35 +24,12 @@ SDXL = {
 SD1 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 
 
-def smaller(function: Callable[..., Any], width: int) -> Callable[..., Any]:
-    """A converter of diffusers with the width 3072, which is a constant of its code, made as small as the model."""
-
-    def code(old: CodeType) -> CodeType:
-        new = (width if c == 3072 else code(c) if isinstance(c, CodeType) else c for c in old.co_consts)
-        return old.replace(co_consts=tuple(new))
-
-    return FunctionType(code(function.__code__), function.__globals__, closure=function.__closure__)
-
-
-CONVERTERS = {
-    "flux": smaller(theirs.convert_flux_transformer_checkpoint_to_diffusers, 32),
-    "hunyuan": smaller(theirs.convert_hunyuan_video_transformer_to_diffusers, 32),
-    "sd3": theirs.convert_sd3_transformer_checkpoint_to_diffusers,
-    "wan": theirs.convert_wan_transformer_to_diffusers,
-}
-
-
 @pytest.mark.parametrize("kind", ["sd1", "sdxl", "flux", "sd3", "wan", "hunyuan"])
 def test_every_tensor_has_the_name_and_rows_that_diffusers_gives_it(kind: str) -> None:
     """What our tables name as the original does is turned by diffusers' converter into the model, tensor by tensor."""
     model = images.denoiser(kind)
     weights = images.original(model)
-    if kind in CONVERTERS:
-        back = CONVERTERS[kind](dict(weights))
-    else:
-        back = theirs.convert_ldm_unet_checkpoint(
-            {f"model.diffusion_model.{k}": v for k, v in weights.items()}, model.config
-        )
+    back = images.diffusers_names(kind, weights)
     state = model.state_dict()
     assert back.keys() == state.keys()
     assert [k for k, v in state.items() if not torch.equal(v, back[k])] == []
