@@ -43,6 +43,7 @@ check: lint types test ## lint + types + tests
 
 docs: $(STAMP) ## Write docs/cli.md anew from the commands' help
 	@$(BIN)/python docs/generate_cli.py
+	@$(BIN)/python -W ignore docs/generate_formats.py
 
 bench: $(STAMP) ## extract, rerank and blend against their peers (ten minutes; makes an environment for mergekit)
 	@$(BIN)/python benchmarks/extract.py
