@@ -43,6 +43,7 @@ def test_json_is_one_object_and_nothing_else(world: Path, tmp_path: Path) -> Non
         ("unmerge", tmp_path / "m", world / "adapter", "-o", tmp_path / "u", "--base", world / "base"),
         ("rerank", world / "adapter", "-o", tmp_path / "r", "--rank", "2"),
         ("blend", world / "adapter", tmp_path / "r", "-o", tmp_path / "l", "-w", "1", "-w", "-0.5"),
+        ("convert", world / "adapter", "-o", tmp_path / "c", "--to", "peft", "--base", world / "base"),
     ):
         done = lorasurgery(*words, "--json")
         report = json.loads(done.stdout)
@@ -83,6 +84,7 @@ def test_progress_is_plain_lines_off_a_terminal(world: Path, tmp_path: Path) -> 
         ["blend", "-h"],
         ["inspect", "-h"],
         ["diff", "-h"],
+        ["convert", "-h"],
     ],
 )
 def test_help_does_not_import_torch(words: list[str]) -> None:
@@ -105,6 +107,7 @@ def test_dry_run_reads_headers_without_torch_and_writes_nothing(world: Path, tmp
         ["unmerge", world / "base", world / "adapter", "-o", tmp_path / "o"],
         ["rerank", world / "adapter", "-o", tmp_path / "o", "--budget", "25%"],
         ["blend", world / "adapter", world / "adapter", "-o", tmp_path / "o", "--method", "ties"],
+        ["convert", world / "adapter", "-o", tmp_path / "o", "--to", "peft", "--base", world / "base"],
     ):
         script = (
             "import sys; from lorasurgery.cli.main import main\n"
@@ -264,6 +267,14 @@ def broken(world: Path, tmp: Path, case: str) -> list[str | Path]:
         "blend no weight left": lambda: [*blend, "-w", "0", "-w", "0"],
         "blend of other shapes": lambda: ["blend", adapter, tensors(adapter, weights, lambda w: w.update({key: torch.zeros(4, 31)})), "-o", out],
         "blend replaced differs": lambda: ["blend", adapter, tensors(adapter, weights, lambda w: w["base_model.model.model.norm.weight"].add_(1)), "-o", out],
+        "convert to nothing known": lambda: ["convert", adapter, "-o", out, "--to", "gguf"],
+        "convert without a format": lambda: ["convert", adapter, "-o", out],
+        "convert a language model": lambda: ["convert", adapter, "-o", out, "--to", "kohya"],
+        "convert what is stored whole": lambda: ["convert", adapter, "-o", out, "--to", "peft", "--portable"],
+        "convert a base": lambda: ["convert", base, "-o", out, "--to", "peft"],
+        "convert to a file": lambda: ["convert", adapter, "-o", tmp / "out.safetensors", "--to", "peft"],
+        "convert by another base": lambda: ["convert", tensors(adapter, weights, lambda w: w.update({key: torch.zeros(4, 31)})), "-o", out, "--to", "peft", "--base", base],
+        "convert nan": lambda: ["convert", tensors(adapter, weights, lambda w: w[key].fill_(float("nan"))), "-o", out, "--to", "peft"],
         "check for nobody": lambda: ["check", adapter, "--for", "ollama"],
         "check another base": lambda: ["check", tensors(adapter, weights, lambda w: w.update({key: torch.zeros(4, 31)})), "--base", base],
         "inspect a base": lambda: ["inspect", base],
