@@ -7,6 +7,7 @@ from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.peft_write import NO_TARGETS, rank_fields
+from lorasurgery.adapters.selection import selects
 
 # What PEFT selects modules by; kept together or not at all, for each restricts the others.
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -26,12 +27,13 @@ def derived_config(
     """
     configs = [a.config for a in sources]
     known = {path for a in sources for path in a.deltas}
+    told = all(selects(a.config, path) for a in sources for path, d in a.deltas.items() if not d.experts)
     saved = sorted({m for c in configs for m in c.get("modules_to_save") or []})
     kinds = [c.get("bias") for c in configs]
     return {
         **configs[0],
         **rank_fields(ranks, alphas),
-        **_selection(configs, set(ranks), known),
+        **_selection(configs, set(ranks), known if told else set()),
         "bias": max((k for k in kinds if k in _BIAS), key=_BIAS.index, default="none"),
         "ensure_weight_tying": any(a.tied for a in sources),
         "fan_in_fan_out": any(a.fan_in_fan_out for a in sources),

@@ -11,8 +11,8 @@ from lorasurgery.cli import options, render
 
 @click.command("check")
 @click.argument("adapter", metavar="ADAPTER")
-@click.option("--for", "server", type=click.Choice(["peft", "vllm", "sglang", "llama.cpp"]), default="peft",
-              show_default=True, help="Where it is to be served.")  # fmt: skip
+@click.option("--for", "server", default="peft", show_default=True, help="Where it is to be served.",
+              type=click.Choice(["peft", "vllm", "sglang", "llama.cpp", "diffusers", "comfyui"]))  # fmt: skip
 @click.option("--base", metavar="BASE", help="Every tensor of the adapter must match this checkpoint.")
 @click.option("--max-lora-rank", type=click.IntRange(min=1), help="vLLM's setting.  [default: 16, as vLLM's]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON report on stdout and nothing else.")

@@ -1,11 +1,12 @@
-"""check: would a server take this adapter, and would it mean there what it means here? From headers alone."""
+"""check: would a program take this adapter, and would it mean there what it means here? From headers alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from lorasurgery.adapters.finding import Finding, Setting
 from lorasurgery.adapters.formats import open_adapter
-from lorasurgery.adapters.servers import SERVERS, Finding, findings
+from lorasurgery.adapters.servers import SERVERS, findings
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.planner import plan_edits
@@ -22,9 +23,9 @@ def check(
         check("adapter", "vllm", base="llama").totals["serves"]
 
     Args:
-        adapter: Adapter folder.
-        server: One of peft, vllm, sglang, llama.cpp.
-        base: Checkpoint that every tensor of the adapter must match.
+        adapter: Adapter folder or file of any format.
+        server: One of peft, vllm, sglang, llama.cpp, diffusers, comfyui.
+        base: Checkpoint that every tensor of the adapter must match; some rules need it.
         max_lora_rank: vLLM's setting; None is its default, 16.
 
     Raises:
@@ -34,13 +35,12 @@ def check(
     if server not in SERVERS:
         raise UsageError(f"--for {server}: expected one of {', '.join(SERVERS)}")
     opened = open_adapter(adapter)
+    checkpoint = Checkpoint.open(base) if base is not None else None
     report = Report("check", [str(adapter), *([str(base)] if base is not None else [])], "")
-    matched = None
-    if base is not None:
-        matched = plan_edits(Checkpoint.open(base), [opened], [1.0]).matched
-    found = findings(opened, server, max_lora_rank=max_lora_rank)
+    matched = plan_edits(checkpoint, [opened], [1.0]).matched if checkpoint else None
+    found = findings(opened, server, Setting(max_lora_rank, checkpoint))
     report.totals = {
-        "for": server, "serves": not found, "matched": matched, "modules": len(opened.deltas),
+        "for": server, "format": opened.format, "serves": not found, "matched": matched, "modules": len(opened.deltas),
         "findings": [{"verdict": f.verdict, "what": f.what, "mend": f.mend} for f in found],
     }  # fmt: skip
     report.summary = _summary(server, found, matched)

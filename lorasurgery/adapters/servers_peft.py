@@ -1,0 +1,61 @@
+"""What PEFT itself would not load, mostly in silence: peft 0.21.2, each rule run in tests/ops/test_check.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.adapters.finding import PORTABLE, TO_PEFT, Finding, Rule, Setting, some
+from lorasurgery.adapters.peft import PREFIX
+from lorasurgery.adapters.selection import selects
+
+# A part of PEFT's keys that still carries the adapter's name: `lora_A.default.weight`.
+_NAMED = re.compile(r"\.lora_(?:[AB]|embedding_[AB]|magnitude_vector)\.(?!weight$|bias$)[^.]+(?:\.weight|\.bias)?$")
+_DEFAULT = re.compile(r"\.default(?:\.weight|\.bias)?$")  # the name that PEFT gives an adapter, which it finds again
+
+
+def is_folder(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+    """PEFT, and all that build on it, read adapter_config.json beside adapter_model.safetensors."""
+    if adapter.format != "peft":
+        yield Finding("rejected", f"a {adapter.format} file, where a PEFT folder is expected", TO_PEFT)
+
+
+def _keys(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+    """set_peft_model_state_dict puts the adapter's name into each key and loads what the model then has."""
+    if adapter.format != "peft":
+        return
+    keys = [k for a in _single(adapter) for k in a.weights.tensors]
+    bare = [k for k in keys if not k.startswith(PREFIX)]
+    if bare:
+        yield Finding("dropped", f"keys without {PREFIX} ({some(bare)}) are not loaded", PORTABLE)
+    compiled = [k for k in keys if k.startswith(f"{PREFIX}_orig_mod.")]
+    if compiled:
+        yield Finding("dropped", f"keys of a compiled model ({some(compiled)}) are not loaded", PORTABLE)
+    named = [k for k in named_keys(adapter) if not _DEFAULT.search(k)]
+    if named:
+        yield Finding("dropped", f"keys that carry the adapter's name ({some(named)}) are not loaded", PORTABLE)
+
+
+def named_keys(adapter: Adapter) -> list[str]:
+    """Keys that still carry the adapter's name, which PEFT takes off when it saves."""
+    return [k for a in _single(adapter) for k in a.weights.tensors if _NAMED.search(k)]
+
+
+def _targets(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+    """Only modules that target_modules selects get layers for their factors."""
+    for one in _single(adapter):
+        if one.format != "peft":
+            continue
+        outside = [p for p, d in one.deltas.items() if not d.experts and not selects(one.config, p)]
+        if outside:
+            what = f"factors of {some(outside)}, which target_modules does not select, are not loaded"
+            yield Finding("dropped", what, PORTABLE)
+
+
+def _single(adapter: Adapter) -> list[Adapter]:
+    """The folders that PEFT loads one by one."""
+    return list(adapter.members.values()) or [adapter]
+
+
+RULES: tuple[Rule, ...] = (is_folder, _keys, _targets)
