@@ -6,6 +6,7 @@ own; this is the table that brings both to the same part.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,6 +66,17 @@ _BARE = {
     "t_embedder", "y_embedder", "condition_embedder", "text_embedding", "time_projection", "img_emb", "head",
     "patch_embedding", "pos_embed",
 }  # fmt: skip
+# The layers of CLIP's text model and of T5's encoder that trainers adapt.
+_TEXT_PATHS = tuple(
+    (re.compile(pattern), dotted)
+    for pattern, dotted in (
+        (r"encoder_layers_(\d+)_self_attn_([qkv]|out)_proj", r"encoder.layers.\1.self_attn.\2_proj"),
+        (r"encoder_layers_(\d+)_mlp_(fc[12])", r"encoder.layers.\1.mlp.\2"),
+        (r"(text_projection)", r"\1"),
+        (r"encoder_block_(\d+)_layer_(\d+)_(SelfAttention|DenseReluDense)_([qkvo]|w[io](?:_[01])?)",
+         r"encoder.block.\1.layer.\2.\3.\4"),
+    )
+)  # fmt: skip
 FOLDER_NAMES = tuple(prefix[:-1] for prefix, _ in _FOLDERS)
 UNDERSCORED_PREFIXES = tuple(prefix for prefix, _ in _UNDERSCORED)
 
@@ -85,6 +97,19 @@ def adapter_place(path: str) -> Place | None:
         if path.startswith(prefix):
             return Place(part, path.removeprefix(prefix))
     return Place("denoiser", path) if path.split(".")[0] in _BARE else None
+
+
+def text_path(path: str) -> str | None:
+    """The dotted path of a text encoder's layer, of which every model has the same few: no base is needed to tell.
+
+    >>> text_path("encoder_layers_0_self_attn_q_proj"), text_path("encoder_block_1_layer_0_SelfAttention_q")
+    ('encoder.layers.0.self_attn.q_proj', 'encoder.block.1.layer.0.SelfAttention.q')
+    """
+    for pattern, dotted in _TEXT_PATHS:
+        match = pattern.fullmatch(path)
+        if match:
+            return match.expand(dotted)
+    return None
 
 
 def checkpoint_place(tensor: str, *, pipeline: bool) -> tuple[Part, str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from lorasurgery.adapters.adapter import Adapter, Format
-from lorasurgery.adapters.components import Part, Place, adapter_place
+from lorasurgery.adapters.components import Part, Place, adapter_place, text_path
 from lorasurgery.adapters.dialects import Dialect, Family, dialect, family_of
 from lorasurgery.adapters.dictionary import Dictionary, Side
 from lorasurgery.errors import MismatchError, UnsupportedError
@@ -26,6 +27,7 @@ _COMFYUI = {
     "te2": "text_encoders.clip_g.transformer.",
     "te3": "text_encoders.t5xxl.transformer.",
 }
+TEXT: tuple[Part, ...] = ("te1", "te2", "te3")
 _FOLDER = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_2"}
 
 
@@ -222,21 +224,33 @@ class Translator:
         return _Known(place.part, path, spelling.atoms, tuple(heights))
 
     def _dotted(self, source: str, place: Place) -> str:
-        if self.dictionary is None:
-            if place.dotted:
-                return place.path
+        found = place.path if place.dotted else None
+        if place.part in TEXT and (self.dictionary is None or place.part in self.lacking):
+            found = found or text_path(place.path)
+        elif self.dictionary is not None:
+            found = self.dictionary.path_of(place)
+            if found is None:
+                hint = self.dictionary.hint(place)
+                raise MismatchError(f"{self.adapter.path}: {source} matches no module of the base{hint}")
+        if found is None:
             raise UnsupportedError(
                 f"{self.adapter.path}: {source} has underscores where its model has dots or underscores; {_GIVE} them "
                 "apart"
             )
-        found = self.dictionary.path_of(place)
-        if found is None:
-            hint = self.dictionary.hint(place)
-            raise MismatchError(f"{self.adapter.path}: {source} matches no module of the base{hint}")
         return found
 
-    def _side(self, part: Part) -> Side | None:
+    @cached_property
+    def lacking(self) -> frozenset[Part]:
+        """Text encoders that the base does not have; a Flux checkpoint is often the transformer alone."""
+        places = self.places.values()
         if self.dictionary is None:
+            return frozenset()
+        return frozenset({p.part for p in places if p.part in TEXT} - {
+            p.part for p in places if p.part in TEXT and self.dictionary.path_of(p)
+        })  # fmt: skip
+
+    def _side(self, part: Part) -> Side | None:
+        if self.dictionary is None or part in self.lacking:
             return None
         sides = self.dictionary.sides
         return sides.get(part) or (sides.get("any") if part == "denoiser" or len(sides) == 1 else None)

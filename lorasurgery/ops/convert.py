@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,7 +14,7 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.adapters.translate import Piece, Target, Translator
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import UnsupportedError, UsageError
+from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.ops.layout import check_name
 from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
@@ -100,8 +100,8 @@ def convert(
     check_output(out, [Path(adapter)], overwrite)
     checkpoint = Checkpoint.open(base) if base is not None else None
     report = Report("convert", [str(adapter), *([str(base)] if base is not None else [])], str(out), dry_run=dry_run)
-    matched = plan_edits(checkpoint, [opened], [1.0]).matched if checkpoint else None
     plan = plan_conversion(opened, options, checkpoint)
+    matched = _match(plan, checkpoint, report) if checkpoint else None
     report.modules = [_line(plan, target) for target in plan.targets]
     report.totals = {"from": opened.format, "to": options.to, "modules_in": len(opened.deltas),
                      "modules": len(plan.targets), "matched": matched}  # fmt: skip
@@ -112,6 +112,29 @@ def convert(
         report.device = str(resolve_device(device))
         carry_out(plan, report, out, overwrite, progress)
     return clock.stamp(report)
+
+
+def _match(plan: Conversion, base: Checkpoint, report: Report) -> int:
+    """Every tensor must match the base, save those of a text encoder that it has not."""
+    adapter, lacking = plan.adapter, plan.translator.lacking if plan.translator else frozenset()
+    if lacking and plan.translator:
+        places = plan.translator.places
+        out = {path for path, place in places.items() if place.part in lacking}
+        adapter = replace(
+            adapter,
+            deltas={p: d for p, d in adapter.deltas.items() if p not in out},
+            diffs={n: k for n, k in adapter.diffs.items() if n.rpartition(".")[0] not in out},
+            replaced={n: k for n, k in adapter.replaced.items() if n.rpartition(".")[0] not in out},
+        )
+        if not (adapter.deltas or adapter.diffs or adapter.replaced):
+            raise MismatchError(
+                f"{base.path}: has no text encoder, and {adapter.path} is for nothing else; leave --base out"
+            )
+        report.warnings.append(
+            f"{base.path} has no text encoder for {len(out)} modules ({min(out)} …); they are translated by the names "
+            "that all such encoders have, and their shapes are not checked"
+        )
+    return plan_edits(base, [adapter], [1.0]).matched
 
 
 def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint | None) -> Conversion:

@@ -63,9 +63,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_there_and_back(kind: str, single: bool, to: str, bases: Path, tmp_path: Path) -> None:
     """kohya → another format → kohya keeps names, alphas' meaning and every bit of every ΔW."""
     base = bases / (f"{kind}.safetensors" if single else kind)
-    text = not (single and kind == "flux")  # Flux's single file is the transformer alone
-    source = loose.kohya(kind, tmp_path / "in.safetensors", text=text)
-    convert(source, tmp_path / "there", ConvertOptions(to), base=base)
+    source = loose.kohya(kind, tmp_path / "in.safetensors")
+    report = convert(source, tmp_path / "there", ConvertOptions(to), base=base)
+    alone = single and kind == "flux"  # Flux's single file is the transformer alone
+    assert any("no text encoder" in w for w in report.warnings) == alone
     report = convert(tmp_path / "there", tmp_path / "back.safetensors", ConvertOptions("kohya"), base=base)
     assert report.totals["error"] == 0
     assert same(updates(tmp_path / "back.safetensors"), updates(source))
@@ -325,6 +326,14 @@ def test_another_base_is_refused(bases: Path, tmp_path: Path) -> None:
     source = loose.kohya("sdxl", tmp_path / "in.safetensors")
     with pytest.raises(MismatchError):
         convert(source, tmp_path / "out", ConvertOptions("peft"), base=bases / "sd1")
+    save_file(loose.text_part("lora_te1_", images.text_encoder()), tmp_path / "text.safetensors")
+    with pytest.raises(MismatchError, match="is for nothing else; leave --base out"):
+        convert(
+            tmp_path / "text.safetensors", tmp_path / "out", ConvertOptions("peft"), base=bases / "flux.safetensors"
+        )
+    convert(tmp_path / "text.safetensors", tmp_path / "text", ConvertOptions("peft"))
+    found = {k.removeprefix("text_encoder.").replace(".", "_"): v for k, v in updates(tmp_path / "text").items()}
+    assert same(found, {k.partition("text_model_")[2]: v for k, v in updates(tmp_path / "text.safetensors").items()})
     with pytest.raises(UsageError, match="a PEFT adapter is a folder"):
         convert(source, tmp_path / "out.safetensors", ConvertOptions("peft"), base=bases / "sdxl")
     report = convert(source, tmp_path / "out", ConvertOptions("peft"), base=bases / "sdxl", dry_run=True)
