@@ -11,22 +11,24 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-_QWEN = (
-    "afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe "
-    "exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa hunyuan_v1_moe hy_v3 kolibri1 "
-    "laguna longcat_flash mellum mimo_v2_flash olmoe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe "
+from lorasurgery.adapters.renames import model_types
+
+# For these PEFT 0.21.2 takes any target module that ends in the leaves below for a matrix of transformers 4's experts
+# and targets gate_up_proj and down_proj instead, a dense layer's or a shared expert's matrix too.
+_CONVERTED = frozenset((
+    "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe "
+    "glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next qwen3_omni_moe "
     "solar_open"
-)
-_OWN = "deepseek_ocr2 jamba kimi_k25 lfm2_moe minimax minimax_m2 mixtral nemotron_h phimoe qwen2_moe"
+).split())  # fmt: skip
 # Families with a matrix for each expert on disk and one parameter in memory.
-_STACKED = frozenset(f"{_QWEN} {_OWN}".split())
+_STACKED = _CONVERTED | frozenset((
+    "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 flint glm4v_moe_text glm5_next hy_v3 jamba kimi_k25 "
+    "kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash minimax minimax_m2 mistral_large4_text mixtral nemotron_h "
+    "phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen4_exp_text"
+).split())  # fmt: skip
 # Parameters stored (experts, in, out) that PEFT turns: `is_transposed` of the experts' module, or of the conversion.
 _TRANSPOSED = frozenset(("gpt_oss", "openai_privacy_filter", "aria", "aria_text"))
 _TURNED_ON_DISK = frozenset(("qwen3_vl_moe", "qwen3_vl_moe_text"))
-# For these PEFT 0.21.2 takes any target module that ends in the leaves below for a matrix of transformers 4's experts
-# and targets gate_up_proj and down_proj instead, a dense layer's or a shared expert's matrix too.
-_CONVERTED = frozenset(_QWEN.split()) - {"axk1", "axk2", "bailing_hybrid", "flint", "glm5_next", "hy_v3", "kolibri1",
-                                         "laguna", "mimo_v2_flash", "qwen3_5_moe", "qwen3_5_moe_text"}  # fmt: skip
 _CONVERTED_LEAVES = ("gate_proj", "up_proj", "down_proj")
 
 # leaf on disk -> (leaf in memory, which part of its rows, of how many)
@@ -51,17 +53,6 @@ class ExpertPlace:
     expert: int | None
     part: int = 0
     parts: int = 1
-
-
-def model_types(config: dict[str, Any]) -> frozenset[str]:
-    """config.json's model_type, and its text model's.
-
-    >>> sorted(model_types({"model_type": "aria", "text_config": {"model_type": "aria_text"}}))
-    ['aria', 'aria_text']
-    """
-    text = config.get("text_config")
-    found = (c.get("model_type") for c in (config, text if isinstance(text, dict) else {}))
-    return frozenset(kind for kind in found if isinstance(kind, str))
 
 
 def expert_place(memory: str, shape: tuple[int, ...], config: dict[str, Any]) -> ExpertPlace | None:

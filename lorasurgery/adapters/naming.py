@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorasurgery.adapters.renames import disk_names
+from lorasurgery.adapters.library import library_names
+from lorasurgery.adapters.renames import disk_names, memory_name, model_types
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.errors import MismatchError, nearest
 
@@ -72,6 +74,14 @@ def module_of(tensor: str) -> str:
     return tensor.rpartition(".")[0] or tensor
 
 
+class NoTensorError(MismatchError):
+    """An adapter's path that no tensor of the base answers to."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 @dataclass
 class BaseNames:
     """The base's tensors, ready to be looked up by an adapter's paths.
@@ -91,8 +101,8 @@ class BaseNames:
         name = f"{path}.{leaf}" if leaf else path
         if name in self.tensors:
             return name
-        for candidate in disk_names(name):
-            if candidate in self.tensors and self._fits(candidate, shapes):
+        for candidate in self.renamed(name):
+            if self._fits(candidate, shapes):
                 return candidate
         parts = name.split(".")
         for i in range(1, len(parts) - 1):  # the adapter's path is the longer one: `transformer.h.0…` on disk as `h.0…`
@@ -105,12 +115,38 @@ class BaseNames:
         longer = [n for n in longer if self._fits(n, shapes)]
         return longer[0] if len(longer) == 1 else None
 
-    def missing(self, path: str, adapter: str) -> MismatchError:
-        """The error for an adapter's path that no tensor of the base answers to, with the nearest names."""
+    def renamed(self, name: str) -> list[str]:
+        """The base's tensors that a family is known to call so in memory, the likeliest first."""
+        found = [n for n in disk_names(name) if n in self.tensors]
+        return found + [n for n in self._by_memory.get(name, []) if n not in found]
+
+    @cached_property
+    def _by_memory(self) -> dict[str, list[str]]:
+        types = model_types(self.config)
+        table: dict[str, list[str]] = defaultdict(list)
+        for name in self.tensors:
+            table[memory_name(name, types)].append(name)
+        return table
+
+    @cached_property
+    def by_library(self) -> BaseNames | None:
+        """The same tensors by the names that transformers itself knows for them: a last resort before an error."""
+        table = library_names(self.tensors, self.config)
+        return _LibraryNames(self.tensors, self.config, self.where, table) if table else None
+
+    def missing(self, path: str, adapter: str, more: Sequence[str] = (), total: int = 1) -> NoTensorError:
+        """The error for an adapter's paths that no tensor of the base answers to, with the nearest names.
+
+        Args:
+            path: The first of them; `more` are the others, out of `total` modules.
+        """
         known = [module_of(n) for n in self.tensors]
-        return MismatchError(
-            f"{adapter}: {path} matches no tensor in {self.where}; nothing was changed"
-            + (nearest(path, known) or "; is this the adapter's base model?")
+        said, verb = [path, *more], "match" if more else "matches"
+        return NoTensorError(
+            path,
+            f"{adapter}: {len(said)} of {total} modules {verb} no tensor in {self.where}: {', '.join(said[:3])}"
+            f"{' …' if len(said) > 3 else ''}; nothing was changed"
+            + (nearest(path, known) or "; is this the adapter's base model?"),
         )
 
     def is_conv1d(self, path: str) -> bool:
@@ -185,6 +221,16 @@ class BaseNames:
 
     def _fits(self, name: str, shapes: tuple[tuple[int, ...], ...]) -> bool:
         return not shapes or self.tensors[name].shape in shapes
+
+
+@dataclass
+class _LibraryNames(BaseNames):
+    """Names by transformers' own table."""
+
+    table: dict[str, list[str]]
+
+    def renamed(self, name: str) -> list[str]:
+        return self.table.get(name, [])
 
 
 def align_names(base: set[str], tuned: set[str]) -> tuple[str, str]:

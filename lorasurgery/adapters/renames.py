@@ -7,10 +7,11 @@ conversion_mapping.py, and what each family's save_pretrained wrote.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-Rules = tuple[tuple[str, str], ...]
+from lorasurgery.adapters.rename_tables import TO_MEMORY, Rules
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ _QKV_MEMORY: Rules = (
     (r"\.attention\.output\.dense\.", ".attention.o_proj."),
 )
 
+# What old files of any family call a LayerNorm's weight and bias.
+_LEGACY: Rules = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+
 FAMILIES = (
     Family(_VL_DISK, _VL_MEMORY, frozenset(_VL_TYPES.split())),
     # older files of the same models keep the tower's own prefix
@@ -89,6 +93,17 @@ FAMILIES = (
 )
 
 
+def model_types(config: dict[str, Any]) -> frozenset[str]:
+    """config.json's model_type, and its text model's.
+
+    >>> sorted(model_types({"model_type": "aria", "text_config": {"model_type": "aria_text"}}))
+    ['aria', 'aria_text']
+    """
+    text = config.get("text_config")
+    found = (c.get("model_type") for c in (config, text if isinstance(text, dict) else {}))
+    return frozenset(kind for kind in found if isinstance(kind, str))
+
+
 def disk_names(name: str) -> Iterator[str]:
     """The names a tensor may have on disk, given its name in memory.
 
@@ -103,18 +118,25 @@ def disk_names(name: str) -> Iterator[str]:
             yield found
 
 
-def memory_name(name: str, model_type: str) -> str:
+def memory_name(name: str, model_types: Collection[str]) -> str:
     """A tensor's name in memory, for models whose files are named differently; others keep their name.
 
-    >>> memory_name("vit.encoder.layer.0.output.dense.weight", "vit")
+    >>> memory_name("vit.encoder.layer.0.output.dense.weight", ["vit"])
     'vit.layers.0.mlp.fc2.weight'
-    >>> memory_name("h.0.mlp.c_fc.weight", "gpt2")
+    >>> memory_name("model.layers.0.block_sparse_moe.gate.weight", ["phimoe"])
+    'model.layers.0.mlp.router.weight'
+    >>> memory_name("h.0.mlp.c_fc.weight", ["gpt2"])
     'h.0.mlp.c_fc.weight'
+
+    Args:
+        model_types: What config.json says of the whole and of its text model.
     """
     for family in FAMILIES:
-        if model_type in family.model_types:
-            return _apply(family.to_memory, name)
-    return name
+        if not family.model_types.isdisjoint(model_types):
+            name = _apply(family.to_memory, name)
+    for kind in sorted(model_types):
+        name = _apply(TO_MEMORY.get(kind, ()), name)
+    return _apply(_LEGACY, name)
 
 
 def _apply(rules: Rules, name: str) -> str:

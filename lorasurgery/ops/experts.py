@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
-from lorasurgery.adapters.adapter import Adapter, Delta
+from lorasurgery.adapters.adapter import Delta
+from lorasurgery.adapters.fused import is_turned
 from lorasurgery.adapters.naming import BaseNames
-from lorasurgery.adapters.renames import disk_names
 from lorasurgery.errors import MismatchError
 
-# Names of a single expert's matrices: first those that are the upper and lower half of gate_up_proj, then down_proj.
-_SPLIT = ((("gate_proj", "up_proj"), ("down_proj",)), (("w1", "w3"), ("w2",)))
-_TRANSPOSED = {"gpt_oss", "llama4", "llama4_text"}  # experts stored (in, out)
+# Names of a single expert's matrices, from top to bottom, by the parameter that holds them in memory.
+_MATRICES = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+    "up_proj": (("up_proj",),),
+}
 
 
 @dataclass(frozen=True)
@@ -24,26 +28,24 @@ class ExpertTarget:
     transposed: bool
 
 
-def expert_targets(names: BaseNames, adapter: Adapter, delta: Delta) -> list[ExpertTarget]:
-    """The base's tensors that an update of fused experts (PEFT's target_parameters) adds to.
+def expert_targets(names: BaseNames, delta: Delta) -> list[ExpertTarget]:
+    """The base's tensors that an update of fused experts (PEFT's target_parameters) adds to; none when it has none.
 
     Raises:
-        MismatchError: no tensors of these shapes.
+        MismatchError: the base has more experts.
     """
-    found = _stacked(names, delta) or _split(names, delta)
-    if not found:
-        raise names.missing(delta.parameter, adapter.path)
-    return found
+    return _stacked(names, delta) or _split(names, delta)
 
 
 def _stacked(names: BaseNames, delta: Delta) -> list[ExpertTarget]:
     """One tensor for all experts, stored (E, out, in) or (E, in, out)."""
     out, into = delta.shape
-    for name in (delta.parameter, *disk_names(delta.parameter)):
-        shape = names.tensors[name].shape if name in names.tensors else ()
+    exact = [delta.parameter] if delta.parameter in names.tensors else []
+    for name in (*exact, *names.renamed(delta.parameter)):
+        shape = names.tensors[name].shape
         plain, turned = shape == (delta.experts, out, into), shape == (delta.experts, into, out)
         if plain and turned:
-            turned = names.config.get("model_type") in _TRANSPOSED
+            turned = is_turned(delta.parameter, shape, names.config)
         if plain or turned:
             return [ExpertTarget(name, None, None, turned)]
     return []
@@ -51,23 +53,22 @@ def _stacked(names: BaseNames, delta: Delta) -> list[ExpertTarget]:
 
 def _split(names: BaseNames, delta: Delta) -> list[ExpertTarget]:
     """A matrix for each expert, and two of them for gate_up_proj."""
-    out, into = delta.shape
     module, _, leaf = delta.parameter.rpartition(".")
-    for stem in (module, *disk_names(module)):
-        for both, single in _SPLIT:
-            leaves = both if leaf == "gate_up_proj" else single
-            rows = out // len(leaves)
-            parts = [(part, slice(i * rows, (i + 1) * rows)) for i, part in enumerate(leaves)]
-            wanted = [(f"{stem}.{e}.{part}.weight", e, own) for e in range(delta.experts) for part, own in parts]
-            if all(n in names.tensors and names.tensors[n].shape == (rows, into) for n, _, _ in wanted):
-                _check_count(names, stem, delta)
-                return [ExpertTarget(n, e, own, False) for n, e, own in wanted]
+    for leaves in _MATRICES.get(leaf, ()):
+        rows = delta.shape[0] // len(leaves)
+        parts = [(part, slice(i * rows, (i + 1) * rows)) for i, part in enumerate(leaves)]
+        found = []
+        for e, (part, own) in product(range(delta.experts), parts):
+            tensor = names.find(f"{module}.{e}.{part}", shapes=((rows, delta.shape[1]),))
+            if tensor is None:
+                break
+            found.append(ExpertTarget(tensor, e, own, False))
+        else:
+            _check_count(names, f"{module}.{delta.experts}.{leaves[0]}", delta)
+            return found
     return []
 
 
-def _check_count(names: BaseNames, stem: str, delta: Delta) -> None:
-    more = f"{stem}.{delta.experts}."
-    if any(n.startswith(more) for n in names.tensors):
-        raise MismatchError(
-            f"{delta.path}: has factors for {delta.experts} experts but {names.where} has more at {stem}"
-        )
+def _check_count(names: BaseNames, following: str, delta: Delta) -> None:
+    if names.find(following):
+        raise MismatchError(f"{delta.path}: has factors for {delta.experts} experts but {names.where} has more of them")

@@ -11,7 +11,7 @@ from lorasurgery.adapters.fused import expert_place, wants_parameter
 from lorasurgery.adapters.naming import BaseNames, is_head, module_of
 from lorasurgery.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from lorasurgery.adapters.peft_write import PeftLayout, factor_keys, with_kernel
-from lorasurgery.adapters.renames import memory_name
+from lorasurgery.adapters.renames import memory_name, model_types
 from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
@@ -179,7 +179,7 @@ def _full_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, str]:
             keys |= _module_tensors(draft, pair)
         else:  # a bare parameter: no module to save, PEFT loads it by its name
             inside = ".base_layer" * len(draft.wrapped(pair.path))
-            name = f"{pair.path}{inside}.{pair.leaf}" if "." in pair.name else pair.name
+            name = f"{pair.path}{inside}.{pair.leaf}" if pair.path != pair.leaf else pair.leaf
             keys[PREFIX + name] = pair.tuned.name
     return keys
 
@@ -211,9 +211,8 @@ def _all_parameters(draft: AdapterDraft) -> set[str]:
 def _memory_names(draft: AdapterDraft) -> set[str]:
     found = set()
     for side in (draft.tuned, draft.base):
-        kind = str(side.config.get("model_type"))
         for name, info in side.tensors.items():
-            memory = memory_name(name, kind)
+            memory = memory_name(name, model_types(side.config))
             place = expert_place(memory, info.shape, draft.config)
             found.add(place.parameter if place else memory)
     return found

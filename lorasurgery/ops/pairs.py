@@ -19,7 +19,7 @@ from lorasurgery.adapters.naming import (
     module_of,
 )
 from lorasurgery.adapters.patterns import PRESETS, any_match, check_patterns
-from lorasurgery.adapters.renames import memory_name
+from lorasurgery.adapters.renames import memory_name, model_types
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
@@ -39,6 +39,7 @@ class Pair:
         path: Module path in memory, as PEFT names it.
         why: For what is left out or stored whole against expectation, the reason in a few words.
         place: Where the tensor lies in a parameter that holds all experts in memory.
+        leaf: The last part of the tensor's name in memory: weight, bias, or a parameter of its own.
         count: How many matrices of this size there are (experts).
     """
 
@@ -49,6 +50,7 @@ class Pair:
     treatment: Treatment
     why: str = ""
     place: ExpertPlace | None = None
+    leaf: str = "weight"
     count: int = 1
 
     @property
@@ -65,11 +67,6 @@ class Pair:
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) of the weight as it is decomposed: a convolution's inputs and kernel are one axis."""
         return self.tuned.shape[0], prod(self.tuned.shape[1:])
-
-    @property
-    def leaf(self) -> str:
-        """The last part of the tensor's name: weight, bias, or a parameter of its own."""
-        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -135,11 +132,11 @@ class _Matcher:
         return [*self.base.tensors.values(), *self.tuned.tensors.values()]
 
     def _from_base(self, name: str) -> str:
-        return memory_name(self.tuned_prefix + name, str(self.base.config.get("model_type")))
+        return memory_name(self.tuned_prefix + name, model_types(self.base.config))
 
     def _from_tuned(self, name: str) -> str:
         """The in-memory name; a tuned tensor outside the shared prefix (lm_head) keeps its own."""
-        return memory_name(self.base_prefix + name, str(self.tuned.config.get("model_type")))
+        return memory_name(self.base_prefix + name, model_types(self.tuned.config))
 
     def pairs(self) -> Iterator[Pair]:
         tuned_by_memory = {self._from_tuned(n): t for n, t in self.tuned.tensors.items()}
@@ -173,7 +170,7 @@ class _Matcher:
             treatment, why = self._expert_treatment(memory, place, base, tuned)
         else:
             treatment, why = self._treatment(memory, path, base, tuned)
-        return Pair(name, path, base, tuned, treatment, why, place)
+        return Pair(name, path, base, tuned, treatment, why, place, memory.rpartition(".")[2])
 
     def _expert_treatment(
         self, memory: str, place: ExpertPlace, base: TensorInfo | None, tuned: TensorInfo

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from lorasurgery.adapters.adapter import Adapter, Delta
-from lorasurgery.adapters.naming import BaseNames, is_embedding, is_head, module_of
+from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.adapters.naming import BaseNames, NoTensorError, is_embedding, is_head, module_of
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError
-from lorasurgery.ops.edits import Contribution, Edit, EditPlan, Replacement, RowReplacement, size_of
-from lorasurgery.ops.experts import expert_targets
+from lorasurgery.ops.edits import Edit, EditPlan, Replacement, RowReplacement, size_of
+from lorasurgery.ops.peft_placing import PeftPlacer
 from lorasurgery.ops.placing import Placer
 from lorasurgery.ops.quantized import scale_of
 
@@ -42,22 +43,24 @@ class _Planner:
         self.names = BaseNames(base.tensors, base.config, str(base.path))
         self.plan = EditPlan()
         self.placer = Placer(base, self.plan, replace)
+        self.peft = PeftPlacer(self.names, self.plan, self.placer, replace)
         self.replace = replace
 
     def add(self, adapter: Adapter, weight: float) -> None:
         if adapter.format != "peft":
             self.placer.check(adapter)
-        for name in adapter.replaced:
-            self._replace(adapter, name, weight)
-        for name in adapter.tokens:
-            self._replace_rows(adapter, name, weight)
-        for name in adapter.diffs:
-            self.placer.add_diff(adapter, name, weight)
-        for delta in adapter.deltas.values():
-            if delta.kind == "experts":
-                self._add_experts(adapter, delta, weight)
-            else:
-                self._add_delta(adapter, delta, weight)
+        steps: list[Callable[[], None]] = [partial(self._replace, adapter, n, weight) for n in adapter.replaced]
+        steps += [partial(self._replace_rows, adapter, n, weight) for n in adapter.tokens]
+        steps += [partial(self.placer.add_diff, adapter, n, weight) for n in adapter.diffs]
+        steps += [partial(self.peft.add, adapter, d, weight) for d in adapter.deltas.values()]
+        missing = []
+        for step in steps:
+            try:
+                step()
+            except NoTensorError as problem:
+                missing.append(problem.path)
+        if missing:
+            raise self.names.missing(missing[0], adapter.path, missing[1:], len(steps))
 
     def finish(self) -> EditPlan:
         for edit in self.plan.edits.values():
@@ -153,101 +156,6 @@ class _Planner:
         edit.rows.append(RowReplacement(adapter, key, rows, weight))
         self.plan.matched += 1
 
-    # Low-rank updates
-
-    def _add_delta(self, adapter: Adapter, delta: Delta, weight: float) -> None:
-        if adapter.format != "peft":
-            return self.placer.add(adapter, delta, weight)
-        shapes = _fitting_shapes(delta)
-        target = self.names.find(delta.path, shapes=shapes)
-        if target is None and delta.kind == "linear":
-            target = self.names.find(delta.path, "in_proj_weight", shapes)
-        source = self.names.tensors.get(target) if target else None
-        if target is None:
-            shared = self.names.tied_source(delta.path)
-            if shared is not None and self._shared_has_it(adapter, delta, shared):
-                return None
-            if shared is None and self.placer.knows(delta.path):
-                return self.placer.add(adapter, delta, weight)
-            if shared is None or not is_head(delta.path):
-                raise self.names.missing(delta.path, adapter.path)
-            target, source = f"{delta.path}.weight", self.names.tensors[shared]
-        if delta.magnitude and not self.replace:
-            self.plan.unrestored.append(f"{delta.path}.weight")  # the norm it was divided by is gone
-            return None
-        if is_head(delta.path) and self.names.ties and not adapter.tied:
-            self.plan.untied = True
-        edit = self._edit(target, source)
-        if any(c.adapter is adapter and not c.bias for c in edit.contributions):
-            raise MismatchError(f"{adapter.path}: two modules of the adapter mean {target} in {self.names.where}")
-        transposed = self._orientation(adapter, delta, edit)
-        edit.contributions.append(Contribution(adapter, delta, weight, transposed))
-        self.plan.matched += 1
-        if delta.bias:
-            self._add_bias(adapter, delta, weight, target)
-        return None
-
-    def _add_experts(self, adapter: Adapter, delta: Delta, weight: float) -> None:
-        if delta.magnitude:
-            raise UnsupportedError(
-                f"{adapter.path}: {delta.path} is DoRA on fused experts, which PEFT does not do either"
-            )
-        for target in expert_targets(self.names, adapter, delta):
-            edit = self._edit(target.tensor, self.names.tensors[target.tensor])
-            edit.contributions.append(
-                Contribution(adapter, delta, weight, target.transposed, expert=target.expert, rows=target.rows)
-            )
-        self.plan.matched += 1
-
-    def _shared_has_it(self, adapter: Adapter, delta: Delta, shared: str) -> bool:
-        if not adapter.tied:
-            return False
-        return any(self.names.find(p) == shared for p in adapter.deltas if p != delta.path)
-
-    def _orientation(self, adapter: Adapter, delta: Delta, edit: Edit) -> bool:
-        if delta.kind == "conv":
-            self._check_conv(adapter, delta, edit)
-            return False
-        conv1d = self.names.is_conv1d(delta.path)
-        flipped = delta.shape[::-1]
-        if delta.kind == "embedding" or conv1d:
-            fits, transposed = edit.shape == flipped, True
-        else:
-            transposed = edit.shape != delta.shape and edit.shape == flipped and adapter.fan_in_fan_out
-            fits = edit.shape == delta.shape or transposed
-        if not fits:
-            expected = flipped if delta.kind == "embedding" or conv1d else delta.shape
-            raise MismatchError(
-                f"{adapter.path}: {delta.path} is an update of {size_of(expected)} but {edit.tensor} in "
-                f"{self.names.where} is {size_of(edit.shape)}; is this the adapter's base model?"
-            )
-        return transposed
-
-    def _add_bias(self, adapter: Adapter, delta: Delta, weight: float, target: str) -> None:
-        name = f"{module_of(target)}.bias"
-        if name not in self.names.tensors:
-            raise MismatchError(f"{adapter.path}: {delta.bias} needs a bias but {self.names.where} has no {name}")
-        edit = self._edit(name, self.names.tensors[name])
-        if edit.shape != (delta.shape[0],):
-            raise MismatchError(
-                f"{adapter.path}: {delta.bias} has {delta.shape[0]} entries but {name} has {size_of(edit.shape)}"
-            )
-        edit.contributions.append(Contribution(adapter, delta, weight, transposed=False, bias=True))
-
-    def _check_conv(self, adapter: Adapter, delta: Delta, edit: Edit) -> None:
-        if edit.shape == delta.weight_shape:
-            return
-        grouped = edit.shape[:1] + edit.shape[2:] == delta.weight_shape[:1] + delta.weight_shape[2:]
-        if grouped and delta.weight_shape[1] % edit.shape[1] == 0:
-            raise UnsupportedError(
-                f"{adapter.path}: {delta.path} is a grouped convolution ({size_of(edit.shape)}), whose dense factors "
-                "have no merged form; PEFT does not merge it either"
-            )
-        raise MismatchError(
-            f"{adapter.path}: {delta.path} is an update of {size_of(delta.weight_shape)} but {edit.tensor} is "
-            f"{size_of(edit.shape)}"
-        )
-
     # Shared
 
     def _edit(self, name: str, source: TensorInfo | None, shape: tuple[int, ...] | None = None) -> Edit:
@@ -269,12 +177,6 @@ class _Planner:
                 f"{self.names.where}: {edit.source.name} is stored with a separate scale ({scale}); "
                 "scaled checkpoints are not merged, so dequantize it to bfloat16 first"
             )
-
-
-def _fitting_shapes(delta: Delta) -> tuple[tuple[int, ...], ...]:
-    if delta.kind == "linear":
-        return (delta.shape, delta.shape[::-1])
-    return (delta.weight_shape,) if delta.kind == "conv" else (delta.shape[::-1],)
 
 
 def _bytes(replacement: Replacement) -> bytes:

@@ -1,0 +1,173 @@
+"""Where the updates of PEFT adapters go in a model's checkpoint: names, orientation, experts, fused projections."""
+
+from __future__ import annotations
+
+from lorasurgery.adapters.adapter import Adapter, Delta
+from lorasurgery.adapters.naming import BaseNames, is_head, module_of
+from lorasurgery.adapters.projections import Rows, projection_rows
+from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.errors import MismatchError, UnsupportedError
+from lorasurgery.ops.edits import Contribution, Edit, EditPlan, size_of
+from lorasurgery.ops.experts import expert_targets
+from lorasurgery.ops.placing import Placer
+
+
+class PeftPlacer:
+    """Adds a PEFT adapter's updates to a plan.
+
+    Args:
+        names: The base's. plan: What the edits go into. placer: Knows the names of image models.
+        replace: False (unmerge) leaves DoRA alone, for the norm it was divided by is gone.
+    """
+
+    def __init__(self, names: BaseNames, plan: EditPlan, placer: Placer, replace: bool) -> None:
+        self.names, self.plan, self.placer, self.replace = names, plan, placer, replace
+
+    def add(self, adapter: Adapter, delta: Delta, weight: float) -> None:
+        """Add one module's update, to as many tensors as it is spread over.
+
+        Raises:
+            NoTensorError: the base has no such module. MismatchError: it has another shape.
+        """
+        # of a pipeline's parts the denoiser comes first, or the VAE's conv_in could pass for the U-Net's
+        if adapter.format != "peft" or (self.placer.base.parts and self.placer.knows(delta.path)):
+            return self.placer.add(adapter, delta, weight)
+        if delta.kind == "experts":
+            return self._add_experts(adapter, delta, weight)
+        target = self._find(self.names, delta)
+        if target is not None:
+            return self._add_to(adapter, delta, weight, target, self.names.tensors[target])
+        shared = self.names.tied_source(delta.path)
+        if shared is not None and self._shared_has_it(adapter, delta, shared):
+            return None
+        if shared is not None and is_head(delta.path):
+            return self._add_to(adapter, delta, weight, f"{delta.path}.weight", self.names.tensors[shared])
+        if shared is None and self.placer.knows(delta.path):
+            return self.placer.add(adapter, delta, weight)
+        return self._add_elsewhere(adapter, delta, weight)
+
+    def _find(self, names: BaseNames, delta: Delta) -> str | None:
+        shapes = _fitting_shapes(delta)
+        target = names.find(delta.path, shapes=shapes)
+        if target is None and delta.kind == "linear":
+            target = names.find(delta.path, "in_proj_weight", shapes)
+        return target
+
+    def _add_to(self, adapter: Adapter, delta: Delta, weight: float, target: str, source: TensorInfo) -> None:
+        if delta.magnitude and not self.replace:
+            self.plan.unrestored.append(target)  # the norm it was divided by is gone
+            return
+        if is_head(delta.path) and self.names.ties and not adapter.tied:
+            self.plan.untied = True
+        edit = self.plan.edit(target, source)
+        _check_free(adapter, edit, None, self.names.where)
+        transposed = self._orientation(adapter, delta, edit)
+        edit.contributions.append(Contribution(adapter, delta, weight, transposed))
+        self.plan.matched += 1
+        if delta.bias:
+            self._add_bias(adapter, delta, weight, Rows(target))
+
+    def _add_elsewhere(self, adapter: Adapter, delta: Delta, weight: float) -> None:
+        """A module that the base keeps fused with others, or apart, or that only transformers' own table finds."""
+        places = projection_rows(self.names, delta.path, delta.shape, adapter.path) if delta.kind == "linear" else []
+        if places:
+            return self._add_rows(adapter, delta, weight, places)
+        library = self.names.by_library
+        target = self._find(library, delta) if library else None
+        if target is None:
+            raise self.names.missing(delta.path, adapter.path)
+        return self._add_to(adapter, delta, weight, target, self.names.tensors[target])
+
+    def _add_rows(self, adapter: Adapter, delta: Delta, weight: float, places: list[Rows]) -> None:
+        if delta.magnitude and not self.replace:
+            self.plan.unrestored += [p.tensor for p in places]
+            return
+        for place in places:
+            edit = self.plan.edit(place.tensor, self.names.tensors[place.tensor])
+            _check_free(adapter, edit, place.into, self.names.where)
+            edit.contributions.append(Contribution(adapter, delta, weight, rows=place.rows, into=place.into))
+            if delta.bias:
+                self._add_bias(adapter, delta, weight, place)
+        self.plan.matched += 1
+
+    def _add_experts(self, adapter: Adapter, delta: Delta, weight: float) -> None:
+        if delta.magnitude:
+            raise UnsupportedError(
+                f"{adapter.path}: {delta.path} is DoRA on fused experts, which PEFT does not do either"
+            )
+        targets = expert_targets(self.names, delta)
+        if not targets and self.names.by_library:
+            targets = expert_targets(self.names.by_library, delta)
+        if not targets:
+            raise self.names.missing(delta.parameter, adapter.path)
+        for target in targets:
+            edit = self.plan.edit(target.tensor, self.names.tensors[target.tensor])
+            edit.contributions.append(
+                Contribution(adapter, delta, weight, target.transposed, expert=target.expert, rows=target.rows)
+            )
+        self.plan.matched += 1
+
+    def _shared_has_it(self, adapter: Adapter, delta: Delta, shared: str) -> bool:
+        if not adapter.tied:
+            return False
+        return any(self.names.find(p) == shared for p in adapter.deltas if p != delta.path)
+
+    def _orientation(self, adapter: Adapter, delta: Delta, edit: Edit) -> bool:
+        if delta.kind == "conv":
+            self._check_conv(adapter, delta, edit)
+            return False
+        conv1d = self.names.is_conv1d(delta.path)
+        flipped = delta.shape[::-1]
+        if delta.kind == "embedding" or conv1d:
+            fits, transposed = edit.shape == flipped, True
+        else:
+            transposed = edit.shape != delta.shape and edit.shape == flipped and adapter.fan_in_fan_out
+            fits = edit.shape == delta.shape or transposed
+        if not fits:
+            expected = flipped if delta.kind == "embedding" or conv1d else delta.shape
+            raise MismatchError(
+                f"{adapter.path}: {delta.path} is an update of {size_of(expected)} but {edit.tensor} in "
+                f"{self.names.where} is {size_of(edit.shape)}; is this the adapter's base model?"
+            )
+        return transposed
+
+    def _add_bias(self, adapter: Adapter, delta: Delta, weight: float, place: Rows) -> None:
+        name = f"{module_of(place.tensor)}.bias"
+        if name not in self.names.tensors:
+            raise MismatchError(f"{adapter.path}: {delta.bias} needs a bias but {self.names.where} has no {name}")
+        edit = self.plan.edit(name, self.names.tensors[name])
+        wanted = delta.shape[0] if place.rows is None else place.rows.stop - place.rows.start
+        found = edit.shape if place.into is None else (min(edit.shape[0], place.into.stop) - place.into.start,)
+        if found != (wanted,):
+            raise MismatchError(
+                f"{adapter.path}: {delta.bias} has {delta.shape[0]} entries but {name} has {size_of(edit.shape)}"
+            )
+        edit.contributions.append(Contribution(adapter, delta, weight, bias=True, rows=place.rows, into=place.into))
+
+    def _check_conv(self, adapter: Adapter, delta: Delta, edit: Edit) -> None:
+        if edit.shape == delta.weight_shape:
+            return
+        grouped = edit.shape[:1] + edit.shape[2:] == delta.weight_shape[:1] + delta.weight_shape[2:]
+        if grouped and delta.weight_shape[1] % edit.shape[1] == 0:
+            raise UnsupportedError(
+                f"{adapter.path}: {delta.path} is a grouped convolution ({size_of(edit.shape)}), whose dense factors "
+                "have no merged form; PEFT does not merge it either"
+            )
+        raise MismatchError(
+            f"{adapter.path}: {delta.path} is an update of {size_of(delta.weight_shape)} but {edit.tensor} is "
+            f"{size_of(edit.shape)}"
+        )
+
+
+def _fitting_shapes(delta: Delta) -> tuple[tuple[int, ...], ...]:
+    if delta.kind == "linear":
+        return (delta.shape, delta.shape[::-1])
+    return (delta.weight_shape,) if delta.kind == "conv" else (delta.shape[::-1],)
+
+
+def _check_free(adapter: Adapter, edit: Edit, into: slice | None, where: str) -> None:
+    """No two modules of one adapter may mean the same rows."""
+    for c in edit.contributions:
+        apart = c.into is not None and into is not None and (c.into.stop <= into.start or into.stop <= c.into.start)
+        if c.adapter is adapter and not c.bias and not apart:
+            raise MismatchError(f"{adapter.path}: two modules of the adapter mean {edit.tensor} in {where}")
