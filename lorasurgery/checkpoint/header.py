@@ -153,8 +153,8 @@ def show(name: str) -> str:
 
 
 def _header_length(first: bytes, size: int, where: str) -> int:
-    for magic, what in _MAGIC.items():
-        if first.startswith(magic):
+    for magic, what in _MAGIC.items():  # a length can begin like one (640 is 80 02), so the brace after it decides
+        if first.startswith(magic) and first[8:9] != b"{":
             raise FormatError(f"{where}: is {what}, not a safetensors file")
     if size < 8:
         raise FormatError(f"{where}: has {size} bytes, too few for a safetensors header; download or copy it again")
