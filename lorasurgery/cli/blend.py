@@ -14,6 +14,7 @@ from lorasurgery.linalg.methods import METHODS
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @click.option("-w", "--weight", "weights", type=float, multiple=True,
               help="Strength; the n-th belongs to the n-th adapter, the rest are 1. May be negative.")  # fmt: skip
+@options.BLOCK_WEIGHT
 @click.option("--normalize", is_flag=True, help="Divide the weights by their sum.")
 @click.option("--method", type=click.Choice(METHODS), default="linear", show_default=True,
               help="linear is the exact weighted sum; see docs/maths.md for the others.")  # fmt: skip

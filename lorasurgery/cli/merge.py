@@ -29,6 +29,7 @@ def command(
     Examples:
       lorasurgery merge llama style -o merged
       lorasurgery merge llama style topic -w 0.7 -w -0.3 -o merged
+      lorasurgery merge sdxl style.safetensors -o merged --block-weight OUTALL --block-weight "lora_te*=0.5"
       lorasurgery merge llama style -o merged --dtype float32      # when rounding would swallow the update
       lorasurgery merge llama style -o merged --max-shard-size 5GB
     """

@@ -87,9 +87,15 @@ _FAMILIAR = [
     click.option("--sv-fro", type=float, help="Keep this share of the Frobenius norm, √Σσ² (sd-scripts' sv_fro)."),
     click.option("--sv-cumulative", type=float, help="Keep this share of Σσ (sd-scripts' sv_cumulative)."),
 ]
+BLOCK_WEIGHT: Callable[[Any], Any] = click.option(
+    "--block-weight", "block_weights", multiple=True, metavar="[N:]PATTERN=W",
+    help="Strength of the modules that a glob or a prefix of their path means, for all adapters or the N-th; or an LBW "
+         "preset or list for SD and SDXL (docs/formats.md). Repeatable.",
+)  # fmt: skip
 _CHECKPOINT = [
     click.option("-w", "--weight", "weights", type=float, multiple=True,
                  help="Strength; the n-th belongs to the n-th adapter, the rest are 1. May be negative."),
+    BLOCK_WEIGHT,
     click.option("--dtype", type=DTYPE, help="Write floating tensors as float32, bfloat16, float16 or float8_e4m3fn."),
     click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", show_default=True,
                  help="stochastic is right on average; see --seed."),
@@ -120,7 +126,7 @@ familiar: Callable[[F], F] = _apply(_FAMILIAR)
 """--sv-ratio, --sv-fro, --sv-cumulative: rank rules under the names that sd-scripts gave them, for factors."""
 
 checkpoint: Callable[[F], F] = _apply(_CHECKPOINT)
-"""-w, --dtype, --rounding, --seed, --max-shard-size: every command that writes a checkpoint has them."""
+"""-w, --block-weight, --dtype, --rounding, --seed, --max-shard-size: for commands that write a checkpoint."""
 
 
 def rank_choice(chosen: dict[str, Any], default: int | None = None) -> RankChoice | None:

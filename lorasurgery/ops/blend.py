@@ -15,6 +15,7 @@ from lorasurgery.checkpoint.output import check_output
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.linalg.methods import ELEMENTWISE, METHODS, Method
 from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.ops.block_weight import Blocks, weigh_joints
 from lorasurgery.ops.compose import Joint, Whole, base_models, join, whole_tensors
 from lorasurgery.ops.extract_report import total_error, worst
 from lorasurgery.ops.layout import check_name
@@ -39,6 +40,7 @@ class BlendOptions:
         choice: Rank by number, energy, tolerance or budget (a share is of the inputs' bytes). None keeps everything:
             the minimal exact rank; for methods with a dense result, the highest rank of the inputs.
         weights: One strength per adapter, the rest are 1.
+        block_weights: `[N:]PATTERN=W`, an LBW preset or list: strengths by module, for all adapters or the N-th.
         normalize: Divide the weights by their sum.
         density: Share of entries kept by TIES, DARE and pruning; None stands for 0.5.
         seed: Of DARE's masks and of the randomized SVD.
@@ -51,6 +53,7 @@ class BlendOptions:
     method: Method = "linear"
     choice: RankChoice | None = None
     weights: Sequence[float] = ()
+    block_weights: Sequence[str] = ()
     normalize: bool = False
     density: float | None = None
     seed: int = 0
@@ -126,11 +129,12 @@ def blend(
     sources, weights = [a for a, _ in used], [w for _, w in used]
     _check_tokens(sources)
     joints = join(sources, weights)
+    joints, blocks = weigh_joints(joints, options.block_weights, opened)
     _plan(report, sources, joints, strengths, options)
     if not dry_run:
         whole = list(whole_tensors(sources, weights, average=options.average_replaced))
         _warn_alone(report, sources, whole)
-        _run(report, sources, weights, joints, whole, options, device, out, overwrite, progress)
+        _run(report, sources, weights, joints, whole, options, blocks, device, out, overwrite, progress)
     return clock.stamp(report)
 
 
@@ -145,14 +149,16 @@ def _check_tokens(sources: Sequence[Adapter]) -> None:
 
 def _run(
     report: Report, sources: list[Adapter], weights: list[float], joints: list[Joint], whole: list[Whole],
-    options: BlendOptions, device: str, out: Path, overwrite: bool, progress: Progress | None,
+    options: BlendOptions, blocks: Blocks | None, device: str, out: Path, overwrite: bool, progress: Progress | None,
 ) -> None:  # fmt: skip
     from lorasurgery.ops.compose_write import Composed, first_keys
     from lorasurgery.ops.composition import Composition  # imports torch
 
     chosen = resolve_device(device)
     report.device = str(chosen)
-    draft = Composed(sources, whole, factor_dtype(sources, options), weights, cast=options.dtype is not None)
+    draft = Composed(
+        sources, whole, factor_dtype(sources, options), weights, cast=options.dtype is not None, blocks=blocks
+    )
     choice = options.choice
     budget = choice.budget.bytes_of(_bytes(sources)) if choice and choice.budget else None
     Composition(joints, options, draft, chosen).run(budget, progress)

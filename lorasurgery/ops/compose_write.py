@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.loose_write import LooseFile
 from lorasurgery.adapters.module import Module
+from lorasurgery.adapters.naming import module_of
+from lorasurgery.ops.block_weight import Blocks
 from lorasurgery.ops.carry import tokenizer_files
 from lorasurgery.ops.compose import Joint, Whole
 from lorasurgery.ops.factored import Factored, fit, hold, unit_scale
@@ -29,6 +31,7 @@ class Composed:
         whole: Tensors stored whole.
         dtype: safetensors name of what factors are written in.
         weights: One strength for each source.
+        blocks: Strengths by module, for the vectors that are added.
         cast: Whether tensors stored whole are written in that dtype too.
         dropped: modules without any direction: nothing is left of them, or the budget has no room.
     """
@@ -37,6 +40,7 @@ class Composed:
     whole: Sequence[Whole]
     dtype: str
     weights: Sequence[float] = ()
+    blocks: Blocks | None = None
     cast: bool = False
     modules: list[tuple[Joint, Factored]] = field(default_factory=list)
     dropped: list[ModuleReport] = field(default_factory=list)
@@ -76,7 +80,7 @@ class Composed:
         if first.format == "peft":
             return peft_layout(self.sources, self._modules(), whole)
         extra = {self._loose_key(name): t for name, t in whole.items()}
-        extra |= {key: self._added(name, key) for name, key in first_keys(self.sources).items()}
+        extra |= {key: self._added(name, key) for name, key in self._keys().items()}
         return loose_layout(LooseFile(first.format, self._modules(), extra, first.metadata))
 
     def _modules(self) -> list[Module]:
@@ -85,9 +89,18 @@ class Composed:
     def _loose_key(self, name: str) -> str:
         return f"{name.rpartition('.')[0]}.set_weight"
 
+    def _keys(self) -> dict[str, str]:
+        """The keys of the added vectors that are not wholly weighed away."""
+        return {n: key for n, key in first_keys(self.sources).items() if any(w for _, w in self._strengths(n))}
+
+    def _strengths(self, name: str) -> list[tuple[Adapter, float]]:
+        """The adapters that hold an added vector, with its strength in each."""
+        held = [(a, w) for a, w in zip(self.sources, self.weights, strict=True) if name in a.diffs]
+        return [(a, w * self.blocks.of(a, module_of(name))) for a, w in held] if self.blocks else held
+
     def _added(self, name: str, key: str) -> Tensor:
         """A vector that is added to the base: the weighted sum of the sources' own."""
-        held = [(a, w) for a, w in zip(self.sources, self.weights, strict=True) if name in a.diffs]
+        held = [(a, w) for a, w in self._strengths(name) if w]
         (first, weight), *others = held
         value = first.weights.read(first.diffs[name])
         if others or weight != 1:

@@ -11,6 +11,7 @@ from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files, run
+from lorasurgery.ops.block_weight import weigh_plan
 from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import Progress, Report
@@ -24,6 +25,7 @@ def merge(
     out: str | Path,
     *,
     weights: Sequence[float] = (),
+    block_weights: Sequence[str] = (),
     dtype: str | None = None,
     rounding: Rounding = "nearest",
     seed: int = 0,
@@ -42,6 +44,7 @@ def merge(
     Args:
         base: Checkpoint folder or file.
         weights: One strength per adapter, any finite number; the rest are 1.
+        block_weights: `[N:]PATTERN=W`, an LBW preset or list: strengths by module, for all adapters or the N-th.
         dtype: safetensors name (BF16, F32 …) of all floating tensors written; None keeps each tensor's own.
         rounding: `nearest` (even), or `stochastic`, which is unbiased and seeded by `seed`.
         max_shard_size: Bytes per shard; None keeps the base's layout.
@@ -56,8 +59,10 @@ def merge(
     check_device_name(device)
     checkpoint, opened = Checkpoint.open(base), [open_adapter(a) for a in adapters]
     check_output(Path(out), [Path(base), *map(Path, adapters)], overwrite)
+    plan = plan_edits(checkpoint, opened, strengths)
+    weigh_plan(plan, block_weights, opened, checkpoint)
     recipe = Recipe(
-        checkpoint, [a for a, w in zip(opened, strengths, strict=True) if w], plan_edits(checkpoint, opened, strengths),
+        checkpoint, [a for a, w in zip(opened, strengths, strict=True) if w], plan,
         Path(out), dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, overwrite=overwrite,
         allow_loss=allow_loss,
     )  # fmt: skip

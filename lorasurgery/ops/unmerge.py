@@ -12,6 +12,7 @@ from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files, run
+from lorasurgery.ops.block_weight import weigh_plan
 from lorasurgery.ops.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.merge import check_weights, start_report
 from lorasurgery.ops.planner import plan_edits
@@ -26,6 +27,7 @@ def unmerge(
     *,
     base: str | Path | None = None,
     weights: Sequence[float] = (),
+    block_weights: Sequence[str] = (),
     dtype: str | None = None,
     rounding: Rounding = "nearest",
     seed: int = 0,
@@ -42,6 +44,7 @@ def unmerge(
 
     Args:
         merged: Checkpoint the adapters were merged into, with the same weights as given here.
+        block_weights: As they were merged.
         base: Where replaced tensors (modules_to_save, biases) are restored from; without it they stay as
             they are and the report names them. Deltas are subtracted either way.
 
@@ -56,6 +59,7 @@ def unmerge(
     inputs = [str(merged), *map(str, adapters), *([str(base)] if base is not None else [])]
     check_output(Path(out), [Path(i) for i in inputs], overwrite)
     plan = plan_edits(checkpoint, opened, [-w for w in strengths], replace=False)
+    weigh_plan(plan, block_weights, opened, checkpoint)
     plan.untied, dropped = False, frozenset[str]()
     if original is not None:
         dropped = restore_from(original, checkpoint, plan)

@@ -1,0 +1,130 @@
+"""Block weights applied: each module's own strength, to a plan of edits (merge) or to the terms of a blend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.adapters.blocks import BlockWeights, check_patterns, names_of, parse_block_weight
+from lorasurgery.adapters.naming import module_of
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import MismatchError, UnsupportedError
+from lorasurgery.ops.compose import Joint
+from lorasurgery.ops.edits import Contribution, Edit, EditPlan, size_of
+
+
+class Blocks:
+    """The block weights of one call, for all of its adapters.
+
+    Args:
+        given: As on the command line. adapters: In the order given; a pattern that means none of their modules is
+            wrong usage. base: Whose names count too.
+        plan: Which module is which tensor of the base.
+    """
+
+    def __init__(
+        self, given: Sequence[str], adapters: Sequence[Adapter], base: Checkpoint | None = None,
+        plan: EditPlan | None = None,
+    ) -> None:  # fmt: skip
+        self.adapters = list(adapters)
+        self.pipeline = bool(base and base.parts)
+        parsed = [parse_block_weight(text) for text in given]
+        tensors = _tensors(plan) if plan else {}
+        modules = [[self._names(p, tensors.get((id(a), p), ())) for p in _paths(a)] for a in self.adapters]
+        check_patterns(parsed, modules)
+        self._weights = [BlockWeights(parsed, i + 1, modules[i]) for i in range(len(self.adapters))]
+
+    def of(self, adapter: Adapter, path: str, tensor: str = "") -> float:
+        """The strength of one module of an adapter, by its own path and its tensor in the base."""
+        number = next(i for i, a in enumerate(self.adapters) if a is adapter)
+        return self._weights[number].of(self._names(path, (tensor,) if tensor else ()))
+
+    def _names(self, path: str, tensors: Sequence[str]) -> list[str]:
+        found = [n for t in tensors for n in names_of(path, module_of(t), pipeline=self.pipeline)]
+        return list(dict.fromkeys(found or names_of(path)))
+
+
+def weigh_plan(plan: EditPlan, given: Sequence[str], adapters: Sequence[Adapter], base: Checkpoint) -> None:
+    """Multiply the strength of every term of a plan by its module's block weight; a term of weight 0 goes.
+
+    Raises:
+        UsageError: a pattern that means nothing, a list that does not fit. MismatchError: a tensor that can only be
+            taken whole.
+    """
+    if not given:
+        return
+    blocks = Blocks(given, adapters, base, plan)
+    for name, edit in list(plan.edits.items()):
+        if not (edit.contributions or edit.replacement or edit.rows):
+            continue
+        _weigh(edit, blocks)
+        empty = not (edit.contributions or edit.replacement or edit.rows)
+        if empty and edit.source is not None and edit.source.name == name:
+            del plan.edits[name]
+
+
+def _weigh(edit: Edit, blocks: Blocks) -> None:
+    weighed = [replace(c, weight=c.weight * blocks.of(c.adapter, _path(c), edit.tensor)) for c in edit.contributions]
+    edit.contributions = [c for c in weighed if c.weight]
+    edit.rows = [
+        replace(r, weight=r.weight * blocks.of(r.adapter, module_of(edit.tensor), edit.tensor)) for r in edit.rows
+    ]
+    edit.rows = [r for r in edit.rows if r.weight]
+    old = edit.replacement
+    if old is None:
+        return
+    factor = blocks.of(old.adapter, module_of(old.name), edit.tensor)
+    if factor != 1 and (edit.source is None or edit.source.shape != old.info.shape):
+        was = size_of(edit.source.shape) if edit.source else "nothing"
+        raise MismatchError(
+            f"{old.adapter.path}: {old.name} changes the shape from {was} to {size_of(old.info.shape)}, so it can only "
+            f"be taken whole; give it a block weight of 1 instead of {factor:g}"
+        )
+    edit.replacement = replace(old, weight=old.weight * factor) if factor else None
+
+
+def weigh_joints(
+    joints: Sequence[Joint], given: Sequence[str], adapters: Sequence[Adapter]
+) -> tuple[list[Joint], Blocks | None]:
+    """The same for the terms of a blend: what is left of its modules, and the weights for its added vectors.
+
+    Raises:
+        UnsupportedError: a block weight for a tensor stored whole, which a blend takes as it is.
+    """
+    if not given:
+        return list(joints), None
+    blocks = Blocks(given, adapters)
+    for joint in joints:
+        weighed = [replace(t, weight=t.weight * blocks.of(t.adapter, joint.path)) for t in joint.terms]
+        joint.terms = [t for t in weighed if t.weight]
+    for adapter in adapters:
+        for name in adapter.replaced:
+            factor = blocks.of(adapter, module_of(name))
+            if factor != 1:
+                raise UnsupportedError(
+                    f"{adapter.path}: {name} is stored whole, so a blend can't give it a block weight of {factor:g}; "
+                    "merge can"
+                )
+    return [j for j in joints if j.terms], blocks
+
+
+def _path(term: Contribution) -> str:
+    return module_of(term.diff) if term.delta is None else term.delta.parameter or term.delta.path
+
+
+def _paths(adapter: Adapter) -> list[str]:
+    whole = [module_of(n) for n in (*adapter.diffs, *adapter.replaced, *adapter.tokens)]
+    return list(dict.fromkeys([*(d.parameter or p for p, d in adapter.deltas.items()), *whole]))
+
+
+def _tensors(plan: EditPlan) -> dict[tuple[int, str], list[str]]:
+    """The base's tensors of each module, by adapter and path."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for edit in plan.edits.values():
+        for term in edit.contributions:
+            found.setdefault((id(term.adapter), _path(term)), []).append(edit.tensor)
+        if edit.replacement:
+            key = (id(edit.replacement.adapter), module_of(edit.replacement.name))
+            found.setdefault(key, []).append(edit.tensor)
+    return found
