@@ -21,7 +21,24 @@ _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _MLA = {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
         "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
         "v_head_dim": 8, "n_group": 1, "topk_group": 1}  # fmt: skip
+# Every name that configs of mixtures of experts have for the same few sizes; each takes those it knows.
+_TINY = {
+    **_TEXT, "head_dim": 8, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1, "q_lora_rank": 16,
+    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
+    "shared_expert_intermediate_size": 40, "max_position_embeddings": 64, "image_size": 16, "patch_size": 8,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 _ROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+
+
+def _causal(model_type: str, **extra: object) -> Callable[[], torch.nn.Module]:
+    return lambda: tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(model_type, **(_TINY | extra)))
+
+
+def _body(model_type: str, **extra: object) -> Callable[[], torch.nn.Module]:
+    return lambda: tf.AutoModel.from_config(tf.AutoConfig.for_model(model_type, **(_TINY | extra)))
+
 
 # fmt: off
 MAKERS: dict[str, Callable[[], torch.nn.Module]] = {
@@ -55,9 +72,57 @@ MAKERS: dict[str, Callable[[], torch.nn.Module]] = {
     "bert_mlm": lambda: tf.BertForMaskedLM(tf.BertConfig(**_BERT)),
     "roberta": lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**_BERT)),
     "distilbert": lambda: tf.DistilBertForSequenceClassification(tf.DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=32)),
+    "phimoe": _causal("phimoe"),
+    "minimax": _causal("minimax"),
+    "minimax_m2": _causal("minimax_m2"),
+    "olmoe": _causal("olmoe"),
+    "glm4_moe": _causal("glm4_moe"),
+    "ernie4_5_moe": _causal("ernie4_5_moe"),
+    "hunyuan_v1_moe": _causal("hunyuan_v1_moe"),
+    "hy_v3": _causal("hy_v3"),
+    "laguna": _causal("laguna"),
+    "qwen3_next": _causal("qwen3_next"),
+    "granitemoe": _causal("granitemoe"),
+    "aria_text": _causal("aria_text"),
+    "jamba": _causal("jamba"),
+    "lfm2_moe": _causal("lfm2_moe", layer_types=["full_attention", "full_attention"], num_dense_layers=1),
+    "nemotron_h": _causal("nemotron_h", layer_types=["moe", "attention"], layers_block_type=["moe", "attention"]),
+    "llama4_text": _causal("llama4_text"),
+    "deepseek_v4": _causal("deepseek_v4"),
+    "axk2": _causal("axk2"),
+    "bailing_hybrid": _causal("bailing_hybrid"),
+    "fuyu": _causal("fuyu"),
+    "dinov3_vit": _body("dinov3_vit"),
+    "pixio": _body("pixio"),
+    "nomic_bert": _body("nomic_bert"),
+    "gte": _body("gte"),
+    "jina_embeddings_v3": _body("jina_embeddings_v3"),
+    "segformer": lambda: tf.SegformerForImageClassification(tf.SegformerConfig(num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], num_attention_heads=[1, 2], patch_sizes=[3, 3], strides=[2, 2], mlp_ratios=[2, 2], decoder_hidden_size=16)),
+    "swin": lambda: tf.SwinForImageClassification(tf.SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2)),
+    "videomae": _body("videomae", num_frames=2, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=16),
 }
 # fmt: on
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+# Families whose q, k and v are one tensor on disk, so that fewer tensors change than parameters.
+FUSED_ON_DISK = ("nomic_bert", "gte", "jina_embeddings_v3")
+# Where each family holds its experts; most in mlp.
+_PLACES = {
+    "granitemoe": "block_sparse_moe",
+    "jamba": "feed_forward",
+    "lfm2_moe": "feed_forward",
+    "nemotron_h": "mixer",
+    "llama4_text": "feed_forward",
+}  # fmt: skip
+EXPERTS = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "phimoe", "minimax", "minimax_m2",
+    "olmoe", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "hy_v3", "laguna", "qwen3_next", "aria_text", "deepseek_v4",
+    "axk2", "bailing_hybrid", *_PLACES,
+)  # fmt: skip
+
+
+def parameters(name: str) -> list[str]:
+    """The names of a family's fused experts, as PEFT's target_parameters wants them."""
+    first = "up_proj" if name == "nemotron_h" else "gate_up_proj"
+    return [f"{_PLACES.get(name, 'mlp')}.experts.{leaf}" for leaf in (first, "down_proj")]
 
 
 def make(name: str) -> torch.nn.Module:

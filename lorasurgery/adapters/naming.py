@@ -27,7 +27,7 @@ _EMBEDDING = re.compile(
 # Look-up tables whose forward takes no token ids (an offset is added inside), so no LoRA can run on them.
 _POSITIONS = re.compile(r"(?:.*\.)?embed_positions")
 # Routers of mixtures of experts are modules of their own kind, which PEFT can store whole but not factor.
-_ROUTERS = re.compile(r"(?:.*\.)?(?:mlp|block_sparse_moe)\.(?:gate|router)")
+_ROUTERS = re.compile(r"(?:.*\.)?(?:mlp|block_sparse_moe|feed_forward|mixer)\.(?:gate|router)")
 _HEADS = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_projection)|(?:.*\.)?predictions\.decoder|output")
 # What libraries put before a model's own names, and what models with a head put before their body's.
 _WRAPPERS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,11 @@ class AdapterDraft:
     def config(self) -> dict[str, Any]:
         """Both checkpoints' config.json, for what the architecture's name tells."""
         return self.base.config | self.tuned.config
+
+    @cached_property
+    def in_memory(self) -> dict[str, str]:
+        """Name in memory -> tensor of the tuned checkpoint."""
+        return _memory_names(self.tuned)
 
     @property
     def names(self) -> BaseNames:
@@ -186,9 +192,9 @@ def _full_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, str]:
 
 def _module_tensors(draft: AdapterDraft, pair: Pair) -> dict[str, str]:
     """PEFT's modules_to_save wants every parameter and buffer of the module, changed or not."""
-    stem = pair.tuned.name.rpartition(".")[0] + "."
-    leaves = (n.removeprefix(stem) for n in draft.tuned.tensors if n.startswith(stem))
-    return {f"{PREFIX}{pair.path}.{leaf}": stem + leaf for leaf in leaves if "." not in leaf}
+    stem = f"{pair.path}."
+    found = {PREFIX + name: disk for name, disk in draft.in_memory.items() if name.startswith(stem)}
+    return found | {f"{PREFIX}{stem}{pair.leaf}": pair.tuned.name}
 
 
 def _is_matrix(draft: AdapterDraft, path: str) -> bool:
@@ -198,24 +204,24 @@ def _is_matrix(draft: AdapterDraft, path: str) -> bool:
 
 def _all_paths(draft: AdapterDraft) -> set[str]:
     names = draft.names
-    paths = {module_of(n) for n in _memory_names(draft)}
+    paths = {module_of(n) for n in _all_parameters(draft)}
     paths |= {p.path for p, _ in draft.factors if p.treatment != "experts"} | {p.path for p in draft.full}
     return paths | (set(names.tied_paths(names.input_embedding)) if names.input_embedding else set())
 
 
 def _all_parameters(draft: AdapterDraft) -> set[str]:
-    """Every parameter's name in memory, stacked experts included."""
-    return _memory_names(draft) | {p.path for p, _ in draft.factors if p.treatment == "experts"}
-
-
-def _memory_names(draft: AdapterDraft) -> set[str]:
+    """Every parameter's name in memory, the experts' matrices as the one that holds them."""
     found = set()
     for side in (draft.tuned, draft.base):
-        for name, info in side.tensors.items():
-            memory = memory_name(name, model_types(side.config))
-            place = expert_place(memory, info.shape, draft.config)
+        for memory, name in _memory_names(side).items():
+            place = expert_place(memory, side.tensors[name].shape, draft.config)
             found.add(place.parameter if place else memory)
     return found
+
+
+def _memory_names(side: Checkpoint) -> dict[str, str]:
+    types = model_types(side.config)
+    return {memory_name(name, types): name for name in side.tensors}
 
 
 def _base_name(base: Checkpoint) -> str:

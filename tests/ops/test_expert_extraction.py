@@ -21,6 +21,9 @@ from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.pairs import Selection
 
+# Families whose own renames PEFT 0.21.2 trips over (laguna's shared_expert), or that pack other tensors on loading
+# (bailing_hybrid's q_conv1d, k_conv1d, v_conv1d); docs/formats.md names them.
+LOADABLE = tuple(n for n in zoo.EXPERTS if n not in ("laguna", "bailing_hybrid"))
 FULL = ExtractOptions(RankChoice(rank=128))
 
 
@@ -49,7 +52,7 @@ def config_of(adapter: Path) -> dict[str, object]:
     return json.loads((adapter / "adapter_config.json").read_text())
 
 
-@pytest.mark.parametrize("name", zoo.EXPERTS)
+@pytest.mark.parametrize("name", LOADABLE)
 def test_full_rank_is_the_tuned_model(name: str, tmp_path: Path) -> None:
     """PEFT loads every tensor to the bit, its merge_and_unload and our merge give the tuned model."""
     tuned = pair(name, tmp_path)
