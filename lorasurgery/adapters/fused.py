@@ -84,7 +84,7 @@ def is_turned(parameter: str, shape: tuple[int, ...], config: dict[str, Any]) ->
     if types & _TURNED_ON_DISK:  # turned on loading, unless the shapes say that it need not be
         text = config.get("text_config")
         hidden = (text if isinstance(text, dict) else config).get("hidden_size")
-        return (shape[2] if parameter.endswith("down_proj") else shape[1]) == hidden
+        return shape[1] != shape[2] and (shape[2] if parameter.endswith("down_proj") else shape[1]) == hidden
     return bool(types & _TRANSPOSED)
 
 

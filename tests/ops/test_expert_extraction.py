@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 import zoo
 from peft import PeftModel, get_peft_model_state_dict
 from references import best
@@ -74,6 +75,40 @@ def test_full_rank_is_the_tuned_model(name: str, tmp_path: Path) -> None:
     for key, value in tuned.state_dict().items():
         torch.testing.assert_close(ours[key], value, rtol=0, atol=2e-6, msg=key)
         torch.testing.assert_close(theirs[key], value, rtol=0, atol=2e-6, msg=key)
+
+
+SQUARE = {
+    "gpt_oss": lambda: tf.GptOssForCausalLM(tf.GptOssConfig(**zoo.TEXT | {"intermediate_size": 32}, head_dim=8, num_local_experts=4, num_experts_per_tok=2)),
+    "llama4_text": lambda: zoo.causal("llama4_text", intermediate_size=32)(),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**zoo.TEXT | {"intermediate_size": 32}, num_local_experts=4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SQUARE)
+def test_square_experts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where shapes can't tell which way a stack is stored, the family does: as PEFT takes it."""
+    monkeypatch.setitem(zoo.MAKERS, name, SQUARE[name])
+    test_full_rank_is_the_tuned_model(name, tmp_path)
+
+
+def test_stacks_that_are_turned_on_loading(tmp_path: Path) -> None:
+    """Qwen3-VL-MoE's files may hold (E, in, out), which transformers turns: the factors are those of memory."""
+    tuned = pair("qwen3_vl_moe", tmp_path)
+    for folder in ("base", "tuned"):
+        file = tmp_path / folder / "model.safetensors"
+        weights = {k: t.mT.contiguous() if ".mlp.experts." in k else t for k, t in load_file(file).items()}
+        save_file(weights, file, {"format": "pt"})
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", FULL)
+    merge(tmp_path / "base", [tmp_path / "out"], tmp_path / "merged")
+    model = loaded("qwen3_vl_moe", tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = model.merge_and_unload().state_dict()
+    ours = load_file(tmp_path / "merged/model.safetensors")
+    for key, value in tuned.state_dict().items():
+        torch.testing.assert_close(theirs[key], value, rtol=0, atol=2e-6, msg=key)
+        on_disk = value.mT if ".mlp.experts." in key else value
+        torch.testing.assert_close(ours[key], on_disk, rtol=0, atol=2e-6, msg=key)
 
 
 def dense(path: Path) -> dict[str, Tensor]:
