@@ -149,6 +149,12 @@ class BaseNames:
             + (nearest(path, known) or "; is this the adapter's base model?"),
         )
 
+    def may_be_new(self, name: str) -> bool:
+        """Whether a tensor of this name could be a module that the base lacks (a fresh head), not a misspelt one."""
+        parent = module_of(name).rpartition(".")[0]
+        known = not parent or self._is_wrapper(parent) or any(n.startswith(f"{parent}.") for n in self.tensors)
+        return known and ".".join(name.split(".")[-2:]) not in self._by_suffix
+
     def is_conv1d(self, path: str) -> bool:
         """Whether a linear layer's weight is stored (in, out), as GPT-2's Conv1D is."""
         return self._has_conv1d and path.rpartition(".")[2] in _CONV1D_LEAVES

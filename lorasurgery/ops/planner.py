@@ -78,11 +78,17 @@ class _Planner:
         shared = self.names.tied_source(path) if target is None and leaf == "weight" else None
         if shared is not None and self._same_as_shared(adapter, name, shared):
             return
-        if target is None and shared is None and name not in adapter.added:
+        if target is None and shared is None and not self._is_fresh(adapter, name):
             raise self.names.missing(name, adapter.path)
         self._set_replacement(adapter, name, target or name, shared, weight)
         if target is not None and target == self.names.input_embedding and name in adapter.added:
             self._keep_head(adapter, target)
+
+    def _is_fresh(self, adapter: Adapter, name: str) -> bool:
+        """A whole module that the base lacks, such as a new head, under the very name the config gives it."""
+        path, saved = module_of(name), adapter.config.get("modules_to_save") or []
+        named = any(path == m or path.endswith(f".{m}") for m in saved)
+        return name in adapter.added and named and self.names.may_be_new(name)
 
     def _same_as_shared(self, adapter: Adapter, name: str, shared: str) -> bool:
         """A tied module's copy is passed over when the shared tensor's own copy already says the same."""
