@@ -77,6 +77,8 @@ class Comparison(ModuleReport):
 class Report:
     """What one command did: the same object feeds `--json`, the terminal and the tests.
 
+    Over a folder of adapters, `adapters` holds a report for each, and `error` says why one of them failed.
+
     >>> Report("merge", ["base", "adapter"], "out").to_dict()["command"]
     'merge'
     """
@@ -97,6 +99,8 @@ class Report:
     left_out: list[ModuleReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     summary: str = ""
+    adapters: list[Report] | None = None
+    error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON report of the command-line contract (docs/design.md)."""

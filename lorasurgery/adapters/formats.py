@@ -14,6 +14,15 @@ from lorasurgery.errors import FormatError
 _FORMATS = ((is_peft, read_peft), (is_peft_members, read_peft_members), (is_loose, read_loose))
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a path is an adapter of any format in the table.
+
+    Raises:
+        FormatError: a file whose header can't be read.
+    """
+    return any(detect(path) for detect, _ in _FORMATS)
+
+
 def open_adapter(reference: str | Path) -> Adapter:
     """Open an adapter folder or file of any format in the table.
 

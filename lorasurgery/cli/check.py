@@ -22,6 +22,7 @@ def command(adapter: str, server: str, base: str | None, max_lora_rank: int | No
     """Say what a server would reject, get wrong or silently drop, and the command that mends it.
 
     Exit status 1 when the adapter would not be served as it is meant. Only headers and the config are read.
+    A folder of adapters is done one by one.
 
     \b
     Examples:

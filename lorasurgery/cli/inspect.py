@@ -19,6 +19,8 @@ from lorasurgery.cli import options, render
 def command(path: str, as_json: bool, quiet: bool, verbose: bool, spectrum: bool, device: str) -> None:
     """Say what an adapter holds: modules, ranks, scaling, dtypes, sizes; with --spectrum, where its update lies.
 
+    A folder of adapters is done one by one.
+
     \b
     Examples:
       lorasurgery inspect adapter
@@ -30,3 +32,4 @@ def command(path: str, as_json: bool, quiet: bool, verbose: bool, spectrum: bool
     with render.progress("inspect", quiet=quiet or as_json or not sys.stderr.isatty()) as callback:
         report = inspect(path, spectrum=spectrum, device=device, progress=callback)
     render.show(report, as_json=as_json, quiet=quiet, verbose=verbose or spectrum)
+    render.leave(report)

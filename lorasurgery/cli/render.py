@@ -63,7 +63,10 @@ def _plain(command: str) -> Progress:
 
 
 def show(report: Report, *, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Print a report: JSON and nothing else, or a table and the summary line; warnings go to stderr."""
+    """Print a report: JSON and nothing else, or a table and the summary line; warnings and failures go to stderr."""
+    if report.adapters is not None:
+        _show_each(report, report.adapters, as_json=as_json, quiet=quiet, verbose=verbose)
+        return
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
     if as_json:
@@ -78,6 +81,27 @@ def show(report: Report, *, as_json: bool, quiet: bool, verbose: bool) -> None:
                 f"{report.bytes_read / 1e6:,.1f} MB read, "
                 f"{report.seconds:.1f} s on {report.device}, {report.peak_memory_bytes / 1e6:,.0f} MB of memory at most"
             )
+
+
+def _show_each(report: Report, adapters: list[Report], *, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """A folder of adapters: each one's report under its name, then the sum, then those that failed."""
+    for one in adapters if not as_json else ():
+        if not one.error:
+            click.echo(f"{one.inputs[0]}:") if not quiet else None
+            show(one, as_json=False, quiet=quiet, verbose=verbose)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), allow_nan=False))
+    elif not quiet:
+        click.echo(f"{'plan: ' if report.dry_run else ''}{report.summary}")
+    for one in adapters:
+        if one.error:
+            click.echo(f"lorasurgery: {one.error}", err=True)
+
+
+def leave(report: Report) -> None:
+    """End with status 1 when an adapter of a folder failed."""
+    if any(one.error for one in report.adapters or ()):
+        sys.exit(1)
 
 
 _COLUMNS = {

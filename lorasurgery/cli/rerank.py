@@ -21,6 +21,7 @@ def command(adapter: str, out: str, as_json: bool, quiet: bool, verbose: bool, *
 
     Without an option that chooses ranks every module keeps its minimal exact rank; a module that has no more
     directions than asked for keeps its factors as they are. A --budget given as a share is of ADAPTER's bytes.
+    A folder of adapters is done one by one, into OUT under the same names.
 
     \b
     Examples:
@@ -36,3 +37,4 @@ def command(adapter: str, out: str, as_json: bool, quiet: bool, verbose: bool, *
     with render.progress("rerank", quiet=quiet or as_json) as callback:
         report = rerank(adapter, out, choice, progress=callback, **chosen)
     render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)
+    render.leave(report)

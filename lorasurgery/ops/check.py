@@ -9,6 +9,7 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.adapters.servers import SERVERS, findings
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UsageError
+from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.runtime import Clock
 from lorasurgery.report import Report
@@ -23,7 +24,7 @@ def check(
         check("adapter", "vllm", base="llama").totals["serves"]
 
     Args:
-        adapter: Adapter folder or file of any format.
+        adapter: Adapter folder or file of any format, or a folder of several.
         server: One of peft, vllm, sglang, llama.cpp, diffusers, comfyui.
         base: Checkpoint that every tensor of the adapter must match; some rules need it.
         max_lora_rank: vLLM's setting; None is its default, 16.
@@ -34,6 +35,15 @@ def check(
     clock = Clock()
     if server not in SERVERS:
         raise UsageError(f"--for {server}: expected one of {', '.join(SERVERS)}")
+    several = find_adapters(adapter)
+    if several:
+        report = run_each(
+            "check", adapter, several, lambda p, _: check(p, server, base=base, max_lora_rank=max_lora_rank)
+        )
+        good = [bool(r.totals.get("serves")) for r in report.adapters or []]
+        report.totals |= {"for": server, "serves": all(good)}
+        report.summary = f"{server} serves {sum(good)} of {len(good)} adapters as they are"
+        return report
     opened = open_adapter(adapter)
     checkpoint = Checkpoint.open(base) if base is not None else None
     report = Report("check", [str(adapter), *([str(base)] if base is not None else [])], "")

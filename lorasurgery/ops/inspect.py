@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.errors import SurgeryError
+from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import ModuleReport, Progress, Report, Spectrum
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RANKS = (4, 8, 16, 32, 64)
+_FORMATS = {"peft": "PEFT", "kohya": "kohya's", "diffusers": "diffusers'", "comfyui": "ComfyUI's"}
+_FORMS = {"lora": "LoRA", "tucker": "LoCon", "hadamard": "LoHa", "kronecker": "LoKr", "full": "whole differences"}
 
 
 def inspect(
@@ -26,7 +30,7 @@ def inspect(
         inspect("adapter", spectrum=True).modules[0].singular_values
 
     Args:
-        path: Adapter folder.
+        path: Adapter folder or file, or a folder of several.
         spectrum: Read the factors and give singular values, effective rank (entropy and stable rank) and the
             energy at ranks 4, 8, 16, 32 and 64. Without it only headers are read and torch is not imported.
 
@@ -35,6 +39,11 @@ def inspect(
     """
     clock = Clock()
     check_device_name(device)
+    several = find_adapters(path)
+    if several:
+        return run_each(
+            "inspect", path, several, lambda p, _: inspect(p, spectrum=spectrum, device=device, progress=progress)
+        )
     adapter = open_adapter(path)
     report = Report("inspect", [str(path)], "")
     report.modules = [
@@ -59,7 +68,8 @@ def _totals(adapter: Adapter) -> dict[str, Any]:
     deltas = list(adapter.deltas.values())
     ranks = [d.rank for d in deltas]
     return {
-        "format": "peft",
+        "format": adapter.format,
+        "forms": sorted({d.form for d in deltas}),
         "base_model": adapter.config.get("base_model_name_or_path"),
         "modules": len(deltas),
         "full": len(adapter.replaced),
@@ -67,7 +77,7 @@ def _totals(adapter: Adapter) -> dict[str, Any]:
         "rank_max": max(ranks, default=0),
         "rslora": bool(adapter.config.get("use_rslora")),
         "dtypes": sorted({t.dtype for t in adapter.weights.tensors.values()}),
-        "parameters": sum(d.rows * sum(d.shape) for d in deltas),
+        "parameters": sum(math.prod(adapter.weights.tensors[n].shape) for d in deltas for n in d.names),
         "adapter_bytes": adapter.weights.nbytes,
     }
 
@@ -76,11 +86,16 @@ def _summary(report: Report) -> str:
     t = report.totals
     ranks = f"{t['rank_min']}" if t["rank_min"] == t["rank_max"] else f"{t['rank_min']} to {t['rank_max']}"
     return (
-        f"PEFT LoRA{' (rsLoRA)' if t['rslora'] else ''} on {t['modules']} modules, rank {ranks}, "
+        f"{_FORMATS[t['format']]} {_forms(t)} on {t['modules']} modules, rank {ranks}, "
         f"{t['parameters']:,} parameters in {', '.join(t['dtypes'])}, {t['adapter_bytes'] / 1e6:.2f} MB"
         + (f"; {t['full']} tensors stored whole" if t["full"] else "")
         + (f"; for {t['base_model']}" if t["base_model"] else "")
     )
+
+
+def _forms(totals: dict[str, Any]) -> str:
+    found = " and ".join(_FORMS[form] for form in totals["forms"]) or "nothing of lower rank"
+    return f"{found} (rsLoRA)" if totals["rslora"] else found
 
 
 def _spectra(adapter: Adapter, device: str, progress: Progress | None) -> list[ModuleReport]:

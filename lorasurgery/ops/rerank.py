@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.blend import BlendOptions, blend
 from lorasurgery.report import Progress, Report
 
@@ -27,8 +28,8 @@ def rerank(
         rerank("adapter", "smaller", RankChoice(energy=0.95, max_rank=32))
 
     Args:
-        adapter: Adapter folder.
-        out: Folder for the new PEFT adapter.
+        adapter: Adapter folder or file, or a folder of several.
+        out: Folder or file for the new adapter, in the format of the old one.
         choice: Rank by number, energy, tolerance or budget; None keeps the minimal exact rank. A module that has no
             more directions than asked for keeps its factors as they are.
         uniform_rank: Zero-pad all factors to one rank: the form every server takes.
@@ -39,4 +40,11 @@ def rerank(
         SurgeryError: one line saying which file, what was expected, what was found and the next move.
     """
     options = BlendOptions(choice=choice, uniform_rank=uniform_rank, dtype=dtype, command="rerank")
-    return blend([adapter], out, options, device=device, overwrite=overwrite, dry_run=dry_run, progress=progress)
+
+    def one(source: str | Path, target: str | Path) -> Report:
+        return blend([source], target, options, device=device, overwrite=overwrite, dry_run=dry_run, progress=progress)
+
+    several = find_adapters(adapter)
+    if several:
+        return run_each("rerank", adapter, several, one, out, overwrite=overwrite, dry_run=dry_run)
+    return one(adapter, out)
