@@ -40,7 +40,7 @@ class Delta:
         parts: For forms other than B·A, the tensors' names by part, e.g. `hada_w1_a`.
         width: Directions of the exact factors, where they are more than the rank says (LoHa, LoKr); 0 is the rank.
         lycoris: Whether the magnitude is LyCORIS's dora_scale, whose strength means something else than PEFT's.
-        parameter: For experts, the path of the module's parameter that they adapt, e.g. `…mlp.experts.down_proj`.
+        parameter: Its name in target_parameters, e.g. `…mlp.experts.down_proj` or `…up_proj.weight`; empty for modules.
     """
 
     path: str

@@ -163,7 +163,7 @@ def _delta(path: str, parts: dict[str, str], weights: Checkpoint, config: PeftCo
     return Delta(
         path, kind, down.name, up.name, (up.shape[0], math.prod(down.shape[1:])), rank, alpha, scale,
         bias=parts.get("bias"), kernel=kernel, magnitude=parts.get("magnitude"), experts=experts,
-        parameter=module if experts else "", wrapped=wrapped,
+        parameter=module if module != path else "", wrapped=wrapped,
     )  # fmt: skip
 
 

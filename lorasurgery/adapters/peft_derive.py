@@ -26,14 +26,20 @@ def derived_config(
         dora: Whether they have magnitudes.
     """
     configs = [a.config for a in sources]
-    known = {path for a in sources for path in a.deltas}
-    told = all(selects(a.config, path) for a in sources for path, d in a.deltas.items() if not d.experts)
+    wrapped = {path: d.parameter for a in sources for path, d in a.deltas.items() if d.parameter}
+    known = {path for a in sources for path in a.deltas if path not in wrapped}
+    told = all(selects(a.config, path) for a in sources for path in a.deltas if path in known)
     saved = sorted({m for c in configs for m in c.get("modules_to_save") or []})
     kinds = [c.get("bias") for c in configs]
     return {
         **configs[0],
-        **rank_fields(ranks, alphas),
-        **_selection(configs, set(ranks), known if told else set()),
+        **rank_fields(
+            {wrapped.get(path, path): r for path, r in ranks.items()},
+            {wrapped.get(path, path): alpha for path, alpha in alphas.items()},
+        ),
+        **_selection(configs, set(ranks) - set(wrapped), known if told else set()),
+        **_parameters(configs, {wrapped[path] for path in ranks if path in wrapped}, set(wrapped.values())),
+        **({"target_modules": []} if ranks and set(ranks) <= set(wrapped) else {}),
         "bias": max((k for k in kinds if k in _BIAS), key=_BIAS.index, default="none"),
         "ensure_weight_tying": any(a.tied for a in sources),
         "fan_in_fan_out": any(a.fan_in_fan_out for a in sources),
@@ -45,6 +51,15 @@ def derived_config(
         "use_dora": dora,
         "use_rslora": False,
     }
+
+
+def _parameters(configs: Sequence[dict[str, Any]], chosen: set[str], known: set[str]) -> dict[str, Any]:
+    """target_parameters: the sources' own words where they still mean exactly the chosen ones, else full paths."""
+    if not known:
+        return {}
+    words = [sorted(c.get("target_parameters") or []) for c in configs]
+    same = chosen == known and all(w == words[0] for w in words)
+    return {"target_parameters": words[0] if same else sorted(chosen)}
 
 
 def _selection(configs: Sequence[dict[str, Any]], chosen: set[str], known: set[str]) -> dict[str, Any]:

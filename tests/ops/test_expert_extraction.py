@@ -21,6 +21,7 @@ from lorasurgery.linalg.rank import Budget, RankChoice
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.pairs import Selection
+from lorasurgery.ops.rerank import rerank
 
 # Families whose own renames PEFT 0.21.2 trips over (laguna's shared_expert), or that pack other tensors on loading
 # (bailing_hybrid's q_conv1d, k_conv1d, v_conv1d); docs/formats.md names them.
@@ -292,3 +293,23 @@ def test_the_plan_lists_every_matrix(tmp_path: Path) -> None:
     done = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", ExtractOptions(RankChoice(rank=3)))
     assert {m.name for m in done.modules} <= {m.name for m in plan.modules}
     assert plan.totals["tensors"]["experts"] == 2 * 4 * 3
+
+
+@pytest.mark.parametrize("target", [(), (r".*mlp.*",)], ids=["all", "mlp"])
+def test_what_was_named_as_a_parameter_is_reranked(target: tuple[str, ...], tmp_path: Path) -> None:
+    """A rerank keeps naming them so, with ranks that PEFT finds; both merge to what the reranked factors say."""
+    pair("deepseek_v3", tmp_path)
+    selection = Selection(target, ("experts",), ("none",))
+    extract(
+        tmp_path / "base", tmp_path / "tuned", tmp_path / "first", ExtractOptions(RankChoice(energy=0.9), selection)
+    )
+    rerank(tmp_path / "first", tmp_path / "out", RankChoice(energy=0.6))
+    merge(tmp_path / "base", [tmp_path / "out"], tmp_path / "merged")
+    found = type(zoo.make("deepseek_v3")).from_pretrained(tmp_path / "merged").state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = loaded("deepseek_v3", tmp_path / "out").merge_and_unload().state_dict()
+    before = zoo.make("deepseek_v3").state_dict()
+    assert any("shared_experts" in k and not torch.equal(before[k], model[k]) for k in before)
+    for key, value in model.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6, msg=key)
