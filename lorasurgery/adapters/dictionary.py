@@ -132,12 +132,13 @@ class Dictionary:
 
     def hint(self, place: Place) -> str:
         """The tail of an error line for a name that is not found: the nearest names, or that the part is missing."""
-        several = list(self._matches(place, "weight"))
+        several = [slots[0].tensor for slots in self._matches(place, "weight").values()]
         if len(several) > 1:
             return f"; it may be {' or '.join(several)}, and nothing tells which"
         sides = self._sides(place.part)
-        names = {n for side in sides for n in (*side.tensors, *side.atoms)}
-        known = names if place.dotted else {n.replace(".", "_") for n in names}
+        known = {
+            n for side in sides for short, full in side.underscored.items() for n in (full if place.dotted else {short})
+        }
         path = place.path.removeprefix("text_model_" if not place.dotted else "text_model.")
         close = nearest(path, known)
         if not close and place.part not in self.sides and place.part != "any":
