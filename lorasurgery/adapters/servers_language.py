@@ -8,11 +8,9 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.finding import MERGE, PORTABLE, Finding, Rule, Setting, some
 from lorasurgery.adapters.naming import BaseNames, is_head
 from lorasurgery.adapters.peft import PREFIX
-from lorasurgery.adapters.servers_peft import is_folder, named_keys
+from lorasurgery.adapters.servers_peft import INITS, is_folder, named_keys
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# Inits that leave the base as it is; those that do not are refused when the adapter is opened.
-_VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _HEADS = ("score", "classifier")
 
 
@@ -45,7 +43,7 @@ def _vllm_config(adapter: Adapter, _: Setting) -> Iterator[Finding]:
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         yield Finding("rejected", "trained biases", MERGE)
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in _VLLM_INITS:
+    if isinstance(init, str) and init.lower() not in INITS:
         yield Finding("rejected", f"init_lora_weights is {init!r}, expected true", PORTABLE)
 
 

@@ -10,6 +10,8 @@ from lorasurgery.adapters.finding import PORTABLE, TO_PEFT, Finding, Rule, Setti
 from lorasurgery.adapters.peft import PREFIX
 from lorasurgery.adapters.selection import selects
 
+# Inits that leave the base as it is; those that do not are refused when the adapter is opened.
+INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 # A part of PEFT's keys that still carries the adapter's name: `lora_A.default.weight`.
 _NAMED = re.compile(r"\.lora_(?:[AB]|embedding_[AB]|magnitude_vector)\.(?!weight$|bias$)[^.]+(?:\.weight|\.bias)?$")
 _DEFAULT = re.compile(r"\.default(?:\.weight|\.bias)?$")  # the name that PEFT gives an adapter, which it finds again
@@ -37,6 +39,14 @@ def _keys(adapter: Adapter, _: Setting) -> Iterator[Finding]:
         yield Finding("dropped", f"keys that carry the adapter's name ({some(named)}) are not loaded", PORTABLE)
 
 
+def _init(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+    """A layer is initialised before its factors are loaded, and stops at a word it doesn't know."""
+    for one in _single(adapter):
+        init = one.config.get("init_lora_weights", True)
+        if one.format == "peft" and isinstance(init, str) and init.lower() not in INITS:
+            yield Finding("rejected", f"init_lora_weights is {init!r}, which PEFT does not know", PORTABLE)
+
+
 def named_keys(adapter: Adapter) -> list[str]:
     """Keys that still carry the adapter's name, which PEFT takes off when it saves."""
     return [k for a in _single(adapter) for k in a.weights.tensors if _NAMED.search(k)]
@@ -58,4 +68,4 @@ def _single(adapter: Adapter) -> list[Adapter]:
     return list(adapter.members.values()) or [adapter]
 
 
-RULES: tuple[Rule, ...] = (is_folder, _keys, _targets)
+RULES: tuple[Rule, ...] = (is_folder, _keys, _targets, _init)

@@ -133,6 +133,18 @@ def test_what_peft_loads(case: str, tmp_path: Path) -> None:
     assert served(tmp_path / "mended")
 
 
+def test_inits_that_peft_does_not_know(tmp_path: Path) -> None:
+    """PEFT stops at a word for an init that it doesn't know; --portable writes true."""
+    path = adapter(tmp_path / "adapter")
+    rewrite(path, {"init_lora_weights": "mystery"})
+    assert "mystery" in check(path, "peft").totals["findings"][0]["what"]
+    with pytest.raises(ValueError, match="mystery"):
+        models.peft_deltas("llama", path)
+    convert(path, tmp_path / "mended", ConvertOptions("peft", portable=True))
+    assert check(tmp_path / "mended", "peft").totals["serves"]
+    assert models.peft_deltas("llama", tmp_path / "mended")
+
+
 def test_names_in_keys(tmp_path: Path) -> None:
     """vLLM and llama.cpp's converter know no keys with the adapter's name; --portable takes it off."""
     path = adapter(tmp_path / "adapter")
