@@ -124,6 +124,22 @@ def _diffusers_alphas(adapter: Adapter, _: Setting) -> Iterator[Finding]:
         yield Finding("wrong", "alphas differ from module to module: the commonest is taken for all", TO_DIFFUSERS)
 
 
+def _diffusers_wan(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+    """Wan's converter for kohya's names asks every block for one set of modules, with alphas, and for no other."""
+    if adapter.format != "kohya" or model_of(adapter) != "wan":
+        return
+    leaves = [f"{a}_{p}" for a in ("self_attn", "cross_attn") for p in "qkvo"] + ["ffn_0", "ffn_2"]
+    if any("k_img" in p for p in adapter.deltas) and any("v_img" in p for p in adapter.deltas):
+        leaves += ["cross_attn_k_img", "cross_attn_v_img"]
+    blocks = {m[1] for p in adapter.deltas if (m := re.search(r"blocks_(\d+)_", p))}
+    asked = {f"lora_unet_blocks_{b}_{leaf}" for b in range(len(blocks)) for leaf in leaves}
+    alphas = all(f"{p}.alpha" in adapter.weights.tensors for p in adapter.deltas)
+    if asked != set(adapter.deltas) or not alphas:
+        yield Finding(
+            "rejected", "Wan under kohya's names, but not all of each block with alphas, or more", TO_DIFFUSERS
+        )
+
+
 def _flat_magnitude(adapter: Adapter, delta: Delta) -> bool:
     if not delta.kernel or delta.lycoris or not delta.magnitude:
         return False
@@ -216,6 +232,6 @@ def _first(adapter: Adapter) -> str:
 
 DIFFUSERS: tuple[Rule, ...] = (
     _diffusers_folder, _diffusers_prefix, _diffusers_forms, _diffusers_vectors, _diffusers_alpha, _diffusers_alphas,
-    _diffusers_text,
+    _diffusers_text, _diffusers_wan,
 )  # fmt: skip
 COMFYUI: tuple[Rule, ...] = (_comfyui_folder, _comfyui_alpha, _comfyui_names, _comfyui_parts)

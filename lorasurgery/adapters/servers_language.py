@@ -87,7 +87,7 @@ def _sglang(adapter: Adapter, _: Setting) -> Iterator[Finding]:
     config = adapter.config
     if config.get("use_rslora"):
         yield Finding("wrong", "use_rslora is ignored, so the update is √r too small", PORTABLE)
-    if isinstance(config.get("target_modules"), str):
+    if isinstance(config.get("target_modules"), str) and config["target_modules"] not in ("all", "all-linear"):
         yield Finding("rejected", "target_modules is a regular expression, not a list", PORTABLE)
     leaves = {p.rpartition(".")[2] for p in adapter.deltas}
     if "q_proj" in leaves and "v_proj" not in leaves:

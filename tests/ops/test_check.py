@@ -145,6 +145,13 @@ def test_inits_that_peft_does_not_know(tmp_path: Path) -> None:
     assert models.peft_deltas("llama", tmp_path / "mended")
 
 
+def test_words_that_sglang_knows(tmp_path: Path) -> None:
+    """all-linear is no expression to SGLang, which has it for a word of its own."""
+    path = adapter(tmp_path / "adapter")
+    rewrite(path, {"target_modules": "all-linear"})
+    assert check(path, "sglang").totals["serves"]
+
+
 def test_names_in_keys(tmp_path: Path) -> None:
     """vLLM and llama.cpp's converter know no keys with the adapter's name; --portable takes it off."""
     path = adapter(tmp_path / "adapter")

@@ -182,6 +182,24 @@ def mended(file: Path, findings: list[dict[str, str]], base: Path) -> bool:
     return out.exists()
 
 
+@pytest.mark.parametrize("left_out", ["cross_attn_k", "ffn_2", ""])
+def test_diffusers_wan(left_out: str, tmp_path: Path) -> None:
+    """Wan's converter raises when a block lacks one of its modules, and check says so."""
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+
+    leaves = [f"{a}_{p}" for a in ("self_attn", "cross_attn") for p in "qkvo"] + ["ffn_0", "ffn_2"]
+    names = [f"lora_unet_blocks_{b}_{leaf}" for b in (0, 1) for leaf in leaves if b == 0 or leaf != left_out]
+    file = tmp_path / "a.safetensors"
+    save_file({k: v for n in names for k, v in loose.factors(n, (24, 24)).items()}, file)
+    try:
+        images.quiet(WanLoraLoaderMixin.lora_state_dict, str(tmp_path), weight_name=file.name)
+    except KeyError:
+        assert [f["verdict"] for f in check(file, "diffusers").totals["findings"]] == ["rejected"]
+    else:
+        assert check(file, "diffusers").totals["serves"]
+        assert not left_out
+
+
 def comfy(weights: Weights, tmp_path: Path, metadata: dict[str, str] | None = None) -> list[tuple[str, str]]:
     """What check says of a file for ComfyUI."""
     file = tmp_path / "a.safetensors"
