@@ -9,26 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from lorasurgery.adapters.adapter import Adapter, Format
 from lorasurgery.adapters.components import Part, Place, adapter_place, text_path
 from lorasurgery.adapters.dialects import Dialect, Family, dialect, family_of
 from lorasurgery.adapters.dictionary import Dictionary, Side
+from lorasurgery.adapters.new_names import NewNames
 from lorasurgery.errors import MismatchError, UnsupportedError
 
-Naming = Literal["original", "diffusers"]
 Sizes = Mapping[str, tuple[int, int]]
 _GIVE = "give --base, whose names tell"
-_KOHYA = {"denoiser": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_", "te3": "lora_te3_"}
-_COMFYUI = {
-    "denoiser": "diffusion_model.",
-    "te1": "text_encoders.clip_l.transformer.",
-    "te2": "text_encoders.clip_g.transformer.",
-    "te3": "text_encoders.t5xxl.transformer.",
-}
 TEXT: tuple[Part, ...] = ("te1", "te2", "te3")
-_FOLDER = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_2"}
 
 
 @dataclass(frozen=True)
@@ -136,12 +127,10 @@ class Translator:
         """Of the denoiser; of a base that has none, plain."""
         return self.names("denoiser").family
 
-    @property
-    def naming(self) -> Naming:
-        """How the new file names the denoiser: sd-scripts names SD 1 and 2 as diffusers does, all else originally."""
-        if self.to in ("diffusers", "peft"):
-            return "diffusers"
-        return "original" if self.to == "comfyui" or self.family != "unet" or self.is_sdxl else "diffusers"
+    @cached_property
+    def new(self) -> NewNames:
+        """The new file's way to name modules."""
+        return NewNames(self.to, self.family, self.is_sdxl)
 
     @property
     def is_sdxl(self) -> bool:
@@ -151,33 +140,6 @@ class Translator:
             return any(m.startswith(("label_emb", "add_embedding")) for m in side.tensors)
         paths = [p.path for p in self.places.values() if p.part == "denoiser"]
         return any(p.part == "te2" for p in self.places.values()) or any("transformer_blocks.1." in p for p in paths)
-
-    def name(self, part: Part, path: str) -> str:
-        """A module's whole name in the new file.
-
-        sd-scripts numbers text encoders only where there are several; T5 is diffusers' second encoder in Flux and its
-        third in SD3.
-        """
-        clip = part in ("te1", "te2") and not path.startswith("text_projection")
-        if self.to == "kohya":
-            alone = part == "te1" and self.family == "unet" and not self.is_sdxl
-            path = f"text_model.{path}" if clip else path
-            return ("lora_te_" if alone else _KOHYA[part]) + path.replace(".", "_")
-        if self.to == "comfyui":
-            return _COMFYUI[part] + (f"text_model.{path}" if clip else path)
-        if self.to == "diffusers" or self._has_projection(part):
-            path = f"text_model.{path}" if clip else path
-        return f"{self.folder(part)}.{path}"
-
-    def _has_projection(self, part: Part) -> bool:
-        """Whether a text encoder is a CLIPTextModelWithProjection, which alone kept `text_model` in transformers 5."""
-        return part == "te2" or self.family == "sd3"
-
-    def folder(self, part: Part) -> str:
-        """diffusers' name for a part: the folder it lies in."""
-        if part == "denoiser":
-            return "unet" if self.family == "unet" else "transformer"
-        return "text_encoder_3" if part == "te3" and self.family == "sd3" else _FOLDER[part]
 
     # The adapter's modules
 
@@ -261,13 +223,15 @@ class Translator:
         """The module that holds an atom, in the new naming."""
         names = self.names(part)
         plain = atom.partition("#")[0]
-        if part != "denoiser" or self.naming == "diffusers":
+        if part != "denoiser" or self.new.naming == "diffusers":
             return plain
         found = names.originals([atom])
         if len(found) > 1:
             return self._upsampler(part, atom, found)
-        if not found and names.family == "plain" and self.dictionary is None:
-            raise UnsupportedError(f"{self.adapter.path}: of which family {atom} is can't be told from it; {_GIVE} it")
+        if not found and self.dictionary is None:
+            raise UnsupportedError(
+                f"{self.adapter.path}: the original's name of {atom} can't be told from it; {_GIVE} it"
+            )
         return found.pop() if found else plain
 
     def _upsampler(self, part: Part, atom: str, found: set[str]) -> str:

@@ -30,7 +30,8 @@ def command(
 
     Names, alpha (a tensor here, a word in the config there), split and fused modules are translated and the header's
     metadata goes along. LoHa, LoKr, LoCon's core and whole differences become plain LoRA, with the measured error. An
-    image model's adapter becomes a PEFT folder for each of its parts (the folder itself for a denoiser alone).
+    image model's adapter becomes a PEFT folder for each of its parts (the folder itself for a denoiser alone). A folder
+    of adapters is done one by one, into OUT under the same names.
 
     \b
     Examples:
@@ -46,3 +47,4 @@ def command(
         report = convert(adapter, out, chosen, base=base, device=device, overwrite=overwrite, dry_run=dry_run,
                          progress=callback)  # fmt: skip
     render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)
+    render.leave(report)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,6 +16,7 @@ from lorasurgery.adapters.translate import Piece, Target, Translator
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
+from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.layout import check_name
 from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
@@ -53,17 +55,18 @@ class Conversion:
     Args:
         adapter: The source. targets: Modules of the new file, by the adapter's.
         translator: None where PEFT stays PEFT, so that no name changes.
-        known: Every module path of the model by folder, where a base tells them: for exact target_modules.
+        kernels: Of convolutions, by the adapter's path; LoHa and LoKr may hold them flat, and the base tells.
     """
 
     adapter: Adapter
     options: ConvertOptions
     targets: list[Target]
     translator: Translator | None
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def name(self, target: Target) -> str:
         """The target's name in the file."""
-        return self.translator.name(target.part, target.path) if self.translator else target.path
+        return self.translator.new.name(target.part, target.path) if self.translator else target.path
 
 
 def convert(
@@ -83,7 +86,7 @@ def convert(
         convert("style.safetensors", "style", ConvertOptions("peft"), base="sdxl")
 
     Args:
-        adapter: Adapter folder or file of any format.
+        adapter: Adapter folder or file of any format, or a folder of several.
         out: Folder, or a .safetensors file for all formats but PEFT's.
         base: The adapter's model: it turns underscores back into dots, and every tensor must match it.
         dry_run: Settle everything from headers, write nothing (torch is not imported).
@@ -94,6 +97,14 @@ def convert(
     clock = Clock()
     options.check()
     check_device_name(device)
+    several = find_adapters(adapter)
+    if several:
+        return run_each(
+            "convert", adapter, several,
+            lambda one, to: convert(one, to, options, base=base, device=device, overwrite=overwrite, dry_run=dry_run,
+                                    progress=progress),
+            out, loose=options.to != "peft", overwrite=overwrite, dry_run=dry_run,
+        )  # fmt: skip
     out = Path(out)
     check_name(out, loose=options.to != "peft")
     opened = open_adapter(adapter)
@@ -154,7 +165,12 @@ def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint 
     targets = translator.targets({path: delta.shape for path, delta in adapter.deltas.items()})
     for target in targets:
         _check_whole(adapter, target)
-    return Conversion(adapter, options, targets, translator)
+    kernels: dict[str, tuple[int, ...]] = {}
+    if base is not None and dictionary is not None:
+        for path, delta in adapter.deltas.items():
+            slots = dictionary.find(translator.places[path]) if delta.form != "lora" and not delta.kernel else ()
+            kernels |= {path: base.tensors[slots[0].tensor].shape[2:]} if slots else {}
+    return Conversion(adapter, options, targets, translator, kernels)
 
 
 def _home(adapter: Adapter) -> Part | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,10 +43,13 @@ class Assembly:
     Args:
         adapter: The source. reduced: Factors of modules that the file holds as other products, by path.
         dtype: torch dtype that factors are cast to; None keeps their own.
+        kernels: Of convolutions that the file holds flat, by path.
     """
 
-    def __init__(self, adapter: Adapter, reduced: dict[str, Factored], dtype: str | None) -> None:
-        self.adapter, self.reduced = adapter, reduced
+    def __init__(
+        self, adapter: Adapter, reduced: dict[str, Factored], dtype: str | None, kernels: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self.adapter, self.reduced, self.kernels = adapter, reduced, kernels
         self.dtype = torch_dtype(dtype) if dtype else None
 
     def build(self, target: Target, name: str, *, lycoris: bool) -> tuple[Module, float, float]:
@@ -68,9 +71,10 @@ class Assembly:
             raise SurgeryError(NOT_FINITE)
         lost = math.hypot(*(s.error * (s.norm or 0.0) for s in found.values()))
         lost = math.hypot(lost, distance(exact, update) if update is not exact else 0.0)
+        kernel = first.kernel or self.kernels.get(first.path, ())
         module = Module(
-            name, update, first.kernel, join_vectors(target.pieces, {p: s.bias for p, s in found.items()}),
-            self._magnitude(target, found, first, lycoris), first.kind,
+            name, update, kernel, join_vectors(target.pieces, {p: s.bias for p, s in found.items()}),
+            self._magnitude(target, found, first, lycoris), "conv" if kernel else first.kind,
         )  # fmt: skip
         return module, lost / norm if norm else 0.0, norm
 

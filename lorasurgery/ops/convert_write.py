@@ -47,7 +47,7 @@ def _modules(
 ) -> tuple[list[Module], list[ModuleReport]]:
     """All modules of the new file; parts of a fused one in which nothing was ever trained are left out."""
     options, lycoris = plan.options, plan.options.to in ("kohya", "comfyui")
-    assembly = Assembly(plan.adapter, _reduced(plan, device), options.dtype)
+    assembly = Assembly(plan.adapter, _reduced(plan, device), options.dtype, plan.kernels)
     found: list[tuple[Module, float, float]] = []
     for i, target in enumerate(plan.targets):
         name = plan.name(target)

@@ -45,7 +45,8 @@ def merge(
         base: Checkpoint folder or file.
         weights: One strength per adapter, any finite number; the rest are 1.
         block_weights: `[N:]PATTERN=W`, an LBW preset or list: strengths by module, for all adapters or the N-th.
-        dtype: safetensors name (BF16, F32 …) of all floating tensors written; None keeps each tensor's own.
+        dtype: safetensors name (BF16, F32 …) of floating tensors written, 8-bit ones only where an adapter
+            touches them; None keeps each tensor's own.
         rounding: `nearest` (even), or `stochastic`, which is unbiased and seeded by `seed`.
         max_shard_size: Bytes per shard; None keeps the base's layout.
         allow_loss: Write the result even when rounding keeps less than half of the update.
@@ -103,6 +104,7 @@ def start_report(command: str, recipe: Recipe, inputs: list[str], weights: list[
         "tensors_touched": len(touched),
         "tensors_replaced": sum(e.replacement is not None for e in edits.edits.values()),
         "adapter_tensors_matched": edits.matched,
+        "adapter_tensors_unmatched": 0,  # any that were would have been an error
         "files": [f.name for f in recipe.files],
         "output_bytes": recipe.bytes_planned,
         "untied": edits.untied,

@@ -374,3 +374,42 @@ def test_looking_at_other_products(tmp_path: Path) -> None:
     save_file({k: v if "hada_w1_a" not in k else -v for k, v in weights.items()}, tmp_path / "b.safetensors")
     cosines = [m.cosine for m in diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors").modules]
     assert cosines == pytest.approx([1, -1, 1], abs=1e-6)
+
+
+def test_flat_convolutions_get_their_kernel_from_the_base(bases: Path, tmp_path: Path) -> None:
+    """LoKr holds a convolution flat; the LoRA made of it has the kernel that loaders build the layer with."""
+    g = torch.Generator().manual_seed(0)
+    path = "lora_unet_down_blocks_0_resnets_0_conv1"
+    source = tmp_path / "in.safetensors"
+    parts = {"lokr_w1": (4, 4), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 8 * 9)}
+    save_file({f"{path}.{k}": torch.randn(v, generator=g) for k, v in parts.items()}, source)
+    convert(source, tmp_path / "there", ConvertOptions("diffusers"), base=bases / "sd1")
+    down = load_file(tmp_path / "there/pytorch_lora_weights.safetensors")
+    assert [t.shape[1:] for k, t in down.items() if "lora_A" in k] == [(32, 3, 3)]
+    one = merged(bases / "sd1", source, tmp_path / "one")["unet"]
+    pipe = images.quiet(images.pipeline, "sd1")
+    images.quiet(pipe.load_lora_weights, tmp_path / "there", weight_name="pytorch_lora_weights.safetensors")
+    images.quiet(pipe.fuse_lora, components=["unet"])
+    images.quiet(pipe.unload_lora_weights)
+    assert all(torch.allclose(v, one[k], atol=1e-5) for k, v in pipe.unet.state_dict().items())
+
+
+def test_a_folder_of_adapters(bases: Path, tmp_path: Path) -> None:
+    """Each is converted under its own name; one that is broken is named and the others are done."""
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        loose.kohya("sd1", tmp_path / f"in/{name}.safetensors")
+    (tmp_path / "in/c.safetensors").write_bytes(b"broken")
+    report = convert(tmp_path / "in", tmp_path / "out", ConvertOptions("peft"), base=bases / "sd1")
+    assert (report.totals["adapters"], report.totals["failed"]) == (3, 1)
+    assert same(updates(tmp_path / "out/a"), updates(tmp_path / "out/b"))
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"a", "b"}
+
+
+def test_names_that_only_a_base_tells(tmp_path: Path) -> None:
+    """Of SD3 the last block is unlike the others, so without a base its modulation has no name in the original."""
+    source = tmp_path / "in.safetensors"
+    names = ("pos_embed.proj", "transformer_blocks.1.norm1_context.linear")
+    save_file({k: v for n in names for k, v in loose.factors(f"transformer.{n}", (64, 32), alpha=None).items()}, source)
+    with pytest.raises(UnsupportedError, match=r"the original's name of .*norm1_context.linear.*; give --base"):
+        convert(source, tmp_path / "out.safetensors", ConvertOptions("kohya"))
