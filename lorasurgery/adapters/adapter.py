@@ -6,7 +6,8 @@ Everything here is known from headers and the config; factors are read one modul
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,6 +128,21 @@ class Adapter:
     def metadata(self) -> dict[str, str]:
         """The header's metadata (of the first file, where there are several)."""
         return next(iter(self.weights.files.values())).metadata
+
+    def nbytes_of(self, path: str) -> int:
+        """Bytes of one module's factors on disk."""
+        return sum(self.weights.tensors[name].nbytes for name in self.deltas[path].names)
+
+    def without(self, paths: Collection[str]) -> Adapter:
+        """The same adapter, as if its file did not hold these modules."""
+
+        def left(named: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in named.items() if name.rpartition(".")[0] not in paths}
+
+        return replace(
+            self, deltas={p: d for p, d in self.deltas.items() if p not in paths}, replaced=left(self.replaced),
+            diffs=left(self.diffs), tokens=left(self.tokens),
+        )  # fmt: skip
 
     def load(self, delta: Delta) -> LowRank:
         """Read one module's exact factors, on the CPU; as they are stored for LoRA, in float32 for other forms.

@@ -143,7 +143,7 @@ class Dictionary:
         close = nearest(path, known)
         if not close and place.part not in self.sides and place.part != "any":
             what = "denoiser (U-Net or transformer)" if place.part == "denoiser" else f"text encoder {place.part[2:]}"
-            return f"; it has no {what}: give the whole model, or leave that part out of the adapter"
+            return f"; it has no {what}: give the whole model, or leave the part out with --block-weight 'PREFIX*=0'"
         return close or "; is this the adapter's base model?"
 
     def _sides(self, part: Part) -> list[Side]:

@@ -12,6 +12,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.ops.compose import Joint
 from lorasurgery.ops.edits import Contribution, Edit, EditPlan, size_of
+from lorasurgery.ops.planner import plan_edits
 
 
 class Blocks:
@@ -21,17 +22,19 @@ class Blocks:
         given: As on the command line. adapters: In the order given; a pattern that means none of their modules is
             wrong usage. base: Whose names count too.
         plan: Which module is which tensor of the base.
+        known: The adapters with the modules that were left out, which patterns may name too.
     """
 
     def __init__(
         self, given: Sequence[str], adapters: Sequence[Adapter], base: Checkpoint | None = None,
-        plan: EditPlan | None = None,
+        plan: EditPlan | None = None, known: Sequence[Adapter] = (),
     ) -> None:  # fmt: skip
         self.adapters = list(adapters)
         self.pipeline = bool(base and base.parts)
         parsed = [parse_block_weight(text) for text in given]
-        tensors = _tensors(plan) if plan else {}
-        modules = [[self._names(p, tensors.get((id(a), p), ())) for p in _paths(a)] for a in self.adapters]
+        tensors = _tensors(plan, self.adapters) if plan else {}
+        modules = [[self._names(p, tensors.get((i, p), ())) for p in _paths(a)]
+                   for i, a in enumerate(known or self.adapters)]  # fmt: skip
         check_patterns(parsed, modules)
         self._weights = [BlockWeights(parsed, i + 1, modules[i]) for i in range(len(self.adapters))]
 
@@ -45,16 +48,23 @@ class Blocks:
         return list(dict.fromkeys(found or names_of(path)))
 
 
-def weigh_plan(plan: EditPlan, given: Sequence[str], adapters: Sequence[Adapter], base: Checkpoint) -> None:
-    """Multiply the strength of every term of a plan by its module's block weight; a term of weight 0 goes.
+def weighed_plan(
+    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], given: Sequence[str], *,
+    replaces: bool = True,
+) -> EditPlan:  # fmt: skip
+    """plan_edits, with the strength of every term multiplied by its module's block weight; a term of weight 0 goes.
+
+    A module that a pattern with weight 0 means by its name in the file is not looked for in the base at all.
 
     Raises:
         UsageError: a pattern that means nothing, a list that does not fit. MismatchError: a tensor that can only be
-            taken whole.
+            taken whole, and as plan_edits.
     """
+    left = [_without_zeros(given, i + 1, a) for i, a in enumerate(adapters)] if given else list(adapters)
+    plan = plan_edits(base, left, weights, replace=replaces)
     if not given:
-        return
-    blocks = Blocks(given, adapters, base, plan)
+        return plan
+    blocks = Blocks(given, left, base, plan, adapters)
     for name, edit in list(plan.edits.items()):
         if not (edit.contributions or edit.replacement or edit.rows):
             continue
@@ -62,6 +72,14 @@ def weigh_plan(plan: EditPlan, given: Sequence[str], adapters: Sequence[Adapter]
         empty = not (edit.contributions or edit.replacement or edit.rows)
         if empty and edit.source is not None and edit.source.name == name:
             del plan.edits[name]
+    return plan
+
+
+def _without_zeros(given: Sequence[str], number: int, adapter: Adapter) -> Adapter:
+    patterns = [item for item in map(parse_block_weight, given) if item.pattern]
+    weights = BlockWeights(patterns, number, [])
+    out = {path for path in _paths(adapter) if weights.of(names_of(path)) == 0}
+    return adapter.without(out) if out else adapter
 
 
 def _weigh(edit: Edit, blocks: Blocks) -> None:
@@ -118,13 +136,14 @@ def _paths(adapter: Adapter) -> list[str]:
     return list(dict.fromkeys([*(d.parameter or p for p, d in adapter.deltas.items()), *whole]))
 
 
-def _tensors(plan: EditPlan) -> dict[tuple[int, str], list[str]]:
-    """The base's tensors of each module, by adapter and path."""
+def _tensors(plan: EditPlan, adapters: Sequence[Adapter]) -> dict[tuple[int, str], list[str]]:
+    """The base's tensors of each module, by the adapter's place and path."""
+    places = {id(a): i for i, a in enumerate(adapters)}
     found: dict[tuple[int, str], list[str]] = {}
     for edit in plan.edits.values():
         for term in edit.contributions:
-            found.setdefault((id(term.adapter), _path(term)), []).append(edit.tensor)
+            found.setdefault((places[id(term.adapter)], _path(term)), []).append(edit.tensor)
         if edit.replacement:
-            key = (id(edit.replacement.adapter), module_of(edit.replacement.name))
+            key = (places[id(edit.replacement.adapter)], module_of(edit.replacement.name))
             found.setdefault(key, []).append(edit.tensor)
     return found

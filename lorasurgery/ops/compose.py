@@ -38,7 +38,7 @@ class Term:
     @property
     def nbytes(self) -> int:
         """Bytes of the factors on disk."""
-        return sum(self.adapter.weights.tensors[name].nbytes for name in self.delta.names)
+        return self.adapter.nbytes_of(self.delta.path)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -48,7 +48,7 @@ class ConvertOptions:
             raise UsageError("--dtype: an adapter is written as float32, bfloat16 or float16")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Conversion:
     """What is settled before a tensor is read.
 
@@ -56,13 +56,16 @@ class Conversion:
         adapter: The source. targets: Modules of the new file, by the adapter's.
         translator: None where PEFT stays PEFT, so that no name changes.
         kernels: Of convolutions, by the adapter's path; LoHa and LoKr may hold them flat, and the base tells.
+        matched: How many of the adapter's tensors the base has; None without a base.
     """
 
     adapter: Adapter
     options: ConvertOptions
-    targets: list[Target]
-    translator: Translator | None
+    targets: list[Target] = field(default_factory=list)
+    translator: Translator | None = None
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    matched: int | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def name(self, target: Target) -> str:
         """The target's name in the file."""
@@ -112,10 +115,10 @@ def convert(
     checkpoint = Checkpoint.open(base) if base is not None else None
     report = Report("convert", [str(adapter), *([str(base)] if base is not None else [])], str(out), dry_run=dry_run)
     plan = plan_conversion(opened, options, checkpoint)
-    matched = _match(plan, checkpoint, report) if checkpoint else None
+    report.warnings += plan.warnings
     report.modules = [_line(plan, target) for target in plan.targets]
     report.totals = {"from": opened.format, "to": options.to, "modules_in": len(opened.deltas),
-                     "modules": len(plan.targets), "matched": matched}  # fmt: skip
+                     "modules": len(plan.targets), "matched": plan.matched}  # fmt: skip
     report.summary = f"{opened.format} to {options.to}: {len(opened.deltas)} modules become {len(plan.targets)}"
     if not dry_run:
         from lorasurgery.ops.convert_write import carry_out  # imports torch
@@ -125,27 +128,21 @@ def convert(
     return clock.stamp(report)
 
 
-def _match(plan: Conversion, base: Checkpoint, report: Report) -> int:
+def _match(adapter: Adapter, translator: Translator | None, base: Checkpoint, warnings: list[str]) -> int:
     """Every tensor must match the base, save those of a text encoder that it has not."""
-    adapter, lacking = plan.adapter, plan.translator.lacking if plan.translator else frozenset()
-    if lacking and plan.translator:
-        places = plan.translator.places
-        out = {path for path, place in places.items() if place.part in lacking}
-        adapter = replace(
-            adapter,
-            deltas={p: d for p, d in adapter.deltas.items() if p not in out},
-            diffs={n: k for n, k in adapter.diffs.items() if n.rpartition(".")[0] not in out},
-            replaced={n: k for n, k in adapter.replaced.items() if n.rpartition(".")[0] not in out},
+    places = translator.places if translator else {}
+    out = {path for path, place in places.items() if translator and place.part in translator.lacking}
+    left = adapter.without(out) if out else adapter
+    if not (left.deltas or left.diffs or left.replaced or left.tokens):
+        raise MismatchError(
+            f"{base.path}: has no text encoder, and {adapter.path} is for nothing else; leave --base out"
         )
-        if not (adapter.deltas or adapter.diffs or adapter.replaced):
-            raise MismatchError(
-                f"{base.path}: has no text encoder, and {adapter.path} is for nothing else; leave --base out"
-            )
-        report.warnings.append(
+    if out:
+        warnings.append(
             f"{base.path} has no text encoder for {len(out)} modules ({min(out)} …); they are translated by the names "
             "that all such encoders have, and their shapes are not checked"
         )
-    return plan_edits(base, [adapter], [1.0]).matched
+    return plan_edits(base, [left], [1.0]).matched
 
 
 def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint | None) -> Conversion:
@@ -155,22 +152,33 @@ def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint 
         UnsupportedError: what the new format can't say, by name. MismatchError: a module the base does not have.
     """
     _check_sayable(adapter, options)
+    plan = Conversion(adapter, options)
     if adapter.format == "peft" and options.to == "peft":
-        targets = [Target("any", path, (Piece(d.shape[0], path),)) for path, d in adapter.deltas.items()]
-        return Conversion(adapter, options, targets, None)
+        if base is not None:
+            plan.matched = _match(adapter, None, base, plan.warnings)
+        plan.targets = [Target("any", path, (Piece(d.shape[0], path),)) for path, d in adapter.deltas.items()]
+        return plan
     dictionary = None
     if base is not None:
         dictionary = Dictionary(base.tensors, pipeline=bool(base.parts), config=base.config_of)
-    translator = Translator(adapter, options.to, dictionary, _home(adapter))
-    targets = translator.targets({path: delta.shape for path, delta in adapter.deltas.items()})
-    for target in targets:
-        _check_whole(adapter, target)
-    kernels: dict[str, tuple[int, ...]] = {}
+    plan.translator = translator = Translator(adapter, options.to, dictionary, _home(adapter))
     if base is not None and dictionary is not None:
-        for path, delta in adapter.deltas.items():
-            slots = dictionary.find(translator.places[path]) if delta.form != "lora" and not delta.kernel else ()
-            kernels |= {path: base.tensors[slots[0].tensor].shape[2:]} if slots else {}
-    return Conversion(adapter, options, targets, translator, kernels)
+        plan.matched = _match(adapter, translator, base, plan.warnings)
+        plan.kernels = _flat_kernels(adapter, translator, dictionary, base)
+    plan.targets = translator.targets({path: delta.shape for path, delta in adapter.deltas.items()})
+    for target in plan.targets:
+        _check_whole(adapter, target)
+    return plan
+
+
+def _flat_kernels(
+    adapter: Adapter, translator: Translator, dictionary: Dictionary, base: Checkpoint
+) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for path, delta in adapter.deltas.items():
+        slots = dictionary.find(translator.places[path]) if delta.form != "lora" and not delta.kernel else ()
+        found |= {path: base.tensors[slots[0].tensor].shape[2:]} if slots else {}
+    return found
 
 
 def _home(adapter: Adapter) -> Part | None:

@@ -49,7 +49,9 @@ def _modules(
     options, lycoris = plan.options, plan.options.to in ("kohya", "comfyui")
     assembly = Assembly(plan.adapter, _reduced(plan, device), options.dtype, plan.kernels)
     found: list[tuple[Module, float, float]] = []
-    for i, target in enumerate(plan.targets):
+    costs = [sum(plan.adapter.nbytes_of(s) for s in target.sources) for target in plan.targets]
+    done = 0
+    for target, cost in zip(plan.targets, costs, strict=True):
         name = plan.name(target)
         try:
             module, error, norm = assembly.build(target, name, lycoris=lycoris)
@@ -58,8 +60,9 @@ def _modules(
         split = sum(p.height for p in target.pieces) < plan.adapter.deltas[target.sources[0]].shape[0]
         if not (split and is_zero(module)):
             found.append((module, error, norm))
+        done += cost
         if progress:
-            progress(name, i + 1, len(plan.targets))
+            progress(name, done, sum(costs))
     modules = [m for m, _, _ in found]
     final = portable(modules) if options.portable else modules
     return final, [_line(new, old, *rest) for new, (old, *rest) in zip(final, found, strict=True)]

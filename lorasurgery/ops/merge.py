@@ -11,8 +11,7 @@ from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files, run
-from lorasurgery.ops.block_weight import weigh_plan
-from lorasurgery.ops.planner import plan_edits
+from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import Progress, Report
 
@@ -60,8 +59,7 @@ def merge(
     check_device_name(device)
     checkpoint, opened = Checkpoint.open(base), [open_adapter(a) for a in adapters]
     check_output(Path(out), [Path(base), *map(Path, adapters)], overwrite)
-    plan = plan_edits(checkpoint, opened, strengths)
-    weigh_plan(plan, block_weights, opened, checkpoint)
+    plan = weighed_plan(checkpoint, opened, strengths, block_weights)
     recipe = Recipe(
         checkpoint, [a for a, w in zip(opened, strengths, strict=True) if w], plan,
         Path(out), dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, overwrite=overwrite,

@@ -12,10 +12,9 @@ from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files, run
-from lorasurgery.ops.block_weight import weigh_plan
+from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.merge import check_weights, start_report
-from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import ModuleReport, Progress, Report
 
@@ -58,8 +57,7 @@ def unmerge(
     original = Checkpoint.open(base) if base is not None else None
     inputs = [str(merged), *map(str, adapters), *([str(base)] if base is not None else [])]
     check_output(Path(out), [Path(i) for i in inputs], overwrite)
-    plan = plan_edits(checkpoint, opened, [-w for w in strengths], replace=False)
-    weigh_plan(plan, block_weights, opened, checkpoint)
+    plan = weighed_plan(checkpoint, opened, [-w for w in strengths], block_weights, replaces=False)
     plan.untied, dropped = False, frozenset[str]()
     if original is not None:
         dropped = restore_from(original, checkpoint, plan)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lorasurgery.adapters.blocks import LISTS, PRESETS, block_of, names_of
 from lorasurgery.cli.main import main
-from lorasurgery.errors import UnsupportedError, UsageError
+from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.ops.blend import BlendOptions, blend
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.unmerge import unmerge
@@ -225,3 +225,21 @@ def test_names() -> None:
     """A module goes by the file's and the base's names, with and without the part's prefix."""
     assert "conv_in" in names_of("unet.conv_in")
     assert "input_blocks.0.0" in names_of("lora_unet_conv_in", "model.diffusion_model.input_blocks.0.0")
+
+
+def test_a_part_that_the_base_lacks_is_left_out_by_name(tmp_path: Path) -> None:
+    """A pattern with weight 0 lets a file for transformer and text encoder into a transformer alone; all else still must match."""
+    base = images.single_file("flux", tmp_path / "base.safetensors")
+    both, one = (
+        loose.kohya("flux", tmp_path / "both.safetensors"),
+        loose.kohya("flux", tmp_path / "one.safetensors", text=False),
+    )
+    with pytest.raises(MismatchError, match=r"12 of \d+ modules match no tensor.*no text encoder 1.*--block-weight"):
+        merge(base, [both], tmp_path / "no.safetensors")
+    merge(base, [both], tmp_path / "a.safetensors", block_weights=["lora_te1_*=0"])
+    merge(base, [one], tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    with pytest.raises(MismatchError, match="12 of"):
+        merge(base, [both], tmp_path / "no.safetensors", block_weights=["lora_te1_*=0.5"])
+    unmerge(tmp_path / "a.safetensors", [both], tmp_path / "c.safetensors", block_weights=["lora_te1_*=0"])
+    assert (tmp_path / "c.safetensors").stat().st_size == base.stat().st_size
