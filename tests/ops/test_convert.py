@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import loose
 import models
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -413,3 +416,35 @@ def test_names_that_only_a_base_tells(tmp_path: Path) -> None:
     save_file({k: v for n in names for k, v in loose.factors(f"transformer.{n}", (64, 32), alpha=None).items()}, source)
     with pytest.raises(UnsupportedError, match=r"the original's name of .*norm1_context.linear.*; give --base"):
         convert(source, tmp_path / "out.safetensors", ConvertOptions("kohya"))
+
+
+@settings(max_examples=25)
+@given(
+    kind=st.sampled_from(KINDS), to=st.sampled_from(["peft", "diffusers", "comfyui"]), seed=st.integers(0, 99),
+    alpha=st.sampled_from([0.5, 1.0, 2.7, 3.0, 12.0]), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_any_part_of_any_adapter(
+    kind: str,
+    to: str,
+    seed: int,
+    alpha: float,
+    dtype: torch.dtype,
+    bases: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Whatever modules, ranks, alphas and dtype a kohya file has, it comes back with the same bits in every ΔW."""
+    root = tmp_path_factory.mktemp("any")
+    full = load_file(loose.kohya(kind, root / "full.safetensors"))
+    rng = random.Random(seed)
+    paths = sorted({k.partition(".")[0] for k in full})
+    weights: dict[str, Tensor] = {}
+    for path in rng.sample(paths, rng.randint(1, 12)):
+        rank = rng.randint(1, 4)
+        weights[f"{path}.lora_down.weight"] = full[f"{path}.lora_down.weight"][:rank].contiguous().to(dtype)
+        weights[f"{path}.lora_up.weight"] = full[f"{path}.lora_up.weight"][:, :rank].contiguous().to(dtype)
+        if rng.random() < 0.8:
+            weights[f"{path}.alpha"] = torch.tensor(alpha * rng.choice([1, 2, 5]), dtype=dtype)
+    save_file(weights, root / "in.safetensors")
+    convert(root / "in.safetensors", root / "there", ConvertOptions(to), base=bases / kind)
+    convert(root / "there", root / "back.safetensors", ConvertOptions("kohya"), base=bases / kind)
+    assert same(updates(root / "back.safetensors"), updates(root / "in.safetensors"))
