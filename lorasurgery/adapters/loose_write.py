@@ -2,8 +2,8 @@
 
 kohya's files say alpha by a tensor for each module and are read so by ComfyUI, sd-scripts and diffusers. diffusers'
 own files can't: it refuses them with alpha tensors (0.42.1), and ComfyUI does not look at the header. So the scale goes
-into the factors wherever that is exact (a power of two), and strength 1 means the same to both; where it is not, the
-header keeps alpha to the bit, and `baked` tells that ComfyUI would not see it.
+into the factors wherever that is exact (a power of two; float32 holds what float16 can't), and strength 1 means the
+same to both; where it is not, the header keeps alpha to the bit, and `unseen` tells that ComfyUI would not see it.
 """
 
 from __future__ import annotations
@@ -121,14 +121,24 @@ def alpha_tensor(alpha: float, update: LowRank) -> Tensor:
 def baked(update: LowRank) -> LowRank:
     """The scale multiplied into up where no bit of ΔW changes by it: a power of two that overflows nothing.
 
+    float16 has few bits for small numbers; where it would lose some, up is held in float32.
+
     >>> import torch
     >>> [baked(LowRank(torch.ones(2, 1), torch.ones(1, 2), s)).scale for s in (0.5, 0.3)]
     [1.0, 0.3]
+    >>> baked(LowRank(torch.full((2, 1), 6e-8, dtype=torch.float16), torch.ones(1, 2), 0.5)).up.dtype
+    torch.float32
     """
+    import torch
+
     if update.scale == 1 or math.frexp(abs(update.scale))[0] != 0.5:
         return update
-    up = update.up * update.scale
-    return LowRank(up, update.down) if bool((up / update.scale == update.up).all()) else update
+    wide = torch.promote_types(update.up.dtype, torch.float32)
+    for held in (update.up, update.up.to(wide)):
+        up = held * update.scale
+        if bool((up / update.scale == held).all()):
+            return LowRank(up, update.down)
+    return update
 
 
 def training_metadata(metadata: Mapping[str, str], modules: Sequence[Module]) -> dict[str, str]:

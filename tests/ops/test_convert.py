@@ -421,7 +421,7 @@ def test_names_that_only_a_base_tells(tmp_path: Path) -> None:
 @settings(max_examples=25)
 @given(
     kind=st.sampled_from(KINDS), to=st.sampled_from(["peft", "diffusers", "comfyui"]), seed=st.integers(0, 99),
-    alpha=st.sampled_from([0.5, 1.0, 2.7, 3.0, 12.0]), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    alpha=st.sampled_from([0.5, 1.0, 2.7, 3.0, 12.0]), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )  # fmt: skip
 def test_any_part_of_any_adapter(
     kind: str,
@@ -448,3 +448,18 @@ def test_any_part_of_any_adapter(
     convert(root / "in.safetensors", root / "there", ConvertOptions(to), base=bases / kind)
     convert(root / "there", root / "back.safetensors", ConvertOptions("kohya"), base=bases / kind)
     assert same(updates(root / "back.safetensors"), updates(root / "in.safetensors"))
+
+
+def test_strength_one_means_the_same_everywhere(bases: Path, tmp_path: Path) -> None:
+    """A float16 file with alpha = r/2: the scale goes into the factors, for ComfyUI does not read diffusers' header."""
+    source = loose.kohya("sdxl", tmp_path / "in.safetensors")
+    save_file({k: v.to(torch.float16) for k, v in load_file(source).items()}, source, metadata(source))
+    report = convert(source, tmp_path / "there.safetensors", ConvertOptions("diffusers"), base=bases / "sdxl")
+    assert report.totals["alpha_in_header_only"] == 0
+    assert not report.warnings
+    assert all(d.scale == 1 for d in open_adapter(tmp_path / "there.safetensors").deltas.values())
+    assert report.totals["error"] == 0
+    source = loose.kohya("sdxl", tmp_path / "thirds.safetensors", alpha=3.0)
+    report = convert(source, tmp_path / "thirds-d.safetensors", ConvertOptions("diffusers"), base=bases / "sdxl")
+    assert report.totals["alpha_in_header_only"] > 0
+    assert "--portable" in report.warnings[0]
