@@ -19,19 +19,24 @@ from lorasurgery.cli import options, render
     is_flag=True,
     help="One rank for all (zero-padded), alpha = r, the scale in the factors: what every reader takes.",
 )
+@click.option(
+    "--rank",
+    type=int,
+    help="Rank of what has no LoRA factors of its own. [default: all that LoHa, LoKr and differences have]",
+)
 @click.option("--dtype", type=options.DTYPE, help="Dtype of what is written. [default: the adapter's own]")
 @options.common
 @options.guarded
 def command(
     adapter: str, to: str, base: str | None, portable: bool, dtype: str | None, out: str, as_json: bool, quiet: bool,
-    verbose: bool, device: str, dry_run: bool, overwrite: bool,
+    verbose: bool, device: str, dry_run: bool, overwrite: bool, rank: int | None,
 ) -> None:  # fmt: skip
     """Write an adapter in another format, bit for bit wherever both formats can say it.
 
     Names, alpha (a tensor here, a word in the config there), split and fused modules are translated and the header's
-    metadata goes along. LoHa, LoKr, LoCon's core and whole differences become plain LoRA, with the measured error. An
-    image model's adapter becomes a PEFT folder for each of its parts (the folder itself for a denoiser alone). A folder
-    of adapters is done one by one, into OUT under the same names.
+    metadata goes along. LoHa, LoKr, LoCon's core and whole differences become plain LoRA, with the measured error, and
+    so does DoRA with --portable and --base. An image model's adapter becomes a PEFT folder for each of its parts (the
+    folder itself for a denoiser alone). A folder of adapters is done one by one, into OUT under the same names.
 
     \b
     Examples:
@@ -39,10 +44,11 @@ def command(
       lorasurgery convert style --to kohya --base sdxl -o style.safetensors
       lorasurgery convert flux.safetensors --to diffusers --base flux -o flux-diffusers.safetensors
       lorasurgery convert adapter --to peft --portable -o portable       # for any server
+      lorasurgery convert dora --to peft --portable --base llama --rank 64 -o plain
     """
     from lorasurgery.ops.convert import ConvertOptions, convert
 
-    chosen = ConvertOptions(to, portable, dtype)  # type: ignore[arg-type]
+    chosen = ConvertOptions(to, portable, dtype, rank)  # type: ignore[arg-type]
     with render.progress("convert", quiet=quiet or as_json) as callback:
         report = convert(adapter, out, chosen, base=base, device=device, overwrite=overwrite, dry_run=dry_run,
                          progress=callback)  # fmt: skip

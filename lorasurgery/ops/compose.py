@@ -100,8 +100,8 @@ def _check_linear(adapter: Adapter, delta: Delta) -> None:
     """What is no sum of low-rank terms can be merged but not brought to another rank."""
     if delta.magnitude:
         raise UnsupportedError(
-            f"{adapter.path}: {delta.path} is DoRA, which is no low-rank update by itself; merge it into its base and "
-            "extract the difference"
+            f"{adapter.path}: {delta.path} is DoRA, which is no low-rank update by itself; lorasurgery convert "
+            "--portable --base BASE makes a LoRA of it"
         )
     if delta.experts or delta.wrapped:
         what = "holds fused experts" if delta.experts else "lies inside an nn.MultiheadAttention"

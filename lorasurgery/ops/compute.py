@@ -38,7 +38,7 @@ def apply_edit(
     else:
         matrix = start.reshape(start.shape[0], -1) if start.ndim else start.reshape(1, 1)
         if any(c.decomposes for c in edit.contributions):
-            value, survival = set_values(matrix, _in_turn(edit, matrix), dtype, **how)
+            value, survival = set_values(matrix, in_turn(edit, matrix), dtype, **how)
         else:
             updates = [_placed(c, matrix.shape[0]).to(device) for c in edit.contributions]
             value, survival = add_updates(matrix, updates, dtype, **how)
@@ -62,8 +62,12 @@ def _experts(edit: Edit, start: torch.Tensor, dtype: torch.dtype, how: dict[str,
     return value, total
 
 
-def _in_turn(edit: Edit, matrix: torch.Tensor) -> torch.Tensor:
-    """Contributions one after the other in float32, for DoRA's norm is that of the weight it meets."""
+def in_turn(edit: Edit, matrix: torch.Tensor) -> torch.Tensor:
+    """Contributions one after the other in float32, for DoRA's norm is that of the weight it meets.
+
+    Args:
+        matrix: The weight, a convolution's flattened; it is not changed.
+    """
     value = matrix.to(widened(matrix.dtype), copy=True)
     for c in edit.contributions:
         rows = slice(None) if c.into is None else c.into

@@ -34,11 +34,14 @@ class ConvertOptions:
         to: The format.
         portable: One rank for all (zero-padded), alpha = r, the scale in the factors: what every reader takes.
         dtype: safetensors name of what factors are written in; None keeps the adapter's own.
+        rank: Of what has no LoRA factors of its own. None keeps all that LoHa, LoKr and whole differences have, and
+            the rank of the factors for DoRA that becomes plain LoRA.
     """
 
     to: To
     portable: bool = False
     dtype: str | None = None
+    rank: int | None = None
 
     def check(self) -> None:
         """Raise UsageError for what is no format or dtype."""
@@ -46,6 +49,8 @@ class ConvertOptions:
             raise UsageError(f"--to {self.to}: expected one of {', '.join(FORMATS)}")
         if self.dtype not in (None, "F32", "BF16", "F16"):
             raise UsageError("--dtype: an adapter is written as float32, bfloat16 or float16")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"--rank {self.rank}: expected a whole number of at least 1")
 
 
 @dataclass
@@ -56,6 +61,7 @@ class Conversion:
         adapter: The source. targets: Modules of the new file, by the adapter's.
         translator: None where PEFT stays PEFT, so that no name changes.
         kernels: Of convolutions, by the adapter's path; LoHa and LoKr may hold them flat, and the base tells.
+        base: The adapter's model, if one is given.
         matched: How many of the adapter's tensors the base has; None without a base.
     """
 
@@ -64,8 +70,16 @@ class Conversion:
     targets: list[Target] = field(default_factory=list)
     translator: Translator | None = None
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    base: Checkpoint | None = None
     matched: int | None = None
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def undone(self) -> frozenset[str]:
+        """The modules whose DoRA becomes plain LoRA: what is portable has none, and a base is there to tell."""
+        if not self.options.portable or self.base is None:
+            return frozenset()
+        return frozenset(path for path, delta in self.adapter.deltas.items() if delta.magnitude)
 
     def name(self, target: Target) -> str:
         """The target's name in the file."""
@@ -151,8 +165,8 @@ def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint 
     Raises:
         UnsupportedError: what the new format can't say, by name. MismatchError: a module the base does not have.
     """
-    _check_sayable(adapter, options)
-    plan = Conversion(adapter, options)
+    plan = Conversion(adapter, options, base=base)
+    _check_sayable(plan)
     if adapter.format == "peft" and options.to == "peft":
         if base is not None:
             plan.matched = _match(adapter, None, base, plan.warnings)
@@ -167,7 +181,7 @@ def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint 
         plan.kernels = _flat_kernels(adapter, translator, dictionary, base)
     plan.targets = translator.targets({path: delta.shape for path, delta in adapter.deltas.items()})
     for target in plan.targets:
-        _check_whole(adapter, target)
+        _check_whole(plan, target)
     return plan
 
 
@@ -191,10 +205,11 @@ def _home(adapter: Adapter) -> Part | None:
     return "denoiser" if family_of(adapter.deltas) not in ("plain", "openclip") else None
 
 
-def _check_sayable(adapter: Adapter, options: ConvertOptions) -> None:
+def _check_sayable(plan: Conversion) -> None:
     """Refuse by name what the new format, or every server, can't say."""
+    adapter, options = plan.adapter, plan.options
     for delta in adapter.deltas.values():
-        for problem in _problems(delta, options, peft=adapter.format == "peft"):
+        for problem in _problems(plan, delta):
             raise UnsupportedError(f"{adapter.path}: {delta.path} {problem}")
     stored = [*adapter.replaced, *adapter.tokens]
     flat = {n for n in adapter.diffs if n.rpartition(".")[0] not in adapter.deltas or not n.endswith(".bias")}
@@ -213,29 +228,31 @@ def _check_sayable(adapter: Adapter, options: ConvertOptions) -> None:
         )
 
 
-def _problems(delta: Delta, options: ConvertOptions, *, peft: bool) -> list[str]:
-    found = []
+def _problems(plan: Conversion, delta: Delta) -> list[str]:
+    found, options = [], plan.options
     if delta.experts or delta.wrapped:
         what = "holds fused experts" if delta.experts else "lies inside an nn.MultiheadAttention"
         found.append(f"{what}: it can be merged but not converted")
     if delta.kind == "embedding" and options.to != "peft":
         found.append(f"adapts an embedding, which the {options.to} format has no place for; merge it instead")
-    if delta.magnitude and options.portable:
-        found.append("is DoRA, which not every server takes; merge the adapter into its base instead")
-    if options.portable and (delta.bias and peft):
+    if delta.magnitude and options.portable and delta.path not in plan.undone:
+        found.append(
+            "is DoRA, which not every server takes; with --base BASE it becomes plain LoRA, and what is lost is told"
+        )
+    if options.portable and delta.bias and plan.adapter.format == "peft":
         found.append("has a bias, which not every server takes; merge the adapter into its base instead")
     return found
 
 
-def _check_whole(adapter: Adapter, target: Target) -> None:
+def _check_whole(plan: Conversion, target: Target) -> None:
     """What has no rows of its own can't be taken apart or put together."""
-    one = target.pieces[0]
+    adapter, one = plan.adapter, target.pieces[0]
     sources = [adapter.deltas[s] for s in target.sources]
     whole = len(target.pieces) == 1 and one.start == 0 and one.height == sources[0].shape[0]
     if not whole and any(d.kernel for d in sources):
         raise UnsupportedError(f"{adapter.path}: {target.path} would take a convolution apart, which is not done")
     missing = any(p.source is None for p in target.pieces)
-    with_norm = [d for d in sources if d.magnitude]
+    with_norm = [d for d in sources if d.magnitude and d.path not in plan.undone]
     if with_norm and (missing or len(with_norm) < len(sources)):
         raise UnsupportedError(
             f"{adapter.path}: {with_norm[0].path} is DoRA, but {target.path} also holds rows without a magnitude; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,13 +43,14 @@ class Assembly:
     Args:
         adapter: The source. reduced: Factors of modules that the file holds as other products, by path.
         dtype: torch dtype that factors are cast to; None keeps their own.
-        kernels: Of convolutions that the file holds flat, by path.
+        kernels: Of convolutions that the file holds flat, by path. undone: DoRA whose norm is in the factors already.
     """
 
     def __init__(
-        self, adapter: Adapter, reduced: dict[str, Factored], dtype: str | None, kernels: Mapping[str, tuple[int, ...]]
-    ) -> None:
-        self.adapter, self.reduced, self.kernels = adapter, reduced, kernels
+        self, adapter: Adapter, reduced: dict[str, Factored], dtype: str | None,
+        kernels: Mapping[str, tuple[int, ...]], undone: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        self.adapter, self.reduced, self.kernels, self.undone = adapter, reduced, kernels, undone
         self.dtype = torch_dtype(dtype) if dtype else None
 
     def build(self, target: Target, name: str, *, lycoris: bool) -> tuple[Module, float, float]:
@@ -70,6 +71,7 @@ class Assembly:
         if not math.isfinite(norm):
             raise SurgeryError(NOT_FINITE)
         lost = math.hypot(*(s.error * (s.norm or 0.0) for s in found.values()))
+        norm = math.hypot(norm, lost)  # what was cut off is orthogonal to what is left
         lost = math.hypot(lost, distance(exact, update) if update is not exact else 0.0)
         kernel = first.kernel or self.kernels.get(first.path, ())
         module = Module(
@@ -85,7 +87,8 @@ class Assembly:
             bias = self.adapter.load_bias(delta).dense().squeeze(1)
         elif f"{path}.bias" in self.adapter.diffs:
             bias = self.adapter.load_diff(f"{path}.bias").matrix.squeeze(1)
-        magnitude = self.adapter.weights.read(delta.magnitude) if delta.magnitude else None
+        kept = delta.magnitude if path not in self.undone else None
+        magnitude = self.adapter.weights.read(kept) if kept else None
         if path in self.reduced:
             own = self.reduced[path]
             return Source(own.update, own.report.error or 0.0, own.report.delta_norm, bias, magnitude)

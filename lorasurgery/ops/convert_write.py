@@ -14,8 +14,10 @@ from lorasurgery.adapters.header_config import KEY
 from lorasurgery.adapters.loose_write import LooseFile
 from lorasurgery.adapters.module import Module
 from lorasurgery.adapters.peft_write import PeftLayout
+from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.core import distance
+from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.blend import BlendOptions, factor_dtype
 from lorasurgery.ops.carry import tokenizer_files
@@ -23,6 +25,7 @@ from lorasurgery.ops.compose import Joint, Term
 from lorasurgery.ops.compose_write import Composed
 from lorasurgery.ops.composition import Composition
 from lorasurgery.ops.convert import Conversion
+from lorasurgery.ops.convert_dora import plain_lora
 from lorasurgery.ops.convert_modules import Assembly, is_zero, join_vectors, portable
 from lorasurgery.ops.extract_report import total_error
 from lorasurgery.ops.factored import Factored
@@ -47,7 +50,7 @@ def _modules(
 ) -> tuple[list[Module], list[ModuleReport]]:
     """All modules of the new file; parts of a fused one in which nothing was ever trained are left out."""
     options, lycoris = plan.options, plan.options.to in ("kohya", "comfyui")
-    assembly = Assembly(plan.adapter, _reduced(plan, device), options.dtype, plan.kernels)
+    assembly = Assembly(plan.adapter, _reduced(plan, device), options.dtype, plan.kernels, plan.undone)
     found: list[tuple[Module, float, float]] = []
     costs = [sum(plan.adapter.nbytes_of(s) for s in target.sources) for target in plan.targets]
     done = 0
@@ -69,15 +72,20 @@ def _modules(
 
 
 def _reduced(plan: Conversion, device: torch.device) -> dict[str, Factored]:
-    """Exact factors for what the file holds as LoHa, LoKr, Tucker or a whole difference."""
-    adapter = plan.adapter
-    others = [d for d in adapter.deltas.values() if d.form != "lora"]
-    if not others:
-        return {}
-    draft = Composed([adapter], [], plan.options.dtype or factor_dtype([adapter], BlendOptions()), [1.0])
-    joints = [Joint(d.path, d.kind, d.shape, [Term(adapter, d, 1.0)], d.kernel) for d in others]
-    Composition(joints, BlendOptions(), draft, device).run(None, None)
-    return {joint.path: factored for joint, factored in draft.modules}
+    """Factors for what the file holds as LoHa, LoKr, Tucker or a whole difference, and for DoRA that is undone."""
+    adapter, options = plan.adapter, plan.options
+    dtype = options.dtype or factor_dtype([adapter], BlendOptions())
+    found: dict[str, Factored] = {}
+    if plan.undone and plan.base is not None:
+        found |= plain_lora(plan.base, adapter, torch_dtype(dtype), device, options.rank)
+    others = [d for d in adapter.deltas.values() if d.form != "lora" and d.path not in found]
+    if others:
+        how = BlendOptions(choice=RankChoice(rank=options.rank) if options.rank else None)
+        draft = Composed([adapter], [], dtype, [1.0])
+        joints = [Joint(d.path, d.kind, d.shape, [Term(adapter, d, 1.0)], d.kernel) for d in others]
+        Composition(joints, how, draft, device).run(None, None)
+        found |= {joint.path: factored for joint, factored in draft.modules}
+    return found
 
 
 def _line(new: Module, old: Module, error: float, norm: float) -> ModuleReport:
@@ -174,7 +182,11 @@ def _tell(plan: Conversion, report: Report, unseen: Sequence[str]) -> None:
             f"alpha of {len(unseen)} modules ({', '.join(unseen[:2])} …) is in the header alone, where diffusers looks "
             "and ComfyUI does not; --portable writes it into the factors, up to rounding"
         )
-    if any(d.magnitude for d in plan.adapter.deltas.values()):
+    if plan.undone:
+        report.warnings.append(
+            f"{len(plan.undone)} modules were DoRA, which no LoRA is equal to; a higher --rank brings it nearer"
+        )
+    elif any(d.magnitude for d in plan.adapter.deltas.values()):
         report.warnings.append(
             "this is DoRA: at strength 1 both formats mean the same, at other strengths they do not (docs/formats.md)"
         )

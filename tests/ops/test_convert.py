@@ -300,7 +300,7 @@ def refusals(tmp_path: Path) -> list[tuple[str, ConvertOptions, type[Exception],
         ("norms", ConvertOptions("diffusers"), UnsupportedError, "difference of a vector.*--to kohya keeps it"),
         ("llama", ConvertOptions("kohya"), UnsupportedError, "no image model.*PEFT's format"),
         ("saved", ConvertOptions("peft", portable=True), UnsupportedError, "stored whole.*not every server takes"),
-        ("dora", ConvertOptions("peft", portable=True), UnsupportedError, "is DoRA, which not every server takes"),
+        ("dora", ConvertOptions("peft", portable=True), UnsupportedError, "is DoRA, which not every server takes; with --base"),
         ("kohya", ConvertOptions("safetensors"), UsageError, "expected one of peft, kohya"),
     ]  # fmt: skip
 
@@ -463,3 +463,56 @@ def test_strength_one_means_the_same_everywhere(bases: Path, tmp_path: Path) -> 
     report = convert(source, tmp_path / "thirds-d.safetensors", ConvertOptions("diffusers"), base=bases / "sdxl")
     assert report.totals["alpha_in_header_only"] > 0
     assert "--portable" in report.warnings[0]
+
+
+@pytest.mark.parametrize("rank", [None, 6, 32])
+def test_dora_becomes_plain_lora(rank: int | None, tmp_path: Path) -> None:
+    """With --portable and --base: the best LoRA of the difference that DoRA makes, and the error that it really has."""
+    base = models.save(models.make("gpt2"), tmp_path / "base")
+    peft = models.peft_adapter("gpt2", tmp_path / "a", r=3, target_modules=["c_attn", "c_fc", "wte"], use_dora=True)
+    report = convert(tmp_path / "a", tmp_path / "b", ConvertOptions("peft", portable=True, rank=rank), base=base)
+    before = models.make("gpt2").state_dict()
+    after = {k.replace("base_model.model.", ""): v for k, v in peft.merge_and_unload().state_dict().items()}
+    lost = change = 0.0
+    deltas = models.peft_deltas("gpt2", tmp_path / "b")
+    for module in report.modules:
+        exact = (after[f"{module.name}.weight"] - before[f"{module.name}.weight"]).double()
+        best = torch.linalg.svdvals(exact)[rank or 3 :].norm() / exact.norm()
+        found = (exact - deltas[module.name]).norm() / exact.norm()
+        assert module.error == pytest.approx(float(found), rel=1e-3, abs=1e-5)
+        assert float(found) <= float(best) * 1.001 + 1e-5
+        lost, change = lost + float((exact - deltas[module.name]).norm()) ** 2, change + float(exact.norm()) ** 2
+    assert report.totals["error"] == pytest.approx((lost / change) ** 0.5, rel=1e-3, abs=1e-5)
+    assert check(tmp_path / "b", "vllm", max_lora_rank=32).totals["serves"]
+    config = json.loads((tmp_path / "b/adapter_config.json").read_text())
+    assert not config["use_dora"]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_lycoris_dora_becomes_plain_lora(axis: int, bases: Path, tmp_path: Path) -> None:
+    """LyCORIS's DoRA along either axis, fused rows and a convolution too; at full rank nothing is lost."""
+    g = torch.Generator().manual_seed(0)
+    weights: dict[str, Tensor] = {}
+    kind = "sd1" if axis else "flux"
+    shapes = {
+        "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": (32, 32),
+        "down_blocks_0_resnets_0_conv1": (32, 32, 3, 3),
+    }
+    if kind == "flux":
+        shapes = {"double_blocks_0_img_attn_qkv": (96, 32), "double_blocks_0_img_attn_proj": (32, 32)}
+    for name, shape in shapes.items():
+        weights |= loose.factors(f"lora_unet_{name}", shape)
+        size = [1] * len(shape)
+        size[axis] = shape[axis]
+        weights[f"lora_unet_{name}.dora_scale"] = 0.5 + torch.rand(size, generator=g)
+    source = tmp_path / "in.safetensors"
+    save_file(weights, source)
+    options = ConvertOptions("diffusers", portable=True, rank=32)
+    report = convert(source, tmp_path / "there", options, base=bases / kind)
+    assert report.totals["error"] < 5e-6  # float32 factors
+    part = "unet" if axis else "transformer"
+    one = merged(bases / kind, source, tmp_path / "one")[part]
+    two = merged(bases / kind, tmp_path / "there", tmp_path / "two")[part]
+    assert all(torch.allclose(two[k], v, atol=1e-5) for k, v in one.items())
+    low = convert(source, tmp_path / "low", ConvertOptions("kohya", portable=True, rank=2), base=bases / kind)
+    assert 0.1 < low.totals["error"] < 1
