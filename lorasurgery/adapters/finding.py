@@ -12,6 +12,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 Verdict = Literal["rejected", "wrong", "dropped"]
 
 PORTABLE = "lorasurgery convert {path} --to peft --portable -o OUT"
+UNDONE = "lorasurgery convert {path} --to peft --portable --base {base} -o OUT"
 TO_PEFT = "lorasurgery convert {path} --to peft --base {base} -o OUT"
 TO_KOHYA = "lorasurgery convert {path} --to kohya --base {base} -o OUT.safetensors"
 TO_DIFFUSERS = "lorasurgery convert {path} --to diffusers --base {base} -o OUT.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.finding import MERGE, PORTABLE, Finding, Rule, Setting, some
+from lorasurgery.adapters.finding import MERGE, PORTABLE, UNDONE, Finding, Rule, Setting, some
 from lorasurgery.adapters.naming import BaseNames, is_head
 from lorasurgery.adapters.peft import PREFIX
 from lorasurgery.adapters.servers_peft import INITS, is_folder, named_keys
@@ -22,7 +22,7 @@ def _folder(adapter: Adapter, setting: Setting) -> Iterator[Finding]:
 
 def _dora(adapter: Adapter, _: Setting) -> Iterator[Finding]:
     if any(d.magnitude for d in adapter.deltas.values()):
-        yield Finding("rejected", "DoRA", MERGE)
+        yield Finding("rejected", "DoRA", f"{MERGE}; or, nearly the same, {UNDONE}")
 
 
 def _kinds(adapter: Adapter, _: Setting) -> Iterator[Finding]:

@@ -65,7 +65,7 @@ def test_rules(server: str, config: dict[str, Any], said: list[str], tmp_path: P
     assert len(found) == len(said)
     assert all(word in f["what"] for word, f in zip(said, found, strict=True))
     assert report.totals["serves"] == (not said)
-    if found and all("--portable" in f["mend"] for f in found):
+    if found and all("--portable -o" in f["mend"] for f in found):
         convert(path, tmp_path / "mended", ConvertOptions("peft", portable=True))
         assert check(tmp_path / "mended", server).totals["serves"]
 
