@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from lorasurgery.adapters.adapter import Adapter, Delta
+from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.components import FOLDER_NAMES, Part, adapter_place
 from lorasurgery.adapters.dialects import family_of
 from lorasurgery.adapters.dictionary import Dictionary
@@ -15,8 +15,9 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.adapters.translate import Piece, Target, Translator
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
+from lorasurgery.errors import MismatchError, UsageError
 from lorasurgery.ops.batch import find_adapters, run_each
+from lorasurgery.ops.convert_limits import check_sayable, check_whole
 from lorasurgery.ops.layout import check_name
 from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
@@ -166,7 +167,7 @@ def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint 
         UnsupportedError: what the new format can't say, by name. MismatchError: a module the base does not have.
     """
     plan = Conversion(adapter, options, base=base)
-    _check_sayable(plan)
+    check_sayable(plan)
     if adapter.format == "peft" and options.to == "peft":
         if base is not None:
             plan.matched = _match(adapter, None, base, plan.warnings)
@@ -181,7 +182,7 @@ def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint 
         plan.kernels = _flat_kernels(adapter, translator, dictionary, base)
     plan.targets = translator.targets({path: delta.shape for path, delta in adapter.deltas.items()})
     for target in plan.targets:
-        _check_whole(plan, target)
+        check_whole(plan, target)
     return plan
 
 
@@ -203,61 +204,6 @@ def _home(adapter: Adapter) -> Part | None:
     if place is not None:
         return place.part
     return "denoiser" if family_of(adapter.deltas) not in ("plain", "openclip") else None
-
-
-def _check_sayable(plan: Conversion) -> None:
-    """Refuse by name what the new format, or every server, can't say."""
-    adapter, options = plan.adapter, plan.options
-    for delta in adapter.deltas.values():
-        for problem in _problems(plan, delta):
-            raise UnsupportedError(f"{adapter.path}: {delta.path} {problem}")
-    stored = [*adapter.replaced, *adapter.tokens]
-    flat = {n for n in adapter.diffs if n.rpartition(".")[0] not in adapter.deltas or not n.endswith(".bias")}
-    if stored and (options.portable or (options.to != "peft" and adapter.format == "peft")):
-        raise UnsupportedError(
-            f"{adapter.path}: {stored[0]} is stored whole, which "
-            f"{'not every server takes' if options.portable else f'the {options.to} format has no place for'}; "
-            "merge the adapter into its base instead"
-        )
-    if stored and adapter.format != "peft" and options.to in ("peft", "diffusers"):
-        raise UnsupportedError(f"{adapter.path}: {stored[0]} is set whole; only --to kohya or comfyui can say that")
-    if flat and options.to in ("peft", "diffusers"):
-        raise UnsupportedError(
-            f"{adapter.path}: {min(flat)} is a difference of a vector that has no LoRA beside it, which the "
-            f"{options.to} format has no place for; --to kohya keeps it, or merge the adapter into its base"
-        )
-
-
-def _problems(plan: Conversion, delta: Delta) -> list[str]:
-    found, options = [], plan.options
-    if delta.experts or delta.wrapped:
-        what = "holds fused experts" if delta.experts else "lies inside an nn.MultiheadAttention"
-        found.append(f"{what}: it can be merged but not converted")
-    if delta.kind == "embedding" and options.to != "peft":
-        found.append(f"adapts an embedding, which the {options.to} format has no place for; merge it instead")
-    if delta.magnitude and options.portable and delta.path not in plan.undone:
-        found.append(
-            "is DoRA, which not every server takes; with --base BASE it becomes plain LoRA, and what is lost is told"
-        )
-    if options.portable and delta.bias and plan.adapter.format == "peft":
-        found.append("has a bias, which not every server takes; merge the adapter into its base instead")
-    return found
-
-
-def _check_whole(plan: Conversion, target: Target) -> None:
-    """What has no rows of its own can't be taken apart or put together."""
-    adapter, one = plan.adapter, target.pieces[0]
-    sources = [adapter.deltas[s] for s in target.sources]
-    whole = len(target.pieces) == 1 and one.start == 0 and one.height == sources[0].shape[0]
-    if not whole and any(d.kernel for d in sources):
-        raise UnsupportedError(f"{adapter.path}: {target.path} would take a convolution apart, which is not done")
-    missing = any(p.source is None for p in target.pieces)
-    with_norm = [d for d in sources if d.magnitude and d.path not in plan.undone]
-    if with_norm and (missing or len(with_norm) < len(sources)):
-        raise UnsupportedError(
-            f"{adapter.path}: {with_norm[0].path} is DoRA, but {target.path} also holds rows without a magnitude; "
-            "merge the adapter into its base instead"
-        )
 
 
 def _line(plan: Conversion, target: Target) -> ModuleReport:

@@ -293,32 +293,41 @@ def test_a_language_model_made_portable(tmp_path: Path) -> None:
     )
 
 
-def refusals(tmp_path: Path) -> list[tuple[str, ConvertOptions, type[Exception], str]]:
-    """Adapters that another format can't say: a maker's name, options, error and words."""
-    return [
-        ("kohya", ConvertOptions("peft"), UnsupportedError, "underscores.*give --base"),
-        ("norms", ConvertOptions("diffusers"), UnsupportedError, "difference of a vector.*--to kohya keeps it"),
-        ("llama", ConvertOptions("kohya"), UnsupportedError, "no image model.*PEFT's format"),
-        ("saved", ConvertOptions("peft", portable=True), UnsupportedError, "stored whole.*not every server takes"),
-        ("dora", ConvertOptions("peft", portable=True), UnsupportedError, "is DoRA, which not every server takes; with --base"),
-        ("kohya", ConvertOptions("safetensors"), UsageError, "expected one of peft, kohya"),
-    ]  # fmt: skip
+# A maker's name, options, the error and its words.
+REFUSALS: list[tuple[str, ConvertOptions, type[Exception], str]] = [
+    ("kohya", ConvertOptions("peft"), UnsupportedError, "underscores.*give --base"),
+    ("norms", ConvertOptions("diffusers"), UnsupportedError, "difference of a vector.*--to kohya keeps it"),
+    ("llama", ConvertOptions("kohya"), UnsupportedError, "no image model.*PEFT's format"),
+    ("saved", ConvertOptions("peft", portable=True), UnsupportedError, "stored whole.*not every server takes"),
+    ("dora", ConvertOptions("peft", portable=True), UnsupportedError, "is DoRA, which not every server takes; with --base"),
+    ("kohya", ConvertOptions("safetensors"), UsageError, "expected one of peft, kohya"),
+    ("kohya", ConvertOptions("peft", rank=0), UsageError, "--rank 0"),
+    ("tokens", ConvertOptions("peft"), UnsupportedError, "single rows.*merged but not converted"),
+    ("lora bias", ConvertOptions("peft", portable=True), UnsupportedError, "has a bias, which not every server"),
+    ("norms", ConvertOptions("kohya", portable=True), UnsupportedError, "a vector, which not every reader takes"),
+    ("bias", ConvertOptions("diffusers", portable=True), UnsupportedError, "a vector, which not every reader takes"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", range(6))
+@pytest.mark.parametrize("case", range(len(REFUSALS)))
 def test_refused_by_name(case: int, tmp_path: Path) -> None:
     """What the new format can't say is refused with the reason and the next move; nothing is written."""
-    kind, options, error, words = refusals(tmp_path)[case]
-    source = tmp_path / "in.safetensors"
-    if kind in ("kohya", "norms"):
-        norms = {"unet.mid_block.resnets.0.norm1.w_norm": torch.ones(64)} if kind == "norms" else {}
-        save_file(
-            loose.factors("lora_unet_mid_block_attentions_0_proj_in", (64, 64)) if kind == "kohya" else norms, source
-        )
+    kind, options, error, words = REFUSALS[case]
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    files = {
+        "kohya": loose.factors(stem, (64, 64)), "norms": {"unet.mid_block.resnets.0.norm1.w_norm": torch.ones(64)},
+        "bias": loose.factors(stem, (64, 64)) | {f"{stem}.diff_b": torch.ones(64)},
+    }  # fmt: skip
+    extra: dict[str, dict[str, object]] = {
+        "llama": {}, "saved": {"modules_to_save": ["norm"]}, "dora": {"use_dora": True},
+        "tokens": {"trainable_token_indices": [1, 2]}, "lora bias": {"lora_bias": True},
+    }  # fmt: skip
+    if kind in files:
+        source = tmp_path / "in.safetensors"
+        save_file(files[kind], source)
     else:
-        extra = {"llama": {}, "saved": {"modules_to_save": ["norm"]}, "dora": {"use_dora": True}}[kind]
         source = tmp_path / "in"
-        models.peft_adapter("llama", source, r=4, target_modules=["q_proj", "v_proj"], **extra)
+        models.peft_adapter("llama", source, r=4, target_modules=["q_proj", "v_proj"], **extra[kind])
     with pytest.raises(error, match=words):
         convert(source, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()

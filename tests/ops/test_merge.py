@@ -207,7 +207,8 @@ def test_a_key_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [({"peft_type": "IA3"}, "IA3"), ({"peft_type": "PREFIX_TUNING"}, "no weight update"),
-     ({"init_lora_weights": "pissa"}, "pissa"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
+     ({"peft_type": "PROMPT_TUNING"}, "no weight update"),
+     *(({"init_lora_weights": init}, init) for init in ("pissa", "olora", "corda", "loftq", "lora_ga")), ({"layer_replication": [[0, 2]]}, "layer_replication"),
      ({"use_qalora": True}, "QALoRA"), ({"alora_invocation_tokens": [1]}, "aLoRA"), ({"arrow_config": {"top_k": 1}}, "Arrow"),
      ({"kasa_config": {"a": 1}}, "KaSA")],
     ids=str,

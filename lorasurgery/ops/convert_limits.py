@@ -1,0 +1,93 @@
+"""What a conversion refuses by name: meanings that the new format has no words for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lorasurgery.adapters.adapter import Delta
+from lorasurgery.adapters.translate import Target
+from lorasurgery.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from lorasurgery.ops.convert import Conversion
+
+
+def check_sayable(plan: Conversion) -> None:
+    """Refuse by name what the new format, or with --portable some server, can't say.
+
+    Raises:
+        UnsupportedError: the module or tensor, the reason and the next move.
+    """
+    adapter = plan.adapter
+    for delta in adapter.deltas.values():
+        for problem in _problems(plan, delta):
+            raise UnsupportedError(f"{adapter.path}: {delta.path} {problem}")
+    for name, problem in _whole_problems(plan):
+        raise UnsupportedError(f"{adapter.path}: {name} {problem}")
+
+
+def _whole_problems(plan: Conversion) -> Iterator[tuple[str, str]]:
+    """What is said of tensors that are no factors: stored whole, single rows, differences of vectors."""
+    adapter, options, merge = plan.adapter, plan.options, "merge the adapter into its base instead"
+    peft = adapter.format == "peft"
+    for name in adapter.tokens:
+        yield (
+            name,
+            f"is replaced in single rows (trainable_token_indices), which can be merged but not converted; {merge}",
+        )
+    for name in adapter.replaced:
+        if options.portable:
+            yield name, f"is stored whole, which not every server takes; {merge}"
+        if peft and options.to != "peft":
+            yield name, f"is stored whole, which the {options.to} format has no place for; {merge}"
+        if not peft and options.to in ("peft", "diffusers"):
+            yield name, "is set whole; only --to kohya or comfyui can say that"
+    for name in sorted(adapter.diffs):
+        beside = name.endswith(".bias") and name.removesuffix(".bias") in adapter.deltas
+        if options.portable:
+            yield name, f"is a difference of a vector, which not every reader takes; {merge}"
+        if not beside and options.to in ("peft", "diffusers"):
+            yield (
+                name,
+                (
+                    f"is a difference of a vector that has no LoRA beside it, which the {options.to} format has no "
+                    "place for; --to kohya keeps it, or merge the adapter into its base"
+                ),
+            )
+
+
+def _problems(plan: Conversion, delta: Delta) -> list[str]:
+    found, options = [], plan.options
+    if delta.experts or delta.wrapped:
+        what = "holds fused experts" if delta.experts else "lies inside an nn.MultiheadAttention"
+        found.append(f"{what}: it can be merged but not converted")
+    if delta.kind == "embedding" and options.to != "peft":
+        found.append(f"adapts an embedding, which the {options.to} format has no place for; merge it instead")
+    if delta.magnitude and options.portable and delta.path not in plan.undone:
+        found.append(
+            "is DoRA, which not every server takes; with --base BASE it becomes plain LoRA, and what is lost is told"
+        )
+    if options.portable and delta.bias:
+        found.append("has a bias, which not every server takes; merge the adapter into its base instead")
+    return found
+
+
+def check_whole(plan: Conversion, target: Target) -> None:
+    """Refuse what has no rows of its own, and so can't be taken apart or put together.
+
+    Raises:
+        UnsupportedError: a convolution, or DoRA beside rows without a magnitude.
+    """
+    adapter, one = plan.adapter, target.pieces[0]
+    sources = [adapter.deltas[s] for s in target.sources]
+    whole = len(target.pieces) == 1 and one.start == 0 and one.height == sources[0].shape[0]
+    if not whole and any(d.kernel for d in sources):
+        raise UnsupportedError(f"{adapter.path}: {target.path} would take a convolution apart, which is not done")
+    missing = any(p.source is None for p in target.pieces)
+    with_norm = [d for d in sources if d.magnitude and d.path not in plan.undone]
+    if with_norm and (missing or len(with_norm) < len(sources)):
+        raise UnsupportedError(
+            f"{adapter.path}: {with_norm[0].path} is DoRA, but {target.path} also holds rows without a magnitude; "
+            "merge the adapter into its base instead"
+        )
