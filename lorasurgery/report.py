@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(name, bytes_done, bytes_total) after each tensor."""
+
+RECORD_NAME = "lorasurgery.json"
+"""Beside what an operation writes: how it was made, for the model card and for whoever finds the folder later."""
+
+COMMAND_LINE: ContextVar[str | None] = ContextVar("COMMAND_LINE", default=None)
+"""The command as it was typed, with local paths cut to their last name; None when there was no command line."""
 
 
 @dataclass
@@ -33,6 +40,30 @@ class ModuleReport:
     def to_dict(self) -> dict[str, Any]:
         """The fields that apply, with numbers that JSON can hold."""
         return _fields(self)
+
+
+@dataclass
+class Stored(ModuleReport):
+    """A tensor as a checkpoint's header has it: dtype, bytes, and the file it lies in."""
+
+    dtype: str = ""
+    bytes: int = 0
+    file: str = ""
+
+
+@dataclass
+class Planned(ModuleReport):
+    """What LoRA would take on one module.
+
+    Args:
+        parameters: rank·(out + in), for all experts where there are several.
+        full: Parameters of the weight itself.
+        share: parameters/full.
+    """
+
+    parameters: int = 0
+    full: int = 0
+    share: float = 0.0
 
 
 @dataclass
@@ -74,10 +105,57 @@ class Comparison(ModuleReport):
 
 
 @dataclass
+class Change(ModuleReport):
+    """One tensor in two checkpoints. `delta_norm` is ‖ΔW‖, None where the shapes differ or one side lacks it.
+
+    Args:
+        state: `equal` (the same values), `changed`, `reshaped`, `only_a` or `only_b`.
+        norm: ‖W_a‖.
+        relative: ‖ΔW‖/‖W_a‖.
+        largest: The largest |ΔW| of any element.
+        share: Elements that differ, as a share.
+        dtypes: What each side is stored in.
+    """
+
+    state: str = "equal"
+    norm: float | None = None
+    relative: float | None = None
+    largest: float | None = None
+    share: float | None = None
+    dtypes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Source:
+    """An input, as somebody else can find it again.
+
+    Args:
+        name: The last name of a local path, or `org/name` on the Hub.
+        revision: The commit on the Hub; None for local paths.
+        kind: `checkpoint` or `adapter`.
+        base_model: Of an adapter, what its config names; of a checkpoint on the Hub, itself.
+        license: What its card says.
+        files: name, bytes and sha256 of each weight file; of large local files header_sha256 instead.
+    """
+
+    name: str
+    kind: str
+    revision: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    files: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are known."""
+        return _fields(self)
+
+
+@dataclass
 class Report:
     """What one command did: the same object feeds `--json`, the terminal and the tests.
 
-    Over a folder of adapters, `adapters` holds a report for each, and `error` says why one of them failed.
+    Over a folder of adapters, `adapters` holds a report for each, and `error` says why one of them failed. `sources`
+    are the inputs of what was written, `pushed` says where it was published.
 
     >>> Report("merge", ["base", "adapter"], "out").to_dict()["command"]
     'merge'
@@ -101,19 +179,21 @@ class Report:
     summary: str = ""
     adapters: list[Report] | None = None
     error: str | None = None
+    sources: list[Source] | None = None
+    pushed: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON report of the command-line contract (docs/design.md)."""
         return _fields(self)
 
 
-def _fields(item: ModuleReport | Report) -> dict[str, Any]:
+def _fields(item: ModuleReport | Report | Source) -> dict[str, Any]:
     values = {f.name: _plain(getattr(item, f.name)) for f in fields(item)}
     return {key: value for key, value in values.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (ModuleReport, Report)):
+    if isinstance(value, (ModuleReport, Report, Source)):
         return value.to_dict()
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items() if item is not None}

@@ -13,16 +13,20 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lorasurgery"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What each room may import of the package: DESIGN's cli -> ops -> adapters -> checkpoint, linalg and lowrank beneath.
-LEAVES = {"errors", "report"}
+LEAVES = {"errors", "report", "places"}
 ALLOWED = {
     "errors": set(),
     "report": set(),
+    "places": set(),
     "lowrank": {"errors"},
     "linalg": LEAVES | {"lowrank"},
     "checkpoint": LEAVES,
     "adapters": LEAVES | {"lowrank", "checkpoint", "linalg"},
-    "ops": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters"},
-    "cli": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters", "ops"},
+    "ops": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters", "hub", "plots"},
+    "hub": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters"},
+    "plots": LEAVES,
+    "nn": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters", "hub"},
+    "cli": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters", "ops", "hub", "plots"},
 }
 
 
@@ -54,9 +58,10 @@ def test_only_cli_prints(path: Path) -> None:
     """Library code returns reports; click and rich stay in cli/."""
     if room_of(path) == "cli":
         return
+    printer = path.relative_to(PACKAGE).as_posix() == "nn/model.py"  # print_trainable_parameters is there to print
     tree = ast.parse(path.read_text())
     calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    assert "print" not in calls
+    assert printer or "print" not in calls
     words = path.read_text()
     assert "import click" not in words
     assert "import rich" not in words

@@ -28,6 +28,8 @@ _EMBEDDING = re.compile(
 _POSITIONS = re.compile(r"(?:.*\.)?embed_positions")
 # Routers of mixtures of experts are modules of their own kind, which PEFT can store whole but not factor.
 _ROUTERS = re.compile(r"(?:.*\.)?(?:mlp|block_sparse_moe|feed_forward|mixer)\.(?:gate|router)")
+# Buffers that a model recomputes: they come and go between library versions and hold nothing that was trained.
+_BUFFERS = re.compile(r".*\.(position_ids|inv_freq|masked_bias|attn\.bias|token_type_ids|num_batches_tracked)")
 _HEADS = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_projection)|(?:.*\.)?predictions\.decoder|output")
 # What libraries put before a model's own names, and what models with a head put before their body's.
 _WRAPPERS = {
@@ -58,6 +60,15 @@ def is_router(path: str) -> bool:
     (True, False)
     """
     return _ROUTERS.fullmatch(path) is not None
+
+
+def is_buffer(name: str) -> bool:
+    """Tell a buffer that models recompute, by its tensor's name.
+
+    >>> is_buffer("model.layers.0.self_attn.rotary_emb.inv_freq"), is_buffer("model.norm.weight")
+    (True, False)
+    """
+    return _BUFFERS.fullmatch(name) is not None
 
 
 def is_head(path: str) -> bool:

@@ -50,6 +50,7 @@ class PeftLayout:
     tied: bool = False
     fan_in_fan_out: bool = False
     base_model: str = ""
+    revision: str | None = None
     architectures: tuple[str, ...] = ()
 
     def add(self, path: str, rank: int, alpha: float, *, parameter: bool = False) -> None:
@@ -76,7 +77,7 @@ class PeftLayout:
             "lora_dropout": 0.0,
             "modules_to_save": exact_suffixes(self.saved, self.paths, whole_parts=False) or None,
             "peft_type": "LORA",
-            "revision": None,
+            "revision": self.revision,
             "target_modules": self._modules(),
             **({"target_parameters": parameter_names(self.parameters, self.leaves)} if self.parameters else {}),
             "task_type": self._task(),

@@ -19,6 +19,7 @@ from lorasurgery.checkpoint.locate import INDEX_SUFFIX, PIPELINE
 from lorasurgery.checkpoint.plan import PlannedFile
 from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.errors import OutputError
+from lorasurgery.report import RECORD_NAME
 
 PARTIAL = ".lorasurgery-partial"
 _WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -144,7 +145,7 @@ class Output:
         for folder in {(self.folder / name).parent for name in self._staged}:
             names = {f.name for f in folder.iterdir()}
             indexes = [n for n in names if n.endswith(INDEX_SUFFIX)]
-            stale = {n for i in indexes for n in _indexed(folder / i)} | set(_WEIGHTS) | {"adapter_config.json"}
+            stale = {n for i in indexes for n in _indexed(folder / i)} | {*_WEIGHTS, "adapter_config.json", RECORD_NAME}
             staged = {Path(n).name for n in self._staged if (self.folder / n).parent == folder}
             # a new index of the same name must not point at half-renamed shards, so indexes go in any case
             for name in [*indexes, *sorted((stale & names) - staged)]:

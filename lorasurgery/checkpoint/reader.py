@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.checkpoint.header import Header, TensorInfo, read_header, show
 from lorasurgery.checkpoint.locate import Located, load_object, locate
+from lorasurgery.checkpoint.stub import filled_in
 from lorasurgery.errors import FormatError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self.file_of: dict[str, str] = {}
         self.bytes_read = 0
+        self._filled_in = {name: filled_in(located.folder / name) for name in located.files}
         self._open: OrderedDict[str, FileIO] = OrderedDict()
         self._place(located.weight_map)
 
@@ -141,8 +143,11 @@ class Checkpoint:
         """Read `len(view)` bytes of a tensor, from its byte `start` on, into memory that is already there.
 
         Raises:
-            FormatError: the file changed, can't be read, or ends too soon.
+            FormatError: the file changed, can't be read, ends too soon, or only its header is here.
         """
+        readable = self._filled_in[self.file_of[name]]
+        if readable is not None and name.removeprefix(self.parts.get(self.file_of[name], "")) not in readable:
+            raise FormatError(f"{self._where(name)}: only the header of this file was fetched, not its tensors")
         file, done = self._file(self.file_of[name]), 0
         try:
             file.seek(self.tensors[name].start + start)

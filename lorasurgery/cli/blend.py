@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from lorasurgery.cli import options, render
+from lorasurgery.cli import options
+from lorasurgery.cli.ending import Ending
 from lorasurgery.linalg.methods import METHODS
 
 
@@ -22,6 +23,7 @@ from lorasurgery.linalg.methods import METHODS
               help="Share of entries that ties, dare and pruning keep of each update.  [default: 0.5]")  # fmt: skip
 @options.ranks
 @options.familiar
+@options.PLOT
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of dare's masks and of the randomized SVD.")
 @click.option("--average-replaced", is_flag=True,
               help="Take the weighted mean of tensors that adapters store whole (modules_to_save) with different "
@@ -30,10 +32,7 @@ from lorasurgery.linalg.methods import METHODS
               help="Dtype of what is written.  [default: the adapters' widest, float32 for an exact sum]")  # fmt: skip
 @options.common
 @options.guarded
-def command(
-    adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, verbose: bool, device: str, dry_run: bool,
-    overwrite: bool, **chosen: Any,
-) -> None:  # fmt: skip
+def command(adapters: tuple[str, ...], out: str, device: str, dry_run: bool, overwrite: bool, **chosen: Any) -> None:
     """Blend several adapters into one: Σ weight·scale·B·A, or one of its kin.
 
     Adapters may differ in ranks, scaling (alpha/r, rsLoRA), dtypes and modules; one that lacks a module adds nothing
@@ -49,10 +48,11 @@ def command(
     """
     from lorasurgery.ops.blend import BlendOptions, blend
 
+    ending = Ending.take(chosen, dry_run=dry_run)
     choice = options.rank_choice(chosen)
-    with render.progress("blend", quiet=quiet or as_json) as callback:
+    with ending.progress("blend") as callback:
         report = blend(
             adapters, out, BlendOptions(choice=choice, **chosen), device=device, overwrite=overwrite,
             dry_run=dry_run, progress=callback,
         )  # fmt: skip
-    render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)
+    ending.finish(report)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
-from lorasurgery.cli import options, render
+from lorasurgery.cli import options
+from lorasurgery.cli.ending import Ending
 
 
 @click.command("check")
@@ -15,10 +17,9 @@ from lorasurgery.cli import options, render
               type=click.Choice(["peft", "vllm", "sglang", "llama.cpp", "diffusers", "comfyui"]))  # fmt: skip
 @click.option("--base", metavar="BASE", help="Every tensor of the adapter must match this checkpoint.")
 @click.option("--max-lora-rank", type=click.IntRange(min=1), help="vLLM's setting.  [default: 16, as vLLM's]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON report on stdout and nothing else.")
-@click.option("-q", "--quiet", is_flag=True, help="No report; the exit status tells.")
+@options.telling
 @options.guarded
-def command(adapter: str, server: str, base: str | None, max_lora_rank: int | None, as_json: bool, quiet: bool) -> None:
+def command(adapter: str, server: str, base: str | None, max_lora_rank: int | None, **chosen: Any) -> None:
     """Say what a server would reject, get wrong or silently drop, and the command that mends it.
 
     Exit status 1 when the adapter would not be served as it is meant. Only headers and the config are read.
@@ -32,5 +33,5 @@ def command(adapter: str, server: str, base: str | None, max_lora_rank: int | No
     from lorasurgery.ops.check import check
 
     report = check(adapter, server, base=base, max_lora_rank=max_lora_rank)
-    render.show(report, as_json=as_json, quiet=quiet, verbose=False)
+    Ending.take(chosen).finish(report)
     sys.exit(0 if report.totals["serves"] else 1)

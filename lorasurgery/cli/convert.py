@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from lorasurgery.cli import options, render
+from lorasurgery.cli import options
+from lorasurgery.cli.ending import Ending
 
 
 @click.command("convert")
@@ -28,8 +31,8 @@ from lorasurgery.cli import options, render
 @options.common
 @options.guarded
 def command(
-    adapter: str, to: str, base: str | None, portable: bool, dtype: str | None, out: str, as_json: bool, quiet: bool,
-    verbose: bool, device: str, dry_run: bool, overwrite: bool, rank: int | None,
+    adapter: str, to: str, base: str | None, portable: bool, dtype: str | None, rank: int | None, out: str,
+    device: str, dry_run: bool, overwrite: bool, **told: Any,
 ) -> None:  # fmt: skip
     """Write an adapter in another format, bit for bit wherever both formats can say it.
 
@@ -49,8 +52,8 @@ def command(
     from lorasurgery.ops.convert import ConvertOptions, convert
 
     chosen = ConvertOptions(to, portable, dtype, rank)  # type: ignore[arg-type]
-    with render.progress("convert", quiet=quiet or as_json) as callback:
+    ending = Ending.take(told, dry_run=dry_run)
+    with ending.progress("convert") as callback:
         report = convert(adapter, out, chosen, base=base, device=device, overwrite=overwrite, dry_run=dry_run,
                          progress=callback)  # fmt: skip
-    render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)
-    render.leave(report)
+    ending.finish(report)

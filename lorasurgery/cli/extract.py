@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from lorasurgery.cli import options, render
+from lorasurgery.cli import options
+from lorasurgery.cli.ending import Ending
 
 
 @click.command("extract")
@@ -26,12 +27,10 @@ from lorasurgery.cli import options, render
               help="exact is LAPACK/cuSOLVER on the whole matrix.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the randomized SVD.")
 @click.option("--dtype", type=options.DTYPE, help="Dtype of what is written. [default: the tuned weights' own]")
+@options.PLOT
 @options.common
 @options.guarded
-def command(
-    base: str, tuned: str, out: str, as_json: bool, quiet: bool, verbose: bool, device: str, dry_run: bool,
-    overwrite: bool, **chosen: Any,
-) -> None:  # fmt: skip
+def command(base: str, tuned: str, out: str, device: str, dry_run: bool, overwrite: bool, **chosen: Any) -> None:
     """Extract a LoRA from a fine-tuned model: ΔW = W_tuned − W_base ≈ B·A, by truncated SVD.
 
     Writes a PEFT adapter folder. Tensors that are equal are skipped; the stated error is measured on the factors
@@ -48,12 +47,13 @@ def command(
     """
     from lorasurgery.ops.extract import extract
 
+    ending = Ending.take(chosen, dry_run=dry_run)
     choice = _options(**chosen)
-    with render.progress("extract", quiet=quiet or as_json) as callback:
+    with ending.progress("extract") as callback:
         report = extract(
             base, tuned, out, choice, device=device, overwrite=overwrite, dry_run=dry_run, progress=callback
         )
-    render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)
+    ending.finish(report)
 
 
 def _options(target: tuple[str, ...], exclude: tuple[str, ...], full: tuple[str, ...], **rest: Any) -> Any:

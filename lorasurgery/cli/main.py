@@ -17,9 +17,11 @@ COMMANDS = {
     "rerank": "Change an adapter's ranks, optimally, from its factors.",
     "blend": "Blend several adapters into one.",
     "convert": "Write an adapter in another format.",
-    "inspect": "Say what an adapter holds, and where its update lies.",
+    "inspect": "Say what an adapter or a checkpoint is, and anything odd about it.",
     "check": "Would a server take this adapter as it is meant?",
-    "diff": "Compare two adapters: do they agree, or fight?",
+    "diff": "Compare two checkpoints, or two adapters.",
+    "plan": "Say what a LoRA would take on a model.",
+    "push": "Publish an adapter or checkpoint on the Hugging Face Hub.",
 }
 
 
@@ -69,6 +71,9 @@ def main() -> None:
     lorasurgery unmerge MERGED ADAPTER -o RESTORED
     lorasurgery rerank ADAPTER -o SMALLER --budget 50MB
     lorasurgery blend STYLE TOPIC -w 0.7 -w 0.3 -o BOTH
+    lorasurgery push ADAPTER ORG/NAME
+
+    Wherever a folder or file is read, `org/name[@revision]` on the Hugging Face Hub will do too.
     """
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from lorasurgery.cli import options, render
+from lorasurgery.cli import options
+from lorasurgery.cli.ending import Ending
 
 
 @click.command("merge")
@@ -17,9 +18,7 @@ from lorasurgery.cli import options, render
 @options.checkpoint
 @options.common
 @options.guarded
-def command(
-    base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, verbose: bool, **chosen: Any
-) -> None:
+def command(base: str, adapters: tuple[str, ...], out: str, dry_run: bool, **chosen: Any) -> None:
     """Merge adapters into a checkpoint: W' = round(W + Σ weight·scale·B·A), one rounding from float32.
 
     BASE is a checkpoint folder or .safetensors file; each ADAPTER is a PEFT folder. Untouched tensors, config and
@@ -35,6 +34,7 @@ def command(
     """
     from lorasurgery.ops.merge import merge
 
-    with render.progress("merge", quiet=quiet or as_json) as callback:
-        report = merge(base, adapters, out, progress=callback, **chosen)
-    render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)
+    ending = Ending.take(chosen, dry_run=dry_run)
+    with ending.progress("merge") as callback:
+        report = merge(base, adapters, out, dry_run=dry_run, progress=callback, **chosen)
+    ending.finish(report)

@@ -7,17 +7,21 @@ import gc
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from lorasurgery.checkpoint.dtypes import parse_dtype
 from lorasurgery.checkpoint.plan import parse_size
 from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.linalg.rank import Budget, RankChoice
+from lorasurgery.report import COMMAND_LINE
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -57,16 +61,23 @@ DTYPE = _Parsed("dtype", parse_dtype)
 SIZE = _Parsed("size", parse_size)
 BUDGET = _Parsed("size|share", parse_budget)
 
-_READING = [
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+_TELLING = [
     click.option("--json", "as_json", is_flag=True, help="Print one JSON report on stdout and nothing else."),
     click.option("-q", "--quiet", is_flag=True, help="No progress and no report; warnings and errors only."),
     click.option("-v", "--verbose", is_flag=True, help="Show every module."),
+]
+_READING = [
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+    *_TELLING,
 ]
 _COMMON = [
     click.option("-o", "--output", "out", required=True, metavar="OUT", help="Where the result goes."),
     click.option("--dry-run", is_flag=True, help="Say what would be done, from headers alone; write nothing."),
     click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
+    click.option(
+        "--push", metavar="REPO_ID", help="Publish the result on the Hugging Face Hub; see `lorasurgery push`."
+    ),
+    click.option("--private", is_flag=True, help="With --push: make the repository private."),
     *_READING,
 ]
 _RANKS = [
@@ -87,6 +98,9 @@ _FAMILIAR = [
     click.option("--sv-fro", type=float, help="Keep this share of the Frobenius norm, √Σσ² (sd-scripts' sv_fro)."),
     click.option("--sv-cumulative", type=float, help="Keep this share of Σσ (sd-scripts' sv_cumulative)."),
 ]
+PLOT: Callable[[Any], Any] = click.option(
+    "--plot", metavar="FILE", help="Draw a picture of the report as .svg or .png (needs the extra `plot`)."
+)
 BLOCK_WEIGHT: Callable[[Any], Any] = click.option(
     "--block-weight", "block_weights", multiple=True, metavar="[N:]PATTERN=W",
     help="Strength of the modules that a glob or a prefix of their path means, for all adapters or the N-th; or an LBW "
@@ -113,8 +127,11 @@ def _apply(options: list[Callable[[F], F]]) -> Callable[[F], F]:
     return decorate
 
 
+telling: Callable[[F], F] = _apply(_TELLING)
+"""--json, -q, -v: every command has them."""
+
 reading: Callable[[F], F] = _apply(_READING)
-"""--device, --json, -q, -v: every command has them."""
+"""--device and those of telling: every command that computes has them."""
 
 common: Callable[[F], F] = _apply(_COMMON)
 """-o, --dry-run, --overwrite and those of reading: every command that writes has them."""
@@ -155,6 +172,7 @@ def guarded(function: F) -> F:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         signal.signal(signal.SIGTERM, _interrupted)
         gc.set_threshold(200_000)  # importing torch makes objects that all live on; looking for waste costs 0.2 s
+        COMMAND_LINE.set(command_line(click.get_current_context()))
         try:
             return function(*args, **kwargs)
         except UsageError as problem:
@@ -174,6 +192,34 @@ def guarded(function: F) -> F:
             _fail(SurgeryError(f"{type(problem).__name__}: {problem}"), 1)
 
     return wrapper  # type: ignore[return-value]
+
+
+_UNSAID = {"as_json", "quiet", "verbose", "plot", "push", "private", "overwrite", "dry_run"}
+
+
+def command_line(context: click.Context) -> str:
+    """The command as it can be published: local paths by their last names, without what only concerns this run."""
+    words = ["lorasurgery", str(context.info_name)]
+    for param in context.command.params:
+        given = context.params.get(param.name or "")
+        typed = context.get_parameter_source(param.name or "") == ParameterSource.COMMANDLINE
+        if not typed or param.name in _UNSAID:
+            continue
+        values = [_shown(v) for v in (given if isinstance(given, (list, tuple)) else [given])]
+        if isinstance(param, click.Argument):
+            words += values
+        elif getattr(param, "is_flag", False):
+            words.append(param.opts[-1])
+        else:
+            words += [word for value in values for word in (param.opts[-1], value)]
+    return shlex.join(words)
+
+
+def _shown(value: Any) -> str:
+    """A value as it may be published: of a path on this machine the last name."""
+    text = str(value)
+    path = Path(text)
+    return path.name if path.is_absolute() or text.startswith((".", "~")) or path.exists() else text
 
 
 def _interrupted(*_: object) -> None:

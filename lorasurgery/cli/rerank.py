@@ -6,17 +6,19 @@ from typing import Any
 
 import click
 
-from lorasurgery.cli import options, render
+from lorasurgery.cli import options
+from lorasurgery.cli.ending import Ending
 
 
 @click.command("rerank")
 @click.argument("adapter", metavar="ADAPTER")
 @options.ranks
 @options.familiar
+@options.PLOT
 @click.option("--dtype", type=options.DTYPE, help="Dtype of what is written. [default: the adapter's own]")
 @options.common
 @options.guarded
-def command(adapter: str, out: str, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
+def command(adapter: str, out: str, dry_run: bool, **chosen: Any) -> None:
     """Change an adapter's ranks: the best approximation of each module (Eckart–Young), from its factors alone.
 
     Without an option that chooses ranks every module keeps its minimal exact rank; a module that has no more
@@ -33,8 +35,8 @@ def command(adapter: str, out: str, as_json: bool, quiet: bool, verbose: bool, *
     """
     from lorasurgery.ops.rerank import rerank
 
+    ending = Ending.take(chosen, dry_run=dry_run)
     choice = options.rank_choice(chosen)
-    with render.progress("rerank", quiet=quiet or as_json) as callback:
-        report = rerank(adapter, out, choice, progress=callback, **chosen)
-    render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)
-    render.leave(report)
+    with ending.progress("rerank") as callback:
+        report = rerank(adapter, out, choice, dry_run=dry_run, progress=callback, **chosen)
+    ending.finish(report)

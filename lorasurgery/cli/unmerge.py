@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from lorasurgery.cli import options, render
+from lorasurgery.cli import options
+from lorasurgery.cli.ending import Ending
 
 
 @click.command("unmerge")
@@ -16,9 +17,7 @@ from lorasurgery.cli import options, render
 @options.checkpoint
 @options.common
 @options.guarded
-def command(
-    merged: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, verbose: bool, **chosen: Any
-) -> None:
+def command(merged: str, adapters: tuple[str, ...], out: str, dry_run: bool, **chosen: Any) -> None:
     """Take adapters out of a checkpoint again: W = round(W' − Σ weight·scale·B·A).
 
     The inverse of merge up to rounding; give the weights that were merged. Tensors an adapter replaced whole
@@ -31,6 +30,7 @@ def command(
     """
     from lorasurgery.ops.unmerge import unmerge
 
-    with render.progress("unmerge", quiet=quiet or as_json) as callback:
-        report = unmerge(merged, adapters, out, progress=callback, **chosen)
-    render.show(report, as_json=as_json, quiet=quiet, verbose=verbose)
+    ending = Ending.take(chosen, dry_run=dry_run)
+    with ending.progress("unmerge") as callback:
+        report = unmerge(merged, adapters, out, dry_run=dry_run, progress=callback, **chosen)
+    ending.finish(report)

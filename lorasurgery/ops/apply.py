@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import OutputError, SurgeryError
 from lorasurgery.ops.carry import CONFIG, carried_files, patched_config, write_carried
 from lorasurgery.ops.edits import Edit, EditPlan
+from lorasurgery.ops.parameters import commonest_dtype
 from lorasurgery.ops.quantized import is_narrow, is_scale
 from lorasurgery.report import ModuleReport, Progress, Report
 
@@ -98,7 +98,7 @@ def _planned(recipe: Recipe, name: str) -> PlannedTensor:
     edit = recipe.edits.edits.get(name)
     info = recipe.base.tensors.get(name) or (edit.source if edit else None)
     if edit is not None and edit.replacement is not None and info is None:
-        dtype = _common_dtype(recipe.base) if edit.replacement.info.is_float else edit.replacement.info.dtype
+        dtype = commonest_dtype(recipe.base) if edit.replacement.info.is_float else edit.replacement.info.dtype
     else:
         assert info is not None
         dtype = info.dtype
@@ -106,14 +106,6 @@ def _planned(recipe: Recipe, name: str) -> PlannedTensor:
     if recipe.dtype and dtype in FLOAT_DTYPES and not untouched:
         dtype = recipe.dtype
     return PlannedTensor(name, dtype, edit.shape if edit else info.shape)  # type: ignore[union-attr]
-
-
-def _common_dtype(base: Checkpoint) -> str:
-    sizes: Counter[str] = Counter()
-    for info in base.tensors.values():
-        if info.is_float:
-            sizes[info.dtype] += info.nbytes
-    return sizes.most_common(1)[0][0] if sizes else "F32"
 
 
 def run(recipe: Recipe, report: Report, device: torch.device, progress: Progress | None) -> None:

@@ -20,6 +20,7 @@ from lorasurgery.ops.compose import Joint, Whole, base_models, join, whole_tenso
 from lorasurgery.ops.extract_report import total_error, worst
 from lorasurgery.ops.layout import check_name
 from lorasurgery.ops.merge import check_weights
+from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import ModuleReport, Progress, Report
 
@@ -91,6 +92,7 @@ class BlendOptions:
         return [w / total for w in weights]
 
 
+@on_references("adapters")
 def blend(
     adapters: Sequence[str | Path],
     out: str | Path,

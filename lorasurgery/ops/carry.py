@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.locate import load_object
+from lorasurgery.report import RECORD_NAME
 
 if TYPE_CHECKING:
     from lorasurgery.checkpoint.output import Output
@@ -19,6 +20,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
               "chat_template.json")  # fmt: skip
+_ABOUT = {("README.md",), (RECORD_NAME,)}  # they tell of another model
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
            "F8_E5M2": "float8_e5m2"}  # fmt: skip
 
@@ -26,7 +28,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 def carried_files(folder: Path, adapters: Sequence[Adapter] = (), *, parts: Collection[str] = ()) -> dict[str, Path]:
     """The files that make the weights a model again: name in the output -> source.
 
-    Everything in the folder goes along but weights, hidden files and the model card, which would describe
+    Everything in the folder goes along but weights, hidden files, the model card and the record, which would describe
     another model. An adapter's tokenizer wins over the base's, for it knows the tokens that were added.
 
     Args:
@@ -39,7 +41,7 @@ def carried_files(folder: Path, adapters: Sequence[Adapter] = (), *, parts: Coll
         inside = file.relative_to(folder).parts
         hidden = any(p.startswith(".") for p in inside)
         weights = file.name.endswith(_WEIGHTS) and (not rewritten or "/".join(inside[:-1]) in rewritten)
-        if file.is_file() and not hidden and not weights and inside != ("README.md",):
+        if file.is_file() and not hidden and not weights and inside not in _ABOUT:
             found["/".join(inside)] = file
     own = tokenizer_files(adapters)
     if own:  # one tokenizer's files, never a mixture of two

@@ -11,10 +11,12 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.planner import plan_edits
+from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock
 from lorasurgery.report import Report
 
 
+@on_references("adapter", "base", headers_only=lambda _: True)
 def check(
     adapter: str | Path, server: str, *, base: str | Path | None = None, max_lora_rank: int | None = None
 ) -> Report:

@@ -20,6 +20,7 @@ from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.convert_limits import check_sayable, check_whole
 from lorasurgery.ops.layout import check_name
 from lorasurgery.ops.planner import plan_edits
+from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import ModuleReport, Progress, Report
 
@@ -87,6 +88,7 @@ class Conversion:
         return self.translator.new.name(target.part, target.path) if self.translator else target.path
 
 
+@on_references("adapter", "base")
 def convert(
     adapter: str | Path,
     out: str | Path,

@@ -15,6 +15,7 @@ from lorasurgery.ops.expert_pairs import group_experts
 from lorasurgery.ops.extract_report import plan_report, summarise
 from lorasurgery.ops.extract_write import write_adapter
 from lorasurgery.ops.pairs import Selection, plan_pairs
+from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import Progress, Report
 
@@ -58,6 +59,7 @@ class ExtractOptions:
         return alpha, alpha / root
 
 
+@on_references("base", "tuned")
 def extract(
     base: str | Path,
     tuned: str | Path,

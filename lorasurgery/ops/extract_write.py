@@ -17,6 +17,7 @@ from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.hub.reference import cached_reference
 from lorasurgery.ops.factored import Factored, Scaling, fit, hold
 from lorasurgery.ops.pairs import Pair
 from lorasurgery.report import ModuleReport
@@ -99,6 +100,7 @@ class _Folder:
             leaves=_all_parameters(draft),
             rslora=draft.rslora,
             base_model=_base_name(draft.base),
+            revision=_base_revision(draft.base),
             architectures=tuple(a for a in draft.base.config.get("architectures") or [] if isinstance(a, str)),
             fan_in_fan_out=any(pair.treatment == "conv1d" for pair, _ in draft.factors),
         )
@@ -225,5 +227,15 @@ def _memory_names(side: Checkpoint) -> dict[str, str]:
 
 
 def _base_name(base: Checkpoint) -> str:
-    recorded = base.config.get("_name_or_path")
-    return recorded if isinstance(recorded, str) and recorded else str(base.path)
+    """As PEFT names it: the repository on the Hub, or the path as given.
+
+    config.json's _name_or_path would be another model, the one that this base was itself made from.
+    """
+    hub = cached_reference(base.folder)
+    return hub.repo if hub else str(base.path)
+
+
+def _base_revision(base: Checkpoint) -> str | None:
+    """The commit on the Hub; PEFT's AutoPeftModel loads the base at it."""
+    hub = cached_reference(base.folder)
+    return hub.revision if hub else None

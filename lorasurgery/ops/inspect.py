@@ -1,152 +1,58 @@
-"""inspect: what an adapter holds, from headers; with `spectrum`, where its update lies, from the factors."""
+"""inspect: what a file or folder is, checkpoint or adapter, and anything odd about it."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapters.adapter import Adapter, Delta
-from lorasurgery.adapters.formats import open_adapter
-from lorasurgery.errors import SurgeryError
+from lorasurgery.adapters.formats import is_adapter
+from lorasurgery.errors import UsageError
 from lorasurgery.ops.batch import find_adapters, run_each
-from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
-from lorasurgery.report import ModuleReport, Progress, Report, Spectrum
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-RANKS = (4, 8, 16, 32, 64)
-_FORMATS = {"peft": "PEFT", "kohya": "kohya's", "diffusers": "diffusers'", "comfyui": "ComfyUI's"}
-_FORMS = {"lora": "LoRA", "tucker": "LoCon", "hadamard": "LoHa", "kronecker": "LoKr", "full": "whole differences"}
+from lorasurgery.ops.inspect_adapter import inspect_adapter
+from lorasurgery.ops.inspect_checkpoint import inspect_checkpoint
+from lorasurgery.ops.references import on_references
+from lorasurgery.ops.runtime import Clock, check_device_name
+from lorasurgery.report import Progress, Report
 
 
+@on_references("path", "base", headers_only=lambda given: not given["spectrum"])
 def inspect(
-    path: str | Path, *, spectrum: bool = False, device: str = "auto", progress: Progress | None = None
+    path: str | Path,
+    *,
+    spectrum: bool = False,
+    base: str | Path | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
 ) -> Report:
-    """Say what an adapter is: modules, ranks, scaling, dtypes, sizes; and the spectrum of each module's ΔW.
+    """Say what an adapter or a checkpoint is: format, modules, ranks, scaling, dtypes, sizes, and anything odd.
 
     Example:
         inspect("adapter", spectrum=True).modules[0].singular_values
+        inspect("llama").totals["parameters"]
 
     Args:
-        path: Adapter folder or file, or a folder of several.
-        spectrum: Read the factors and give singular values, effective rank (entropy and stable rank) and the
+        path: Adapter or checkpoint, a folder or a file; or a folder of several adapters.
+        spectrum: Read an adapter's factors and give singular values, effective rank (entropy and stable rank) and the
             energy at ranks 4, 8, 16, 32 and 64. Without it only headers are read and torch is not imported.
+        base: The adapter's checkpoint: its sizes stand beside the adapter's, and every tensor must match it.
 
     Raises:
-        SurgeryError: not an adapter, or broken, in one line.
+        SurgeryError: neither, or broken, in one line. UsageError: an option that belongs to adapters.
     """
     clock = Clock()
     check_device_name(device)
     several = find_adapters(path)
     if several:
         return run_each(
-            "inspect", path, several, lambda p, _: inspect(p, spectrum=spectrum, device=device, progress=progress)
-        )
-    adapter = open_adapter(path)
-    report = Report("inspect", [str(path)], "")
-    report.modules = [
-        ModuleReport(d.path, d.shape, kind=d.kind, rank=d.rank, alpha=d.alpha) for d in adapter.deltas.values()
-    ]
-    report.full = [
-        ModuleReport(name, adapter.weights.tensors[key].shape, kind="whole") for name, key in adapter.replaced.items()
-    ]
-    report.totals = _totals(adapter)
-    report.summary = _summary(report)
-    if spectrum:
-        report.device = str(resolve_device(device))
-        report.modules = _spectra(adapter, report.device, progress)
-        _add_energy(report)
-        if any(d.magnitude for d in adapter.deltas.values()):
-            report.warnings.append("this is DoRA: the spectra are those of B·A, before the weight's norm is set")
-    report.bytes_read = adapter.weights.bytes_read
-    return clock.stamp(report)
+            "inspect", path, several,
+            lambda p, _: inspect(p, spectrum=spectrum, base=base, device=device, progress=progress),
+        )  # fmt: skip
+    if not _is_adapter(path):
+        if spectrum or base is not None:
+            option = "--spectrum" if spectrum else "--base"
+            raise UsageError(f"{path}: is no adapter; {option} belongs to adapters")
+        return clock.stamp(inspect_checkpoint(path))
+    return clock.stamp(inspect_adapter(path, spectrum=spectrum, base=base, device=device, progress=progress))
 
 
-def _totals(adapter: Adapter) -> dict[str, Any]:
-    deltas = list(adapter.deltas.values())
-    ranks = [d.rank for d in deltas]
-    return {
-        "format": adapter.format,
-        "forms": sorted({d.form for d in deltas}),
-        "base_model": adapter.config.get("base_model_name_or_path"),
-        "modules": len(deltas),
-        "full": len(adapter.replaced),
-        "rank_min": min(ranks, default=0),
-        "rank_max": max(ranks, default=0),
-        "rslora": bool(adapter.config.get("use_rslora")),
-        "dtypes": sorted({t.dtype for t in adapter.weights.tensors.values()}),
-        "parameters": sum(math.prod(adapter.weights.tensors[n].shape) for d in deltas for n in d.names),
-        "adapter_bytes": adapter.weights.nbytes,
-    }
-
-
-def _summary(report: Report) -> str:
-    t = report.totals
-    ranks = f"{t['rank_min']}" if t["rank_min"] == t["rank_max"] else f"{t['rank_min']} to {t['rank_max']}"
-    return (
-        f"{_FORMATS[t['format']]} {_forms(t)} on {t['modules']} modules, rank {ranks}, "
-        f"{t['parameters']:,} parameters in {', '.join(t['dtypes'])}, {t['adapter_bytes'] / 1e6:.2f} MB"
-        + (f"; {t['full']} tensors stored whole" if t["full"] else "")
-        + (f"; for {t['base_model']}" if t["base_model"] else "")
-    )
-
-
-def _forms(totals: dict[str, Any]) -> str:
-    found = " and ".join(_FORMS[form] for form in totals["forms"]) or "nothing of lower rank"
-    return f"{found} (rsLoRA)" if totals["rslora"] else found
-
-
-def _spectra(adapter: Adapter, device: str, progress: Progress | None) -> list[ModuleReport]:
-    import torch
-
-    found: list[ModuleReport] = []
-    total = sum(d.rows * sum(d.shape) for d in adapter.deltas.values())
-    done = 0
-    with torch.inference_mode():
-        for delta in adapter.deltas.values():
-            found += [_spectrum(adapter, delta, e, device) for e in (range(delta.experts) if delta.experts else [None])]
-            done += delta.rows * sum(delta.shape)
-            if progress:
-                progress(delta.path, done, total)
-    return found
-
-
-def _spectrum(adapter: Adapter, delta: Delta, expert: int | None, device: str) -> Spectrum:
-    from lorasurgery.linalg.core import recompress
-    from lorasurgery.lowrank import LowRank
-
-    update = adapter.load(delta) if expert is None else adapter.load_expert(delta, expert)
-    name = delta.path if expert is None else f"{delta.path}[{expert}]"
-    try:
-        core = recompress([LowRank(update.up.to(device), update.down.to(device), update.scale)])
-    except SurgeryError as problem:
-        raise type(problem)(f"{adapter.path}: {delta.path}: {problem}") from None
-    values = core.singular[: core.rank]
-    return Spectrum(
-        name, delta.shape, kind=delta.kind, rank=delta.rank, alpha=delta.alpha, delta_norm=core.total**0.5,
-        singular_values=values.tolist(), **_shares(values),
-    )  # fmt: skip
-
-
-def _shares(values: Tensor) -> dict[str, Any]:
-    """Effective rank, stable rank and energies of singular values in falling order; nothing for a zero update."""
-    if not len(values):
-        return {}
-    share, energy = values / values.sum(), values.square()
-    total = float(energy.sum())
-    return {
-        "effective_rank": float((-share * share.log()).sum().exp()),
-        "stable_rank": total / float(energy[0]),
-        "energy_at": {r: float(energy[:r].sum()) / total for r in RANKS},
-    }
-
-
-def _add_energy(report: Report) -> None:
-    spectra = [m for m in report.modules if isinstance(m, Spectrum)]
-    whole = sum((m.delta_norm or 0) ** 2 for m in spectra)
-    kept = {r: sum(m.energy_at.get(r, 0.0) * (m.delta_norm or 0) ** 2 for m in spectra) for r in RANKS}
-    report.totals |= {"delta_norm": whole**0.5, "energy_at": {r: e / whole for r, e in kept.items()} if whole else {}}
-    if whole:
-        report.summary += "; energy " + ", ".join(f"{e / whole:.1%} at rank {r}" for r, e in kept.items())
+def _is_adapter(path: str | Path) -> bool:
+    return Path(path).exists() and is_adapter(Path(path))

@@ -12,12 +12,14 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files, run
 from lorasurgery.ops.block_weight import weighed_plan
+from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import Progress, Report
 
 LOW_RETENTION = 0.9
 
 
+@on_references("base", "adapters")
 def merge(
     base: str | Path,
     adapters: Sequence[str | Path],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -12,6 +11,7 @@ from lorasurgery.adapters.fused import ExpertPlace, expert_place
 from lorasurgery.adapters.naming import (
     BaseNames,
     align_names,
+    is_buffer,
     is_embedding,
     is_head,
     is_position_table,
@@ -26,8 +26,6 @@ from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 
 Treatment = Literal["linear", "conv1d", "embedding", "conv", "experts", "full", "left out", "skipped"]
 FACTORED: tuple[Treatment, ...] = ("linear", "conv1d", "embedding", "conv", "experts")
-# Buffers that a model recomputes: they come and go between library versions and hold nothing that was trained.
-_BUFFERS = re.compile(r".*\.(position_ids|inv_freq|masked_bias|attn\.bias|token_type_ids|num_batches_tracked)")
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,7 @@ class _Matcher:
         return names.tensors[shared] if shared else None
 
     def _may_be_missing(self, memory: str, info: TensorInfo) -> bool:
-        buffer = _BUFFERS.fullmatch(memory) is not None or not info.is_float
-        return buffer or not self.selection.wants(module_of(memory))
+        return is_buffer(memory) or not info.is_float or not self.selection.wants(module_of(memory))
 
     def _pair(self, name: str, memory: str, base: TensorInfo | None, tuned: TensorInfo) -> Pair:
         path = module_of(memory)

@@ -7,9 +7,11 @@ from pathlib import Path
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.blend import BlendOptions, blend
+from lorasurgery.ops.references import on_references
 from lorasurgery.report import Progress, Report
 
 
+@on_references("adapter")
 def rerank(
     adapter: str | Path,
     out: str | Path,

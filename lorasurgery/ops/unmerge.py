@@ -15,10 +15,12 @@ from lorasurgery.ops.apply import Recipe, Rounding, plan_files, run
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.merge import check_weights, start_report
+from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import ModuleReport, Progress, Report
 
 
+@on_references("merged", "adapters", "base")
 def unmerge(
     merged: str | Path,
     adapters: Sequence[str | Path],

@@ -357,7 +357,9 @@ def test_parts_of_a_pipeline_as_peft_folders(bases: Path, tmp_path: Path) -> Non
     """A folder of PEFT adapters by part is one adapter: reranked and blended it stays one, and merges as such."""
     source = loose.kohya("sdxl", tmp_path / "in.safetensors")
     convert(source, tmp_path / "parts", ConvertOptions("peft"), base=bases / "sdxl")
-    assert {f.name for f in (tmp_path / "parts").iterdir()} == {"unet", "text_encoder", "text_encoder_2"}
+    assert {f.name for f in (tmp_path / "parts").iterdir()} == {
+        "unet", "text_encoder", "text_encoder_2", "lorasurgery.json",
+    }  # fmt: skip
     rerank(tmp_path / "parts", tmp_path / "small", RankChoice(rank=2))
     rerank(source, tmp_path / "small.safetensors", RankChoice(rank=2))
     one = merged(bases / "sdxl", tmp_path / "small", tmp_path / "one")

@@ -87,7 +87,8 @@ def test_a_pipelines_other_files_come_along_byte_for_byte(worlds: Worlds, tmp_pa
         (base / folder / "merges.txt").write_text("a b\n")
     merge(base, [world.kohya], tmp_path / "merged")
     files = {f.relative_to(base) for f in base.rglob("*") if f.is_file()}
-    assert files == {f.relative_to(tmp_path / "merged") for f in (tmp_path / "merged").rglob("*") if f.is_file()}
+    merged = {f.relative_to(tmp_path / "merged") for f in (tmp_path / "merged").rglob("*") if f.is_file()}
+    assert merged == files | {Path("lorasurgery.json")}
     changed = {str(f) for f in files if (base / f).read_bytes() != (tmp_path / "merged" / f).read_bytes()}
     assert changed == {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
                        "text_encoder_2/model.safetensors"}  # fmt: skip

@@ -1,0 +1,282 @@
+"""References fetched through huggingface_hub: whole into the user's cache, or only the headers, by range requests.
+
+Only what the operations read is fetched: safetensors weights that count, their indexes, configs, tokenizer, card.
+Pickles are never fetched. Everything keeps to huggingface_hub's settings: cache, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from glob import escape
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lorasurgery import __version__
+from lorasurgery.adapters.components import FOLDER_NAMES
+from lorasurgery.checkpoint.header import MAX_HEADER, parse_header
+from lorasurgery.checkpoint.locate import INDEX_SUFFIX, locate
+from lorasurgery.checkpoint.stub import write_stub
+from lorasurgery.errors import FormatError
+from lorasurgery.hub.reference import Reference, explain, parse_reference
+from lorasurgery.report import Progress
+
+ADAPTER = "adapter_model.safetensors"
+_BESIDE = (".json", ".txt", ".model", ".jinja", ".py", "README.md", "LICENSE", "LICENSE.md", "NOTICE")
+_CONFIGS = ("config.json", INDEX_SUFFIX, "model_index.json")  # all that a plan needs beside the headers
+_FIRST = 1 << 17  # bytes of a weight file asked for at once: nearly every header is shorter
+_WORKERS = 8
+
+
+def api() -> Any:
+    """huggingface_hub's client, which knows the endpoint and the token."""
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="lorasurgery", library_version=__version__)
+
+
+def here(given: str | Path, *, progress: Progress | None = None) -> str | Path:
+    """The local path of what may be a reference: an existing path always wins, and what looks like none stays.
+
+    Raises:
+        SurgeryError: as fetch does.
+    """
+    reference = None if Path(given).exists() else parse_reference(given)
+    return fetch(reference, progress=progress) if reference else given
+
+
+def fetch(reference: Reference, *, progress: Progress | None = None) -> Path:
+    """Bring a repository's weights and what belongs to them into the Hub's cache.
+
+    Example:
+        fetch(Reference("org/name", "v1.0"))
+
+    Returns:
+        The snapshot's folder (or what lies inside of it), where names are links to the cache's blobs.
+
+    Raises:
+        SurgeryError: gated, missing, offline, or without safetensors, in one line.
+    """
+    found = _look(reference)
+    if isinstance(found, Path):
+        return found
+    commit, names = found
+    beside = _download(reference, commit, _beside(names), None)
+    weights = _weights(reference, names, beside)
+    return _download(reference, commit, [*_beside(names), *weights], progress) / reference.inside
+
+
+def fetch_headers(reference: Reference, folder: Path) -> Path:
+    """Lay out a repository under `folder` with the weights as stubs: real headers and sizes, no tensors.
+
+    What the cache already has whole is taken from there.
+
+    Returns:
+        The folder (or file) that stands for the reference.
+
+    Raises:
+        SurgeryError: as fetch does.
+    """
+    found = _look(reference)
+    if isinstance(found, Path):
+        return found
+    commit, names = found
+    configs = [n for n in names if n.endswith(_CONFIGS)]
+    beside = _download(reference, commit, configs, None)
+    weights = _weights(reference, names, beside)
+    if all((beside / name).is_file() for name in weights):
+        return beside / reference.inside
+    home = folder / f"models--{reference.repo.replace('/', '--')}" / "snapshots" / commit
+    for name in configs:
+        target = home / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((beside / name).read_bytes())
+    remote = _Remote(reference, commit)
+    with ThreadPoolExecutor(_WORKERS, "headers") as pool:
+        list(pool.map(lambda name: remote.stub(name, home / name), weights))
+    return home / reference.inside
+
+
+def _look(reference: Reference) -> tuple[str, list[str]] | Path:
+    """The commit and its files; without a connection, the folder of the cache."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    client = api()
+    try:
+        info = client.model_info(reference.repo, revision=reference.revision)
+        names = [s.rfilename for s in info.siblings or ()]
+    except (HfHubHTTPError, HFValidationError, RepositoryNotFoundError) as problem:
+        raise _explained(problem, reference) from None
+    except Exception as problem:  # no connection: each version of the client has its own kinds for it
+        cached = _from_cache(reference)
+        if cached is None:
+            raise _explained(_as_offline(problem), reference) from None
+        return cached
+    return info.sha, [n for n in names if _is_plain(n) and _lies_in(n, reference.inside)]
+
+
+def _from_cache(reference: Reference) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(reference.repo, revision=reference.revision, local_files_only=True)
+    except Exception:  # not there, or not whole
+        return None
+    path = Path(found) / reference.inside
+    return path if path.exists() else None
+
+
+def _as_offline(problem: Exception) -> Exception:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    missing = LocalEntryNotFoundError(str(problem))
+    missing.__cause__ = problem
+    return missing
+
+
+def _explained(problem: Exception, reference: Reference) -> Exception:
+    from huggingface_hub import get_token
+
+    return explain(problem, reference, token=get_token(), endpoint=api().endpoint)
+
+
+def _is_plain(name: str) -> bool:
+    """A server must not choose where we write: names stay inside the folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\x00" not in name
+
+
+def _lies_in(name: str, inside: str) -> bool:
+    folder = inside.rpartition("/")[0] if inside.endswith(".safetensors") else inside
+    return not folder or name.startswith(f"{folder}/")
+
+
+def _beside(names: Iterable[str]) -> list[str]:
+    return [n for n in names if n.endswith(_BESIDE)]
+
+
+def _weights(reference: Reference, names: Sequence[str], beside: Path) -> list[str]:
+    """The weight files that count, by the rule that holds on the disk: it is run on a folder of empty files."""
+    if reference.inside.endswith(".safetensors"):
+        if reference.inside not in names:
+            raise FormatError(f"{reference}: the repository has no such file")
+        return [reference.inside]
+    top = f"{reference.inside}/" if reference.inside else ""
+    members = [name for part in FOLDER_NAMES if (name := f"{top}{part}/{ADAPTER}") in names]
+    if f"{top}{ADAPTER}" in names or members:
+        return [f"{top}{ADAPTER}"] if f"{top}{ADAPTER}" in names else members
+    with tempfile.TemporaryDirectory(prefix="lorasurgery-") as scratch:
+        for name in names:
+            target = Path(scratch) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((beside / name).read_bytes() if name.endswith(INDEX_SUFFIX) else b"")
+        try:
+            return [top + file for file in locate(Path(scratch) / reference.inside).files]
+        except FormatError as problem:
+            raise type(problem)(
+                _several(reference, names, top, str(problem).replace(scratch, str(reference)))
+            ) from None
+
+
+def _several(reference: Reference, names: Sequence[str], top: str, says: str) -> str:
+    """Where a repository holds several adapters, the next move is to name one of them."""
+    files = [n for n in names if n.endswith(".safetensors") and n.rpartition("/")[0] == top.rstrip("/")]
+    if len(files) < 2:
+        return says
+    at = f"@{reference.revision}" if reference.revision else ""
+    return (
+        f"{reference}: has {len(files)} safetensors files and no index to say which belong together; name one: "
+        f"hf://{reference.repo}{at}/{files[0]}"
+    )
+
+
+def _download(reference: Reference, commit: str, names: Sequence[str], progress: Progress | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            reference.repo,
+            revision=commit,
+            allow_patterns=[escape(name) for name in names],
+            tqdm_class=_counter(f"fetching {reference}", progress),
+            library_name="lorasurgery",
+            library_version=__version__,
+        )
+    except Exception as problem:  # many kinds, by version
+        raise _explained(problem, reference) from None
+    _keep_branch(reference, commit)
+    return Path(folder)
+
+
+def _keep_branch(reference: Reference, commit: str) -> None:
+    """Let the cache know which commit a branch meant, so that the same reference works offline."""
+    from huggingface_hub import constants
+
+    name = reference.revision or "main"
+    if name != commit:
+        file = Path(constants.HF_HUB_CACHE) / f"models--{reference.repo.replace('/', '--')}" / "refs" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(commit)
+
+
+def _counter(label: str, progress: Progress | None) -> type:
+    """A class for huggingface_hub to count bytes with, which shows nothing itself and tells `progress`."""
+    from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+
+    class Counter(tqdm):  # type: ignore[misc,unused-ignore]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # the transfer's bar and the files' bar stay silent; the one that counts what is on the disk tells
+            self._tells = kwargs.get("unit") == "B" and not str(kwargs.get("desc", "")).startswith("Downloading")
+            self._done = 0.0
+            kwargs["disable"] = True
+            super().__init__(*args, **kwargs)
+
+        def update(self, n: float | None = 1) -> None:
+            self._done += n or 0
+            total = int(self.total or 0)
+            if progress and self._tells and total:
+                progress(label, min(int(self._done), total), total)
+
+    return Counter
+
+
+class _Remote:
+    """Weight files of one commit, read in ranges through huggingface_hub's file system."""
+
+    def __init__(self, reference: Reference, commit: str) -> None:
+        from huggingface_hub import HfFileSystem
+
+        self.reference, self.commit = reference, commit
+        self._files = HfFileSystem(skip_instance_cache=True)
+
+    def stub(self, name: str, target: Path) -> None:
+        """Fetch a file's header, and the alphas that an adapter's plan needs, and write its stub."""
+        path, where = f"{self.reference.repo}@{self.commit}/{name}", f"{self.reference}: {name}"
+        try:
+            size = int(self._files.info(path)["size"])
+            start = self._header(path, size, where)
+            alphas = [t for t in parse_header(start[8:], size, where).tensors.values() if t.name.endswith(".alpha")]
+            with ThreadPoolExecutor(_WORKERS, "alphas") as pool:
+                data = list(pool.map(lambda t: self._read(path, t.start, t.end), alphas))
+            tensors = {t.name: (t.start, found) for t, found in zip(alphas, data, strict=True)}
+            write_stub(target, start, size, tensors)
+        except FormatError:
+            raise
+        except Exception as problem:
+            raise _explained(problem, self.reference) from None
+
+    def _header(self, path: str, size: int, where: str) -> bytes:
+        start = self._read(path, 0, min(_FIRST, size))
+        length = int.from_bytes(start[:8], "little")
+        if len(start) < 8 or length > min(MAX_HEADER, size - 8):
+            raise FormatError(f"{where}: has {size} bytes and claims a header of {length}; not a safetensors file")
+        return start[: 8 + length] + self._read(path, len(start), 8 + length)
+
+    def _read(self, path: str, start: int, end: int) -> bytes:
+        if end <= start:
+            return b""
+        data: bytes = self._files.cat_file(path, start=start, end=end, cache_type="none")
+        if len(data) != end - start:
+            raise FormatError(f"{path}: {len(data)} bytes came where {end - start} were asked for")
+        return data

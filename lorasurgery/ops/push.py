@@ -1,0 +1,168 @@
+"""push: a whole, valid adapter or checkpoint, with its model card, as one commit on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.adapters.formats import is_adapter, open_adapter
+from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, show
+from lorasurgery.checkpoint.output import PARTIAL
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import FormatError, SurgeryError, UsageError
+from lorasurgery.hub import push as hub
+from lorasurgery.hub.reference import cached_reference
+from lorasurgery.ops.batch import find_adapters
+from lorasurgery.ops.card import make_card
+from lorasurgery.ops.runtime import Clock
+from lorasurgery.report import Progress, Report
+
+Target = hub.Target
+_TEXTS = (".json", ".txt", ".model", ".jinja", ".py", ".md")  # of sub-folders: configs of a model's further modules
+
+
+@dataclass
+class Parcel:
+    """What will be published: a whole adapter or checkpoint, and what lies beside it.
+
+    Args:
+        files: Name in the repository -> file here.
+        left_out: What lies in the folder but is not published: pickles, other weights, other folders.
+    """
+
+    path: Path
+    adapter: Adapter | None
+    model: Checkpoint | None
+    files: dict[str, Path] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.files.values())
+
+
+def push(
+    path: str | Path,
+    target: Target,
+    *,
+    message: str | None = None,
+    overwrite_card: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Publish an adapter or checkpoint on the Hugging Face Hub, in one commit.
+
+    Example:
+        push("adapter", Target("me/llama-style", private=True)).pushed["url"]
+
+    Args:
+        path: Folder or .safetensors file; checked from its headers to be whole before anything is sent.
+        message: Of the commit; None says what was uploaded.
+        overwrite_card: Write a new model card though the repository or the folder has one.
+        dry_run: Check, and say what would be sent; the Hub is not asked.
+
+    Raises:
+        SurgeryError: not whole, or the Hub refuses; the local files stay as they are, and repeating the same call
+            sends only what is missing.
+    """
+    clock = Clock()
+    target.check()
+    parcel = pack(Path(path))
+    report = Report("push", [str(path)], "", dry_run=dry_run)
+    report.totals = {"files": sorted(parcel.files), "bytes": parcel.nbytes, "left_out": parcel.left_out}
+    if parcel.left_out:
+        report.warnings.append(f"not published: {hub.names(parcel.left_out)} (pickles, other weights, other folders)")
+    report.summary = f"{len(parcel.files)} files, {parcel.nbytes / 1e6:,.2f} MB, to {target.repo}"
+    if not dry_run:
+        own_card = hub.CARD in parcel.files and not overwrite_card
+        made = {} if own_card else make_card(parcel.path, parcel.adapter, target.repo, report.warnings, progress)
+        what = "adapter" if parcel.adapter else "checkpoint"
+        pushed = _send(parcel, made, target, message or f"Upload {what} with lorasurgery", overwrite_card)
+        report.pushed, report.output, report.bytes_written = pushed, pushed["url"], pushed["bytes"]
+        report.summary = _summary(pushed)
+    return clock.stamp(report)
+
+
+def _send(parcel: Parcel, made: dict[str, bytes], target: Target, message: str, overwrite_card: bool) -> dict[str, Any]:
+    try:
+        return hub.upload(parcel.files, made, target, message=message, overwrite_card=overwrite_card)
+    except SurgeryError as problem:
+        options = " --private" if target.private else ""
+        options += f" --revision {target.revision}" if target.revision else ""
+        options += " --create-pr" if target.create_pr else ""
+        options += " --overwrite-card" if overwrite_card else ""
+        raise type(problem)(
+            f"{problem}; nothing was published and {show(str(parcel.path))} is whole: repeat the upload alone with "
+            f"`lorasurgery push {show(str(parcel.path))} {target.repo}{options}`"
+        ) from None
+
+
+def _summary(pushed: dict[str, Any]) -> str:
+    card = "; the model card that was there is kept (--overwrite-card writes a new one)"
+    where, size = pushed.get("pull_request") or pushed["url"], pushed["bytes"] / 1e6
+    text = f"{where}: {pushed['files']} files, {size:,.2f} MB in commit {pushed['commit'][:10]}"
+    return text + (card if pushed["card"] == "kept" else "")
+
+
+def pack(path: Path) -> Parcel:
+    """Open what is to be published and choose its files, from headers and names.
+
+    Raises:
+        SurgeryError: missing, broken, half-written, or a link that leads out of the folder.
+    """
+    if not path.exists():
+        raise FormatError(f"{show(str(path))}: is neither a file nor a folder; push takes what lies on this machine")
+    if find_adapters(path):
+        raise UsageError(f"{show(str(path))}: holds several adapters; push them one by one")
+    adapter = open_adapter(path) if is_adapter(path) else None
+    model = None if adapter else Checkpoint.open(path)
+    opened = adapter.weights if adapter else model
+    assert opened is not None
+    parcel = Parcel(path, adapter, model)
+    if path.is_file():
+        parcel.files = {path.name: path}
+        return parcel
+    _choose(parcel, set(opened.files), everywhere=bool(opened.parts))
+    return parcel
+
+
+def _choose(parcel: Parcel, weights: set[str], *, everywhere: bool) -> None:
+    """All that lies beside the weights goes along, but pickles and weights that are not part of the whole."""
+    homes = {"", *(name.rpartition("/")[0] for name in weights)}
+    for file, name in _visible(parcel.path):
+        if file.name.endswith(PARTIAL):
+            raise FormatError(
+                f"{show(str(file))}: is the remains of an interrupted run; repeat the command with --overwrite"
+            )
+        if any(part.startswith(".") for part in name.split("/")):
+            continue
+        other = file.suffix == ".safetensors" and name not in weights
+        home = name.rpartition("/")[0]
+        text = file.name.endswith(_TEXTS) and not _holds_weights(file.parent)
+        elsewhere = not (everywhere or home in homes or text)
+        if other or elsewhere or file.name.endswith(PICKLE_SUFFIXES):
+            parcel.left_out.append(name)
+        else:
+            _check_link(file, parcel.path)
+            parcel.files[name] = file
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether a folder is a model of its own, such as a trainer's checkpoint-500."""
+    return any(f.suffix == ".safetensors" or f.name.endswith(PICKLE_SUFFIXES) for f in folder.rglob("*"))
+
+
+def _visible(folder: Path) -> Iterable[tuple[Path, str]]:
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            yield file, file.relative_to(folder).as_posix()
+
+
+def _check_link(file: Path, folder: Path) -> None:
+    """A link could publish a file of the user's that nobody meant to publish."""
+    if not file.resolve().is_relative_to(folder.resolve()) and not cached_reference(folder.absolute()):
+        raise FormatError(f"{show(str(file))}: is a link that leads out of the folder; put the file itself there")

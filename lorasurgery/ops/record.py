@@ -1,0 +1,130 @@
+"""How something was made: its inputs with revisions and hashes, and a record of it beside the result.
+
+The record holds nothing of the machine (no times, of paths the last names): the same operation writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lorasurgery import __version__
+from lorasurgery.adapters.formats import is_adapter, open_adapter
+from lorasurgery.checkpoint.locate import load_object, locate
+from lorasurgery.errors import OutputError, SurgeryError
+from lorasurgery.hub.reference import cached_reference
+from lorasurgery.report import RECORD_NAME, Report, Source
+
+_HASHED_WHOLE = 10**9  # bytes of one input: more would cost a large operation a second reading
+_KEPT = ("totals", "modules", "full", "left_out", "warnings")
+
+
+def describe(given: Any) -> list[Source]:
+    """Say what inputs are, for whoever finds the result later.
+
+    Args:
+        given: A path, several, or None; references on the Hub are given as the folders they were fetched to.
+    """
+    if given is None:
+        return []
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return [source for item in given for source in describe(item)]
+    path = Path(given)
+    with suppress(SurgeryError, OSError):
+        return [_source(path)]
+    return []
+
+
+def _source(path: Path) -> Source:
+    adapter = open_adapter(path) if is_adapter(path) else None
+    if adapter:
+        folder, names = adapter.weights.folder, list(adapter.weights.files)
+    else:
+        located = locate(path)
+        folder, names = located.folder, located.files
+    hub = cached_reference(path.absolute())
+    source = Source(
+        hub.repo if hub else path.absolute().name,
+        "adapter" if adapter else "checkpoint",
+        revision=hub.revision if hub else None,
+        base_model=adapter.config.get("base_model_name_or_path") if adapter else hub.repo if hub else None,
+        license=license_of(adapter.folder if adapter else folder),
+    )
+    whole = sum((folder / name).stat().st_size for name in names) <= _HASHED_WHOLE
+    source.files = [_file(folder / name, name, whole=whole) for name in names]
+    return source
+
+
+def license_of(folder: Path) -> str | None:
+    """The licence that a folder's model card names in its metadata."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    from huggingface_hub import metadata_load
+
+    try:
+        found = (metadata_load(card) or {}).get("license")
+    except Exception:  # a card is prose: whatever is wrong with it is no reason to stop
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _file(path: Path, name: str, *, whole: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": name, "bytes": path.stat().st_size}
+    blob = path.resolve().name  # the Hub's cache names large files by their SHA-256
+    if re.fullmatch(r"[0-9a-f]{64}", blob):
+        found["sha256"] = blob
+    elif whole:
+        found["sha256"] = _sha256(path)
+    else:
+        with path.open("rb") as file:
+            start = file.read(8)
+            found["header_sha256"] = hashlib.sha256(start + file.read(int.from_bytes(start, "little"))).hexdigest()
+    return found
+
+
+def _sha256(path: Path) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while got := file.readinto(buffer):
+            digest.update(buffer[:got])
+    return digest.hexdigest()
+
+
+def record(report: Report, call: str) -> None:
+    """Write the record of an operation into its output folder; a single file has none.
+
+    Raises:
+        OutputError: it can't be written; the result itself is whole.
+    """
+    out = Path(report.output)
+    if not out.is_dir():
+        return
+    found = report.to_dict()
+    kept = {key: found[key] for key in _KEPT if key in found}
+    sources = [source.to_dict() for source in report.sources or ()]
+    table = {"command": report.command, "call": call, "version": __version__, "sources": sources, **kept}
+    data = (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    partial = out / f".{RECORD_NAME}.lorasurgery-partial"
+    try:
+        partial.write_bytes(data)
+        partial.replace(out / RECORD_NAME)
+    except OSError as problem:
+        where = out / RECORD_NAME
+        raise OutputError(f"{where}: cannot be written ({problem.strerror}); the rest of {out} is whole") from None
+    report.bytes_written += len(data)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record beside a result; {} where there is none.
+
+    Raises:
+        FormatError: it is there but is no JSON object.
+    """
+    file = folder / RECORD_NAME
+    return load_object(file) if file.is_file() else {}

@@ -1,0 +1,36 @@
+"""Where a module stands in its network, read from its name alone: which stack, which layer, which kind of module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module's place.
+
+    Args:
+        stack: What holds the layers, such as `model.layers`; empty for what stands outside of them.
+        layer: Which one, from 0; None outside.
+        kind: The rest of the name, alike in every layer: `mlp.up_proj`. Further numbers (experts) are `*`.
+    """
+
+    stack: str
+    layer: int | None
+    kind: str
+
+
+def place_of(name: str) -> Place:
+    """The place of a module by its path: the first number in it counts the layers.
+
+    >>> place_of("model.layers.9.mlp.up_proj")
+    Place(stack='model.layers', layer=9, kind='mlp.up_proj')
+    >>> place_of("model.layers.0.mlp.experts.3.w1").kind, place_of("lm_head")
+    ('mlp.experts.*.w1', Place(stack='', layer=None, kind='lm_head'))
+    """
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    if first is None or first == len(parts) - 1:  # `net.2` is a module of a sequence, not a layer of many parts
+        return Place("", None, name)
+    kind = ".".join("*" if part.isdecimal() else part for part in parts[first + 1 :])
+    return Place(".".join(parts[:first]), int(parts[first]), kind)
