@@ -172,6 +172,7 @@ def guarded(function: F) -> F:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         signal.signal(signal.SIGTERM, _interrupted)
         gc.set_threshold(200_000)  # importing torch makes objects that all live on; looking for waste costs 0.2 s
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the line that says what failed is ours
         COMMAND_LINE.set(command_line(click.get_current_context()))
         try:
             return function(*args, **kwargs)
@@ -194,11 +195,14 @@ def guarded(function: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
-_UNSAID = {"as_json", "quiet", "verbose", "plot", "push", "private", "overwrite", "dry_run"}
+_UNSAID = {"as_json", "quiet", "verbose", "plot", "push", "private", "overwrite", "dry_run", "out"}
 
 
 def command_line(context: click.Context) -> str:
-    """The command as it can be published: local paths by their last names, without what only concerns this run."""
+    """The command as it can be published: local paths by their last names, without what only concerns this run.
+
+    It does not hold the output's name, so that the same operation writes the same record wherever it writes it.
+    """
     words = ["lorasurgery", str(context.info_name)]
     for param in context.command.params:
         given = context.params.get(param.name or "")
@@ -212,7 +216,7 @@ def command_line(context: click.Context) -> str:
             words.append(param.opts[-1])
         else:
             words += [word for value in values for word in (param.opts[-1], value)]
-    return shlex.join(words)
+    return shlex.join(words) + (" -o OUT" if "out" in context.params else "")
 
 
 def _shown(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -120,11 +121,13 @@ def _from_cache(reference: Reference) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(reference.repo, revision=reference.revision, local_files_only=True)
-    except Exception:  # not there, or not whole
-        return None
-    path = Path(found) / reference.inside
-    return path if path.exists() else None
+        folder = Path(snapshot_download(reference.repo, revision=reference.revision, local_files_only=True))
+    except Exception as problem:
+        # a snapshot that lacks any file of the repository counts as incomplete, and pickles are never fetched here
+        folder = Path(getattr(problem, "snapshot_path", None) or "")
+    path = folder / reference.inside
+    weights = path.rglob("*.safetensors") if path.is_dir() else [path]
+    return path if folder.name and any(file.is_file() for file in weights) else None
 
 
 def _as_offline(problem: Exception) -> Exception:
@@ -216,8 +219,11 @@ def _keep_branch(reference: Reference, commit: str) -> None:
     name = reference.revision or "main"
     if name != commit:
         file = Path(constants.HF_HUB_CACHE) / f"models--{reference.repo.replace('/', '--')}" / "refs" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(commit)
+        partial = file.with_name(f"{file.name}.lorasurgery-partial")
+        with suppress(OSError):  # a cache that can't be written is still a cache
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(commit)
+            partial.replace(file)
 
 
 def _counter(label: str, progress: Progress | None) -> type:

@@ -51,7 +51,7 @@ def _totals(model: Checkpoint) -> dict[str, Any]:
         "model_type": model.config.get("model_type"), "tensors": len(model.tensors),
         "parameters": count_parameters(model), "bytes": model.nbytes, "dtypes": dict(dtypes.most_common()),
         "layers": {stack: len(found) for stack, found in layers.items()},
-        "tied": bool(embedding and len(names.tied_paths(embedding)) > 1), "by_kind": _by_kind(model),
+        "tied": bool(embedding and names.tied_paths(embedding)), "by_kind": _by_kind(model),
         "odd": odd_in_checkpoint(model),
     }  # fmt: skip
 

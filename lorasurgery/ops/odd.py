@@ -30,10 +30,11 @@ def _tensors(model: Checkpoint) -> Iterator[str]:
     if empty:
         yield f"{len(empty)} tensors hold no elements ({_some(empty)})"
     main = commonest_dtype(model)
+    scaled = [t.name for t in model.tensors.values() if scale_of(model, t)]
     other = [t.name for t in model.tensors.values() if t.is_float and t.dtype != main and len(t.shape) > 1]
+    other = [name for name in other if name not in scaled]
     if other and not model.parts:
         yield f"{len(other)} matrices are not {main} like the rest ({_some(other)})"
-    scaled = [t.name for t in model.tensors.values() if scale_of(model, t)]
     if scaled:
         yield f"{len(scaled)} weights are quantized and mean something only with their scales ({_some(scaled)})"
     integers = [t.name for t in model.tensors.values() if not t.is_float and len(t.shape) > 1 and _is_weight(t.name)]

@@ -127,6 +127,7 @@ def pack(path: Path) -> Parcel:
         parcel.files = {path.name: path}
         return parcel
     _choose(parcel, set(opened.files), everywhere=bool(opened.parts))
+    parcel.left_out.sort(key=lambda name: (name.count("/"), name))
     return parcel
 
 
