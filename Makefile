@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTS ?=
 
-.PHONY: help install demo test test-slow lint types check docs bench clean
+.PHONY: help install demo test test-slow lint types check docs site bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch first and alone, so that pip takes the build that constraints.txt names
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,plot,bench]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,plot,bench,docs]'
 	@touch $@
 
 demo: $(STAMP) ## Fine-tune MiniLM, then extract, merge, compare and unmerge on real weights (about 3 minutes)
@@ -41,13 +41,18 @@ types: $(STAMP) ## mypy, strict
 
 check: lint types test ## lint + types + tests
 
-docs: $(STAMP) ## Write docs/cli.md anew from the commands' help
+docs: $(STAMP) ## Write anew the pages that are made: the CLI reference, the JSON reports, the formats' results
 	@$(BIN)/python docs/generate_cli.py
+	@$(BIN)/python docs/generate_json.py
 	@$(BIN)/python -W ignore docs/generate_formats.py
+
+site: $(STAMP) ## Build the documentation into site/, strictly: a broken link is an error
+	@echo "== site"
+	@$(BIN)/mkdocs build --quiet --strict
 
 bench: $(STAMP) ## extract, rerank and blend against their peers (ten minutes; makes an environment for mergekit)
 	@$(BIN)/python benchmarks/extract.py
 	@HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/algebra.py
 
 clean: ## Remove what the demo, the benchmarks and the tests made (not .venv)
-	rm -rf .demo .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .demo .bench site .pytest_cache .mypy_cache .ruff_cache .hypothesis

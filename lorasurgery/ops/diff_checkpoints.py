@@ -47,9 +47,9 @@ def diff_checkpoints(
 def _pairs(first: Checkpoint, second: Checkpoint) -> Iterator[tuple[TensorInfo | None, TensorInfo | None]]:
     """Tensors of the same name, after the prefix that one of them may have on all; then what is in one only."""
     before, after = align_names(set(first.tensors), set(second.tensors))
-    new = {after + name: info for name, info in second.tensors.items()}
+    new = {before + name: info for name, info in second.tensors.items()}
     for name, info in first.tensors.items():
-        yield info, new.pop(before + name, None)
+        yield info, new.pop(after + name, None)
     for info in new.values():
         yield None, info
 
@@ -65,7 +65,9 @@ def _change(
         found.state = "only_b" if old is None else "only_a"
     elif old.shape != new.shape:
         found.state = "reshaped"
-    elif (compared := compare(old, new)) is not None:
+    elif (compared := compare(old, new)) is None:
+        found.delta_norm = found.relative = 0.0  # whatever the norm is, which need not be read
+    else:
         found.state, found.share = "changed", compared.share
         found.norm, found.delta_norm, found.largest = compared.norm, compared.delta_norm, compared.largest
         if compared.norm and compared.delta_norm is not None:

@@ -1,0 +1,50 @@
+"""How every picture looks: type, colours for the colour-blind too, and settings that make the same bytes each time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+WIDTH = 9.0
+"""Inches; at 100 pixels an inch this is the width of a README, where the smallest type (7.5 points) is 10 pixels."""
+
+# Okabe & Ito 2008, "Color Universal Design", but brown for its yellow, which is too pale for a line on white.
+LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F5F3F")
+ACCENT, TOGETHER, AGAINST = "#0072B2", "#542788", "#B35806"  # the latter from PuOr, the map of signs
+GREY = "#6b6b6b"
+ABSENT = "#ececec"
+
+_SETTINGS: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, and has Δ and ‖
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "legend.fontsize": 8.0,
+    "figure.titlesize": 11.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "hatch.linewidth": 0.6,
+    "text.parse_math": False,  # a $ in a name is a $
+    # Letters as outlines: a reader's machine need not have the font, so nothing shifts and nothing overlaps. matplotlib
+    # keeps the words as comments, where a search finds them.
+    "svg.fonttype": "path",
+    "svg.hashsalt": "lorasurgery",  # the ids inside an SVG are random without it
+}
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """matplotlib's defaults and ours on top, whatever a user's matplotlibrc says, until the block ends."""
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", _SETTINGS]), warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes, which tells as much as a warning.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
