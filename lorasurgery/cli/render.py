@@ -41,11 +41,13 @@ def _bar(command: str) -> Iterator[Progress]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
                TimeRemainingColumn(), TextColumn("{task.fields[tensor]}", style="dim"))  # fmt: skip
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    room = min(40, max(8, console.width - 85))  # what the bar and its numbers leave on the line
+    with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task(command, tensor="")
 
         def callback(name: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, tensor=name[-40:])
+            bar.update(task, completed=done, total=total, tensor=name[-room:])
 
         yield callback
 

@@ -9,7 +9,7 @@ from typing import Any
 from lorasurgery.report import Comparison, ModuleReport, Report, Spectrum
 
 _FEW = 24  # modules that are shown without being asked for
-_BAR = 24  # characters of the longest bar
+_BAR, _SHORT = 24, 10  # characters of the longest bar, where there is room and where there is little
 _COLUMNS = {
     "state": ("", "{}"), "dtype": ("dtype", "{}"), "bytes": ("bytes", "{:,}"), "file": ("file", "{}"),
     "parameters": ("LoRA", "{:,}"), "share": ("share", "{:.2%}"), "relative": ("‖ΔW‖/‖W‖", "{:.3%}"),
@@ -58,19 +58,39 @@ _STORED = {
 }  # fmt: skip
 
 
+_SPARE = ("norm", "each_full", "parameters", "delta_norm", "times_fewer", "tensors", "shape", "modules")  # first to go
+
+
 def _rows(columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]], bar: str, *, more: int = 0) -> None:
-    """A table of sums, with a bar for one of its columns beside the longest."""
+    """A table of sums, with a bar for one of its columns beside the longest; narrow terminals get fewer columns."""
+    from rich.measure import Measurement
+
+    console, length = _console(), _BAR
+    unbound = console.options.update(width=1000)
+    while True:
+        table = _sums(columns, rows, bar, length)
+        spare = [name for name in _SPARE if name in columns and name != bar]
+        if Measurement.get(console, unbound, table).maximum <= console.width or not (spare or length > _SHORT):
+            break
+        if length > _SHORT:
+            length = _SHORT
+        else:
+            columns = {name: column for name, column in columns.items() if name != spare[0]}
+    if more > 0:
+        table.add_row(f"… and {more} smaller")
+    console.print(table)
+
+
+def _sums(columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]], bar: str, length: int) -> Any:
     table = _table()
     for i, (title, _) in enumerate(columns.values()):
-        table.add_column(title, justify="left" if i == 0 else "right", overflow="fold" if i == 0 else "ellipsis")
+        table.add_column(title, justify="left" if i == 0 else "right", overflow="fold")
     table.add_column("", no_wrap=True)
     longest = max((row[bar] or 0 for row in rows), default=0)
     for row in rows:
         cells = [_cell(text, row.get(name)) for name, (_, text) in columns.items()]
-        table.add_row(*cells, _bar((row[bar] or 0) / longest if longest else 0.0))
-    if more > 0:
-        table.add_row(f"… and {more} smaller")
-    _print(table)
+        table.add_row(*cells, _bar((row[bar] or 0) / longest if longest else 0.0, length))
+    return table
 
 
 def _cell(text: str, value: Any) -> str:
@@ -79,13 +99,13 @@ def _cell(text: str, value: Any) -> str:
     return "×".join(map(str, value)) if isinstance(value, (list, tuple)) else text.format(value)
 
 
-def _bar(share: float) -> str:
+def _bar(share: float, length: int) -> str:
     """A bar of eighths of a character.
 
-    >>> _bar(0.5), _bar(0.01)
+    >>> _bar(0.5, 24), _bar(0.01, 24)
     ('████████████', '▎')
     """
-    eighths = max(1, round(share * _BAR * 8)) if share > 0 else 0
+    eighths = max(1, round(share * length * 8)) if share > 0 else 0
     return "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
 
 
@@ -96,10 +116,10 @@ def _table() -> Any:
     return Table(box=SIMPLE, pad_edge=False)
 
 
-def _print(table: Any) -> None:
+def _console() -> Any:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(table)
+    return Console(width=None if sys.stdout.isatty() else 150, highlight=False)
 
 
 def _modules(modules: Sequence[ModuleReport]) -> None:
@@ -117,7 +137,7 @@ def _modules(modules: Sequence[ModuleReport]) -> None:
         values = [getattr(m, c, None) for c in used]
         cells = [_COLUMNS[c][1].format(v) if v is not None else "" for c, v in zip(used, values, strict=True)]
         table.add_row(m.name, "×".join(map(str, m.shape)), *cells, *(column[i] for column in extra.values()))
-    _print(table)
+    _console().print(table)
 
 
 def _extra_columns(modules: Sequence[ModuleReport]) -> dict[str, list[str]]:

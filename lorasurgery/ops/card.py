@@ -41,11 +41,8 @@ def make_card(
     sources = [s for s in record.get("sources", []) if isinstance(s, dict)]
     base = base_model(adapter, sources)
     if base is None and (adapter or record):
-        warnings.append(
-            "the model card names no base model: none is known by a name on the Hub"
-            + (f" ({adapter.config.get('base_model_name_or_path')})" if adapter else "")
-            + "; set base_model_name_or_path in adapter_config.json, or base_model in the card"
-        )
+        mend = "base_model_name_or_path in adapter_config.json" if adapter else "base_model in its metadata"
+        warnings.append(f"the model card names no base model, for none is known by a name on the Hub; set {mend}")
     metadata = _metadata(path, adapter, record, sources, base)
     body = [f"# {repo.partition('/')[2]}", parts.opening(report, record, base)]
     if picture:

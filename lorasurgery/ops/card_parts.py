@@ -22,10 +22,10 @@ _RANKS = (16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank
 
 def opening(report: Report | None, record: dict[str, Any], base: str | None) -> str:
     """One paragraph: what this is, and for which model."""
-    link = f"[{base}](https://huggingface.co/{base})" if base and "/" in base else base or "its base model"
+    link = f"[{base}](https://huggingface.co/{base})" if base and "/" in base else base or "a base model"
     totals = record.get("totals", {})
     if report is None:
-        lines = [f"{link} with LoRA adapters merged into its weights."] if record.get("command") == "merge" else []
+        lines = [f"LoRA adapters merged into the weights of {link}."] if record.get("command") == "merge" else []
         if totals.get("retention") is not None:
             lines.append(
                 f"{totals['tensors_touched']} tensors were changed; {totals['retention']:.2%} of the update is in the "
