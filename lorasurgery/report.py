@@ -57,12 +57,12 @@ class Planned(ModuleReport):
 
     Args:
         parameters: rank·(out + in), for all experts where there are several.
-        full: Parameters of the weight itself.
-        share: parameters/full.
+        weight_parameters: Those of the weight itself.
+        share: parameters/weight_parameters.
     """
 
     parameters: int = 0
-    full: int = 0
+    weight_parameters: int = 0
     share: float = 0.0
 
 
@@ -196,7 +196,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (ModuleReport, Report, Source)):
         return value.to_dict()
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
+        plain = {key: _plain(item) for key, item in value.items()}
+        return {key: item for key, item in plain.items() if item is not None}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):

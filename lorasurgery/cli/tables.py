@@ -45,7 +45,7 @@ def show(report: Report, *, verbose: bool) -> None:
 
 _PLAN = {
     "kind": ("module", "{}"), "shape": ("shape", "{}"), "modules": ("count", "{:,}"), "each": ("LoRA of one", "{:,}"),
-    "each_full": ("of", "{:,}"), "share": ("share", "{:.2%}"), "times_fewer": ("times fewer", "{:,.0f}"),
+    "each_weight": ("of", "{:,}"), "share": ("share", "{:.2%}"), "times_fewer": ("times fewer", "{:,.0f}"),
     "parameters": ("LoRA of all", "{:,}"),
 }  # fmt: skip
 _CHANGES = {
@@ -58,7 +58,16 @@ _STORED = {
 }  # fmt: skip
 
 
-_SPARE = ("norm", "each_full", "parameters", "delta_norm", "times_fewer", "tensors", "shape", "modules")  # first to go
+_SPARE = (
+    "norm",
+    "each_weight",
+    "parameters",
+    "delta_norm",
+    "times_fewer",
+    "tensors",
+    "shape",
+    "modules",
+)  # first to go
 
 
 def _rows(columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]], bar: str, *, more: int = 0) -> None:

@@ -77,7 +77,8 @@ def upload(
         overwrite_card: Replace the model card that the repository has.
 
     Returns:
-        repo, url, commit, files, bytes, card (`written` or `kept`), deleted; pull_request where one was asked for.
+        repo, url, commit, files and bytes that are new, card (`written` or `kept`), deleted; pull_request where one
+        was opened. Without any change there is no new commit, and files is 0.
 
     Raises:
         SurgeryError: refused, or cut off; nothing is published then.
@@ -86,7 +87,7 @@ def upload(
 
     client = api()
     try:
-        remote = _prepare(client, target)
+        remote, head = _prepare(client, target)
         kept = CARD in remote and not overwrite_card
         sent: dict[str, Path | bytes] = {**files, **made}
         if kept:  # the picture belongs to the card
@@ -106,16 +107,18 @@ def upload(
     except Exception as problem:  # its kinds differ by version
         raise _explained(problem, target) from None
     branch = f"/tree/{target.revision}" if target.revision else ""
+    if commit.oid == head:  # all of it was there already, so the Hub made no commit
+        sent = {}
     found = {
         "repo": target.repo, "url": f"{client.endpoint}/{target.repo}{branch}", "commit": commit.oid,
         "files": len(sent), "bytes": sum(_size(data) for data in sent.values()), "deleted": stale,
         "card": "kept" if kept else "written",
     }  # fmt: skip
-    return found | ({"pull_request": commit.pr_url} if target.create_pr else {})
+    return found | ({"pull_request": commit.pr_url} if commit.pr_url else {})
 
 
-def _prepare(client: Any, target: Target) -> set[str]:
-    """Make repository and branch where they are missing; the names of the files that are there already."""
+def _prepare(client: Any, target: Target) -> tuple[set[str], str]:
+    """Make repository and branch where they are missing; the files that are there already, and the last commit."""
     client.create_repo(target.repo, private=target.private or None, exist_ok=True)
     if target.revision and target.revision != "main":
         client.create_branch(target.repo, branch=target.revision, exist_ok=True)
@@ -125,7 +128,7 @@ def _prepare(client: Any, target: Target) -> set[str]:
             f"{target.repo}: exists and is public, but --private was asked for; nothing was sent. Make it private at "
             f"{client.endpoint}/{target.repo}/settings, or name another repository"
         )
-    return {s.rfilename for s in info.siblings or ()}
+    return {s.rfilename for s in info.siblings or ()}, str(info.sha)
 
 
 def _stale(remote: set[str], sent: Mapping[str, Any]) -> list[str]:

@@ -82,10 +82,11 @@ def _targets(items: list[Path], out: Path, loose: bool | None) -> dict[Path, Pat
 
 
 def _one(command: str, item: Path, target: Path, work: Callable[[Path, Path], Report]) -> Report:
+    clock = Clock()
     try:
         return work(item, target)
     except UsageError:
         raise
     except (SurgeryError, OSError, RuntimeError) as problem:  # RuntimeError is torch's, such as a GPU out of memory
         line = " ".join(str(problem).split()) or type(problem).__name__
-        return Report(command, [str(item)], "", error=line)
+        return clock.stamp(Report(command, [str(item)], "", error=line))

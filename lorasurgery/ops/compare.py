@@ -60,7 +60,7 @@ class Comparer:
             norm += _square(x)
             delta += _square(gap)
             different += int((gap != 0).sum())  # not-a-number differs from everything
-            largest = max(largest, float(gap.abs().max()))
+            largest = max(float(gap.abs().max()), largest)  # in this order a not-a-number stays
         if not different:
             return None
         return Compared(math.sqrt(norm), math.sqrt(delta), largest, different / count)

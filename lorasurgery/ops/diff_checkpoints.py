@@ -79,7 +79,7 @@ def _summarise(report: Report) -> None:
     changes = [m for m in report.modules if isinstance(m, Change)]
     counts = {state: sum(m.state == state for m in changes) for state in ("equal", "changed", "reshaped")}
     counts |= {state: sum(m.state == state for m in changes) for state in ("only_a", "only_b")}
-    delta, norm = _root(m.delta_norm for m in changes), _root(m.norm for m in changes)
+    delta, norm = _norms(changes)
     report.totals = {
         "what": "checkpoints", "tensors": len(changes), **counts, "delta_norm": delta, "norm": norm,
         "relative": delta / norm if norm else None,
@@ -91,8 +91,11 @@ def _summarise(report: Report) -> None:
     report.summary = _words(report.totals, changes)
 
 
-def _root(norms: Any) -> float:
-    return math.sqrt(math.fsum(n * n for n in norms if n is not None and math.isfinite(n)))
+def _norms(changes: Sequence[Change]) -> tuple[float, float]:
+    """‖ΔW‖ and ‖W‖ of all tensors together; those with values that are not finite count for neither."""
+    known = [(m.delta_norm, m.norm) for m in changes if m.delta_norm is not None and m.norm is not None]
+    finite = [(d, n) for d, n in known if math.isfinite(d) and math.isfinite(n)]
+    return math.sqrt(math.fsum(d * d for d, _ in finite)), math.sqrt(math.fsum(n * n for _, n in finite))
 
 
 def _layer(place: Place) -> str | None:
@@ -112,7 +115,7 @@ def _rows(changes: Sequence[Change], title: str, key: Callable[[Place], str | No
             groups[name].append(m)
     found = []
     for name, group in groups.items():
-        delta, norm = _root(m.delta_norm for m in group), _root(m.norm for m in group)
+        delta, norm = _norms(group)
         changed = sum(m.state == "changed" for m in group)
         found.append({title: name, "tensors": len(group), "changed": changed, "delta_norm": delta, "norm": norm,
                       "relative": delta / norm if norm else None})  # fmt: skip

@@ -30,7 +30,7 @@ def plan_report(
     counts: Counter[str] = Counter(t.treatment for p in pairs for t in p.tensors)
     matrices = [p for p in pairs if p.treatment in FACTORED]
     upper = sum(p.count * choice.upper(*p.matrix) * sum(p.matrix) for p in matrices)
-    report.totals = {"tensors": dict(counts), "parameters_at_most": upper, "model_bytes": tuned.nbytes}
+    report.totals = {"tensors": dict(counts), "parameters_at_most": upper, "model_bytes": base.nbytes}
     if dry_run:
         report.modules = [
             ModuleReport(t.name.removesuffix(".weight"), t.tuned.shape, kind=t.treatment, rank=choice.upper(*p.matrix))

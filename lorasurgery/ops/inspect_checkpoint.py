@@ -20,7 +20,7 @@ def inspect_checkpoint(path: str | Path) -> Report:
     model = Checkpoint.open(path)
     report = Report("inspect", [str(path)], "")
     report.modules = [
-        Stored(t.name, t.shape, kind=place_of(_module(t.name)).kind, dtype=t.dtype, bytes=t.nbytes,
+        Stored(_module(t.name), t.shape, kind=place_of(_module(t.name)).kind, dtype=t.dtype, bytes=t.nbytes,
                file=model.file_of[t.name])
         for t in model.tensors.values()
     ]  # fmt: skip

@@ -70,8 +70,8 @@ def _module(pair: Pair, rank: int) -> Planned:
     full = sum(prod(t.tuned.shape) for t in pair.tensors)
     parameters = pair.count * rank * sum(pair.matrix)
     return Planned(
-        pair.path, pair.matrix, kind=pair.treatment, rank=rank, parameters=parameters, full=full,
-        share=parameters / full if full else 0.0,
+        pair.path, pair.matrix, kind=pair.treatment, rank=rank, parameters=parameters,
+        weight_parameters=full, share=parameters / full if full else 0.0,
     )  # fmt: skip
 
 
@@ -81,8 +81,9 @@ def _totals(report: Report, checkpoint: Checkpoint, rank: int, dtype: str) -> di
     return {
         "rank": rank, "dtype": dtype, "modules": len(modules), "parameters": parameters, "model_parameters": model,
         "all_parameters": model + parameters, "trainable_share": parameters / (model + parameters),
-        "targeted_parameters": sum(m.full for m in modules), "adapter_bytes": parameters * DTYPE_BITS[dtype] // 8,
-        "model_bytes": checkpoint.nbytes, "by_kind": _by_kind(modules),
+        "targeted_parameters": sum(m.weight_parameters for m in modules),
+        "adapter_bytes": parameters * DTYPE_BITS[dtype] // 8, "model_bytes": checkpoint.nbytes,
+        "by_kind": _by_kind(modules),
     }  # fmt: skip
 
 
@@ -94,9 +95,9 @@ def _by_kind(modules: Sequence[Planned]) -> list[dict[str, Any]]:
     return [
         {
             "kind": kind, "shape": list(shape), "modules": len(group), "each": group[0].parameters,
-            "each_full": group[0].full, "parameters": sum(m.parameters for m in group),
-            "full": sum(m.full for m in group), "share": group[0].share,
-            "times_fewer": group[0].full / group[0].parameters,
+            "each_weight": group[0].weight_parameters, "parameters": sum(m.parameters for m in group),
+            "weight_parameters": sum(m.weight_parameters for m in group), "share": group[0].share,
+            "times_fewer": group[0].weight_parameters / group[0].parameters,
         }
         for (kind, shape), group in groups.items()
     ]  # fmt: skip

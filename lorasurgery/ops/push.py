@@ -102,10 +102,12 @@ def _send(parcel: Parcel, made: dict[str, bytes], target: Target, message: str, 
 
 
 def _summary(pushed: dict[str, Any]) -> str:
-    card = "; the model card that was there is kept (--overwrite-card writes a new one)"
-    where, size = pushed.get("pull_request") or pushed["url"], pushed["bytes"] / 1e6
-    text = f"{where}: {pushed['files']} files, {size:,.2f} MB in commit {pushed['commit'][:10]}"
-    return text + (card if pushed["card"] == "kept" else "")
+    where, commit = pushed.get("pull_request") or pushed["url"], pushed["commit"][:10]
+    text = f"{where}: {pushed['files']} files, {pushed['bytes'] / 1e6:,.2f} MB in commit {commit}"
+    if not pushed["files"]:
+        text = f"{where}: has all of this already, in commit {commit}; nothing was sent"
+    kept = "; the model card that was there is kept (--overwrite-card writes a new one)"
+    return text + (kept if pushed["card"] == "kept" else "")
 
 
 def pack(path: Path) -> Parcel:

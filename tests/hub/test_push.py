@@ -113,7 +113,9 @@ def test_a_server_that_dies_halfway(hub: LocalHub, client: Client, tmp_path: Pat
     there = bytes_of(hub, "me/second")
     assert {n: there[n] for n in changed} == changed
     since = len(hub.log)
-    report(client, "push", tmp_path / "model", "me/second")  # nothing is new
+    told = report(client, "push", tmp_path / "model", "me/second")  # nothing is new
+    assert told["pushed"]["files"] == 0
+    assert "nothing was sent" in told["summary"]
     assert not any(r.method == "PUT" for r in hub.log[since:])
 
 

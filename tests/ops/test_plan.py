@@ -106,7 +106,7 @@ def test_experts_count_for_each(tmp_path: Path) -> None:
         ("model.layers.0.mlp.experts.gate_up_proj", (96, 32)), ("model.layers.0.mlp.experts.down_proj", (32, 48)),
     }  # fmt: skip
     assert report.totals["parameters"] == 4 * 2 * (96 + 32) + 4 * 2 * (32 + 48)
-    assert all(isinstance(m, Planned) and m.full == 4 * m.shape[0] * m.shape[1] for m in report.modules)
+    assert all(isinstance(m, Planned) and m.weight_parameters == 4 * m.shape[0] * m.shape[1] for m in report.modules)
 
 
 def test_a_rank_that_saves_nothing_is_told(tmp_path: Path) -> None:
