@@ -1,3 +1,61 @@
-"""LoRA surgery on safetensors checkpoints: extract, merge and unmerge without building the model."""
+"""LoRA surgery on safetensors checkpoints: extract, merge, blend and publish without building the model.
+
+The names below are imported when they are first used, so `import lorasurgery` needs neither torch nor the Hub's client.
+
+>>> import lorasurgery
+>>> lorasurgery.RankChoice(rank=8)
+RankChoice(rank=8, energy=None, tolerance=None, budget=None, max_rank=None, sv_ratio=None, sv_cumulative=None)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorasurgery.adapters.formats import open_adapter as open_adapter
+    from lorasurgery.checkpoint.reader import Checkpoint as Checkpoint
+    from lorasurgery.errors import SurgeryError as SurgeryError
+    from lorasurgery.linalg.rank import Budget as Budget
+    from lorasurgery.linalg.rank import RankChoice as RankChoice
+    from lorasurgery.lowrank import LowRank as LowRank
+    from lorasurgery.ops.blend import BlendOptions as BlendOptions
+    from lorasurgery.ops.blend import blend as blend
+    from lorasurgery.ops.check import check as check
+    from lorasurgery.ops.convert import ConvertOptions as ConvertOptions
+    from lorasurgery.ops.convert import convert as convert
+    from lorasurgery.ops.diff import diff as diff
+    from lorasurgery.ops.extract import ExtractOptions as ExtractOptions
+    from lorasurgery.ops.extract import extract as extract
+    from lorasurgery.ops.inspect import inspect as inspect
+    from lorasurgery.ops.merge import merge as merge
+    from lorasurgery.ops.pairs import Selection as Selection
+    from lorasurgery.ops.plan import plan as plan
+    from lorasurgery.ops.push import Target as Target
+    from lorasurgery.ops.push import push as push
+    from lorasurgery.ops.rerank import rerank as rerank
+    from lorasurgery.ops.unmerge import unmerge as unmerge
+    from lorasurgery.plots import draw as draw
+    from lorasurgery.report import Report as Report
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "adapters.formats": ("open_adapter",), "checkpoint.reader": ("Checkpoint",), "errors": ("SurgeryError",),
+    "linalg.rank": ("Budget", "RankChoice"), "lowrank": ("LowRank",), "ops.blend": ("BlendOptions", "blend"),
+    "ops.check": ("check",), "ops.convert": ("ConvertOptions", "convert"), "ops.diff": ("diff",),
+    "ops.extract": ("ExtractOptions", "extract"), "ops.inspect": ("inspect",), "ops.merge": ("merge",),
+    "ops.pairs": ("Selection",), "ops.plan": ("plan",), "ops.push": ("Target", "push"), "ops.rerank": ("rerank",),
+    "ops.unmerge": ("unmerge",), "plots": ("draw",), "report": ("Report",),
+}  # fmt: skip
+_PLACES = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'lorasurgery' has no attribute {name!r}")
+    return getattr(import_module(f"lorasurgery.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])

@@ -86,3 +86,24 @@ def test_every_command_is_documented() -> None:
 
     for text in ((ROOT / "README.md").read_text(), (ROOT / "docs/cli.md").read_text()):
         assert all(f"lorasurgery {name}" in text for name in COMMANDS)
+
+
+def test_public_names_are_imported_when_they_are_used() -> None:
+    """`import lorasurgery` brings neither torch nor huggingface_hub; each public name is the one in its room."""
+    code = (
+        "import sys, lorasurgery\n"
+        "assert not {'torch', 'numpy', 'huggingface_hub', 'rich', 'click'} & set(sys.modules)\n"
+        "for name, home in lorasurgery._PLACES.items():\n"
+        "    found = getattr(lorasurgery, name)\n"
+        "    assert found.__module__.startswith('lorasurgery.'), name\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    import lorasurgery
+    from lorasurgery.ops.merge import merge
+
+    assert lorasurgery.merge is merge
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    typed = {a.asname for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names if a.asname}
+    assert typed == set(lorasurgery._PLACES)

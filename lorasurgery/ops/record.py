@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery import __version__
+from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.checkpoint.locate import load_object, locate
 from lorasurgery.errors import OutputError, SurgeryError
@@ -52,12 +53,26 @@ def _source(path: Path) -> Source:
         hub.repo if hub else path.absolute().name,
         "adapter" if adapter else "checkpoint",
         revision=hub.revision if hub else None,
-        base_model=adapter.config.get("base_model_name_or_path") if adapter else hub.repo if hub else None,
+        base_model=_base_of(adapter) if adapter else hub.repo if hub else None,
         license=license_of(adapter.folder if adapter else folder),
     )
     whole = sum((folder / name).stat().st_size for name in names) <= _HASHED_WHOLE
     source.files = [_file(folder / name, name, whole=whole) for name in names]
     return source
+
+
+def _base_of(adapter: Adapter) -> str | None:
+    name = adapter.config.get("base_model_name_or_path")
+    return without_folders(name) if isinstance(name, str) else None
+
+
+def without_folders(text: str) -> str:
+    """The same text with the folders of absolute paths cut off: they concern this machine alone.
+
+    >>> without_folders("/home/me/llama, see https://host/a/b and org/name")
+    'llama, see https://host/a/b and org/name'
+    """
+    return re.sub(r"(?<![\w:/.])/(?:[^\s/,;:()]+/)+", "", text)
 
 
 def license_of(folder: Path) -> str | None:
@@ -107,6 +122,7 @@ def record(report: Report, call: str) -> None:
         return
     found = report.to_dict()
     kept = {key: found[key] for key in _KEPT if key in found}
+    kept["warnings"] = [without_folders(text) for text in report.warnings]
     sources = [source.to_dict() for source in report.sources or ()]
     table = {"command": report.command, "call": call, "version": __version__, "sources": sources, **kept}
     data = (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,9 @@ def test_progress_is_plain_lines_off_a_terminal(world: Path, tmp_path: Path) -> 
         ["inspect", "-h"],
         ["diff", "-h"],
         ["convert", "-h"],
+        ["check", "-h"],
+        ["plan", "-h"],
+        ["push", "-h"],
     ],
 )
 def test_help_does_not_import_torch(words: list[str]) -> None:
@@ -387,3 +391,50 @@ def test_sigterm_leaves_nothing(world: Path, tmp_path: Path) -> None:
     assert process.wait() == 1
     assert "Traceback" not in rest
     assert not (tmp_path / "out").exists()
+
+
+def test_tables_fit_the_terminal(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On 80 columns the sums keep whole names and lose the lesser columns; no line is longer than the terminal."""
+    from lorasurgery.cli import tables
+    from lorasurgery.ops.diff import diff
+    from lorasurgery.ops.inspect import inspect
+    from lorasurgery.ops.plan import plan
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    for report in (diff(world / "base", world / "tuned"), inspect(world / "base"), plan(world / "base", 4)):
+        tables.show(report, verbose=False)
+        shown = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out).splitlines()
+        assert max(map(len, shown)) <= 80
+        assert any("self_attn.q_proj" in row for row in shown)
+        assert any("█" in row for row in shown)
+
+
+def test_the_recorded_command_names_no_folder_of_this_machine(world: Path, tmp_path: Path) -> None:
+    """What is published of the command: last names of paths, what was typed, nothing that concerns this run alone."""
+    lorasurgery("merge", world / "base", world / "adapter", "-w", "0.5", "-o", tmp_path / "m", "--json", "--overwrite")
+    text = (tmp_path / "m/lorasurgery.json").read_text()
+    assert json.loads(text)["call"] == "lorasurgery merge base adapter --weight 0.5 -o OUT"
+    assert str(tmp_path) not in text
+    assert str(world) not in text
+    again = tmp_path / "elsewhere"
+    lorasurgery("merge", world / "base", world / "adapter", "-w", "0.5", "-o", again)
+    assert (again / "lorasurgery.json").read_text() == text
+
+
+def test_a_call_from_python_is_recorded_too(world: Path, tmp_path: Path) -> None:
+    """Without a command line the record holds the call, with last names of paths."""
+    from lorasurgery.linalg.rank import RankChoice
+    from lorasurgery.ops.rerank import rerank
+
+    rerank(world / "adapter", tmp_path / "r", RankChoice(rank=2))
+    record = json.loads((tmp_path / "r/lorasurgery.json").read_text())
+    assert record["call"].startswith("blend(") or record["call"].startswith("rerank(")
+    assert "adapter" in record["call"]
+    assert str(world) not in record["call"]
+    (source,) = record["sources"]
+    assert (source["name"], source["kind"]) == ("adapter", "adapter")
+    merge = lorasurgery("merge", world / "base", tmp_path / "r", "-o", tmp_path / "m")
+    assert merge.returncode == 0, merge.stderr  # a record is no part of the adapter
