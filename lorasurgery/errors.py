@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -32,6 +32,15 @@ class OutputError(SurgeryError):
 
 class UsageError(SurgeryError):
     """Options that contradict each other or have no meaning; exit status 2."""
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, for a message.
+
+    >>> some(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

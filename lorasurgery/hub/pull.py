@@ -16,25 +16,16 @@ from typing import Any
 
 from lorasurgery import __version__
 from lorasurgery.adapters.components import FOLDER_NAMES
-from lorasurgery.checkpoint.header import MAX_HEADER, parse_header
+from lorasurgery.adapters.peft import WEIGHTS_NAME
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, locate
-from lorasurgery.checkpoint.stub import write_stub
 from lorasurgery.errors import FormatError
-from lorasurgery.hub.reference import Reference, explain, parse_reference
+from lorasurgery.hub.client import api, explained
+from lorasurgery.hub.reference import Reference, parse_reference
+from lorasurgery.hub.remote import WORKERS, Remote
 from lorasurgery.report import Progress
 
-ADAPTER = "adapter_model.safetensors"
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".py", "README.md", "LICENSE", "LICENSE.md", "NOTICE")
 _CONFIGS = ("config.json", INDEX_SUFFIX, "model_index.json")  # all that a plan needs beside the headers
-_FIRST = 1 << 17  # bytes of a weight file asked for at once: nearly every header is shorter
-_WORKERS = 8
-
-
-def api() -> Any:
-    """huggingface_hub's client, which knows the endpoint and the token."""
-    from huggingface_hub import HfApi
-
-    return HfApi(library_name="lorasurgery", library_version=__version__)
 
 
 def here(given: str | Path, *, progress: Progress | None = None) -> str | Path:
@@ -93,8 +84,8 @@ def fetch_headers(reference: Reference, folder: Path) -> Path:
         target = home / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((beside / name).read_bytes())
-    remote = _Remote(reference, commit)
-    with ThreadPoolExecutor(_WORKERS, "headers") as pool:
+    remote = Remote(reference, commit)
+    with ThreadPoolExecutor(WORKERS, "headers") as pool:
         list(pool.map(lambda name: remote.stub(name, home / name), weights))
     return home / reference.inside
 
@@ -108,11 +99,11 @@ def _look(reference: Reference) -> tuple[str, list[str]] | Path:
         info = client.model_info(reference.repo, revision=reference.revision)
         names = [s.rfilename for s in info.siblings or ()]
     except (HfHubHTTPError, HFValidationError, RepositoryNotFoundError) as problem:
-        raise _explained(problem, reference) from None
+        raise explained(problem, reference) from None
     except Exception as problem:  # no connection: each version of the client has its own kinds for it
         cached = _from_cache(reference)
         if cached is None:
-            raise _explained(_as_offline(problem), reference) from None
+            raise explained(_as_offline(problem), reference) from None
         return cached
     return info.sha, [n for n in names if _is_plain(n) and _lies_in(n, reference.inside)]
 
@@ -138,12 +129,6 @@ def _as_offline(problem: Exception) -> Exception:
     return missing
 
 
-def _explained(problem: Exception, reference: Reference) -> Exception:
-    from huggingface_hub import get_token
-
-    return explain(problem, reference, token=get_token(), endpoint=api().endpoint)
-
-
 def _is_plain(name: str) -> bool:
     """A server must not choose where we write: names stay inside the folder."""
     path = PurePosixPath(name)
@@ -166,9 +151,9 @@ def _weights(reference: Reference, names: Sequence[str], beside: Path) -> list[s
             raise FormatError(f"{reference}: the repository has no such file")
         return [reference.inside]
     top = f"{reference.inside}/" if reference.inside else ""
-    members = [name for part in FOLDER_NAMES if (name := f"{top}{part}/{ADAPTER}") in names]
-    if f"{top}{ADAPTER}" in names or members:
-        return [f"{top}{ADAPTER}"] if f"{top}{ADAPTER}" in names else members
+    members = [name for part in FOLDER_NAMES if (name := f"{top}{part}/{WEIGHTS_NAME}") in names]
+    if f"{top}{WEIGHTS_NAME}" in names or members:
+        return [f"{top}{WEIGHTS_NAME}"] if f"{top}{WEIGHTS_NAME}" in names else members
     with tempfile.TemporaryDirectory(prefix="lorasurgery-") as scratch:
         for name in names:
             target = Path(scratch) / name
@@ -207,7 +192,7 @@ def _download(reference: Reference, commit: str, names: Sequence[str], progress:
             library_version=__version__,
         )
     except Exception as problem:  # many kinds, by version
-        raise _explained(problem, reference) from None
+        raise explained(problem, reference) from None
     _keep_branch(reference, commit)
     return Path(folder)
 
@@ -245,44 +230,3 @@ def _counter(label: str, progress: Progress | None) -> type:
                 progress(label, min(int(self._done), total), total)
 
     return Counter
-
-
-class _Remote:
-    """Weight files of one commit, read in ranges through huggingface_hub's file system."""
-
-    def __init__(self, reference: Reference, commit: str) -> None:
-        from huggingface_hub import HfFileSystem
-
-        self.reference, self.commit = reference, commit
-        self._files = HfFileSystem(skip_instance_cache=True)
-
-    def stub(self, name: str, target: Path) -> None:
-        """Fetch a file's header, and the alphas that an adapter's plan needs, and write its stub."""
-        path, where = f"{self.reference.repo}@{self.commit}/{name}", f"{self.reference}: {name}"
-        try:
-            size = int(self._files.info(path)["size"])
-            start = self._header(path, size, where)
-            alphas = [t for t in parse_header(start[8:], size, where).tensors.values() if t.name.endswith(".alpha")]
-            with ThreadPoolExecutor(_WORKERS, "alphas") as pool:
-                data = list(pool.map(lambda t: self._read(path, t.start, t.end), alphas))
-            tensors = {t.name: (t.start, found) for t, found in zip(alphas, data, strict=True)}
-            write_stub(target, start, size, tensors)
-        except FormatError:
-            raise
-        except Exception as problem:
-            raise _explained(problem, self.reference) from None
-
-    def _header(self, path: str, size: int, where: str) -> bytes:
-        start = self._read(path, 0, min(_FIRST, size))
-        length = int.from_bytes(start[:8], "little")
-        if len(start) < 8 or length > min(MAX_HEADER, size - 8):
-            raise FormatError(f"{where}: has {size} bytes and claims a header of {length}; not a safetensors file")
-        return start[: 8 + length] + self._read(path, len(start), 8 + length)
-
-    def _read(self, path: str, start: int, end: int) -> bytes:
-        if end <= start:
-            return b""
-        data: bytes = self._files.cat_file(path, start=start, end=end, cache_type="none")
-        if len(data) != end - start:
-            raise FormatError(f"{path}: {len(data)} bytes came where {end - start} were asked for")
-        return data

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX
 from lorasurgery.errors import SurgeryError, UsageError
-from lorasurgery.hub.pull import api
-from lorasurgery.hub.reference import explain
+from lorasurgery.hub.client import api, explained
 
 CARD = "README.md"
 _WEIGHTS = re.compile(r"(?:model|diffusion_pytorch_model)(?:-\d+-of-\d+)?\.safetensors")
@@ -60,7 +59,7 @@ def check_account(target: Target) -> None:
     try:
         api().whoami()
     except Exception as problem:  # its kinds differ by version
-        raise _explained(problem, target) from None
+        raise explained(problem, target.repo) from None
 
 
 def upload(
@@ -105,7 +104,7 @@ def upload(
     except SurgeryError:
         raise
     except Exception as problem:  # its kinds differ by version
-        raise _explained(problem, target) from None
+        raise explained(problem, target.repo) from None
     branch = f"/tree/{target.revision}" if target.revision else ""
     if commit.oid == head:  # all of it was there already, so the Hub made no commit
         sent = {}
@@ -145,23 +144,8 @@ def _size(data: Path | bytes) -> int:
     return len(data) if isinstance(data, bytes) else data.stat().st_size
 
 
-def _explained(problem: Exception, target: Target) -> SurgeryError:
-    from huggingface_hub import get_token
-
-    return explain(problem, target.repo, token=get_token(), endpoint=api().endpoint)
-
-
 def show_bars(shown: bool) -> None:
     """Let huggingface_hub show its own bars while it uploads, or not."""
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars  # type: ignore[attr-defined]
 
     (enable_progress_bars if shown else disable_progress_bars)()
-
-
-def names(files: Sequence[str]) -> str:
-    """The first few names, for a message.
-
-    >>> names(["a", "b", "c", "d"])
-    'a, b, c and 1 more'
-    """
-    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.adapters.naming import align_names
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import MismatchError
+from lorasurgery.errors import MismatchError, some
 from lorasurgery.ops.runtime import resolve_device
 from lorasurgery.places import Place, place_of
 from lorasurgery.report import Change, Progress, Report
@@ -87,7 +87,7 @@ def _summarise(report: Report) -> None:
     }  # fmt: skip
     broken = [m.name for m in changes if m.delta_norm is not None and not math.isfinite(m.delta_norm)]
     if broken:
-        report.warnings.append(f"{len(broken)} tensors hold values that are not finite ({', '.join(broken[:3])})")
+        report.warnings.append(f"{len(broken)} tensors hold values that are not finite ({some(broken)})")
     report.summary = _words(report.totals, changes)
 
 

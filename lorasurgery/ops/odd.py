@@ -12,6 +12,7 @@ from lorasurgery.checkpoint.header import PICKLE_SUFFIXES
 from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.checkpoint.output import PARTIAL
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import some
 from lorasurgery.ops.parameters import commonest_dtype
 from lorasurgery.ops.quantized import scale_of
 from lorasurgery.places import place_of
@@ -28,21 +29,21 @@ def odd_in_checkpoint(model: Checkpoint) -> list[str]:
 def _tensors(model: Checkpoint) -> Iterator[str]:
     empty = [t.name for t in model.tensors.values() if not prod(t.shape)]
     if empty:
-        yield f"{len(empty)} tensors hold no elements ({_some(empty)})"
+        yield f"{len(empty)} tensors hold no elements ({some(empty)})"
     main = commonest_dtype(model)
     scaled = [t.name for t in model.tensors.values() if scale_of(model, t)]
     other = [t.name for t in model.tensors.values() if t.is_float and t.dtype != main and len(t.shape) > 1]
     other = [name for name in other if name not in scaled]
     if other and not model.parts:
-        yield f"{len(other)} matrices are not {main} like the rest ({_some(other)})"
+        yield f"{len(other)} matrices are not {main} like the rest ({some(other)})"
     if scaled:
-        yield f"{len(scaled)} weights are quantized and mean something only with their scales ({_some(scaled)})"
+        yield f"{len(scaled)} weights are quantized and mean something only with their scales ({some(scaled)})"
     integers = [t.name for t in model.tensors.values() if not t.is_float and len(t.shape) > 1 and _is_weight(t.name)]
     if integers:
-        yield f"{len(integers)} weights are stored as integers, packed or quantized ({_some(integers)})"
+        yield f"{len(integers)} weights are stored as integers, packed or quantized ({some(integers)})"
     bare = [name for name, header in model.files.items() if "format" not in header.metadata]
     if bare:
-        yield f"the header of {_some(bare)} does not say format=pt, which older versions of transformers ask for"
+        yield f"the header of {some(bare)} does not say format=pt, which older versions of transformers ask for"
 
 
 def _is_weight(name: str) -> bool:
@@ -55,10 +56,10 @@ def _folder(folder: Path, is_file: bool) -> Iterator[str]:
     names = sorted(f.name for f in folder.iterdir())
     pickles = [n for n in names if n.endswith(PICKLE_SUFFIXES) and n != "training_args.bin"]
     if pickles:
-        yield f"pickle files lie beside the weights and are never read ({_some(pickles)})"
+        yield f"pickle files lie beside the weights and are never read ({some(pickles)})"
     remains = [n for n in names if n.endswith(PARTIAL)]
     if remains:
-        yield f"the remains of an interrupted run lie here ({_some(remains)})"
+        yield f"the remains of an interrupted run lie here ({some(remains)})"
 
 
 def _config(model: Checkpoint) -> Iterator[str]:
@@ -104,7 +105,7 @@ def _index(model: Checkpoint) -> Iterator[str]:
     listed = index.get("weight_map")
     unlisted = [n for n in model.tensors if isinstance(listed, dict) and n not in listed]
     if unlisted:
-        yield f"{len(unlisted)} tensors are in the shards but not in the index ({_some(unlisted)})"
+        yield f"{len(unlisted)} tensors are in the shards but not in the index ({some(unlisted)})"
     said = index["metadata"].get("total_size") if isinstance(index.get("metadata"), dict) else None
     if type(said) is int and said != model.nbytes:
         yield f"the index says {said:,} bytes but the tensors take {model.nbytes:,}"
@@ -119,11 +120,11 @@ def odd_in_adapter(adapter: Adapter, model: Checkpoint | None = None) -> list[st
 def _scales(adapter: Adapter) -> Iterator[str]:
     zero = [d.path for d in adapter.deltas.values() if not d.scale]
     if zero:
-        yield f"alpha is 0 in {len(zero)} modules, so they change nothing ({_some(zero)})"
+        yield f"alpha is 0 in {len(zero)} modules, so they change nothing ({some(zero)})"
     far = [d.path for d in adapter.deltas.values() if d.scale and not _FAINT <= abs(d.scale) <= _LOUD]
     if far:
         scale = adapter.deltas[far[0]].scale
-        yield f"the scale of {len(far)} modules is unusual ({_some(far)}: {scale:g}); is alpha meant so?"
+        yield f"the scale of {len(far)} modules is unusual ({some(far)}: {scale:g}); is alpha meant so?"
     if any(d.scale < 0 for d in adapter.deltas.values()):
         yield "alpha is negative in some modules, so they take the update away"
 
@@ -131,7 +132,7 @@ def _scales(adapter: Adapter) -> Iterator[str]:
 def _shapes(adapter: Adapter) -> Iterator[str]:
     wide = [d.path for d in adapter.deltas.values() if d.form == "lora" and d.rank > min(d.shape)]
     if wide:
-        yield f"the rank is above the matrix's own in {len(wide)} modules ({_some(wide)}); rerank makes them smaller"
+        yield f"the rank is above the matrix's own in {len(wide)} modules ({some(wide)}); rerank makes them smaller"
     dtypes = {adapter.weights.tensors[n].dtype for d in adapter.deltas.values() for n in d.names}
     if len(dtypes) > 1:
         yield f"factors are stored in several dtypes ({', '.join(sorted(dtypes))})"
@@ -146,7 +147,3 @@ def _base(adapter: Adapter, model: Checkpoint | None) -> Iterator[str]:
         yield f"the base model is named by a path of one machine ({name}); others can't find it"
     if model and adapter.weights.nbytes > model.nbytes / 2:
         yield "the adapter is more than half as large as the model"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

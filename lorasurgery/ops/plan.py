@@ -10,7 +10,7 @@ from typing import Any
 
 from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import MismatchError, UsageError
+from lorasurgery.errors import MismatchError, UsageError, some
 from lorasurgery.ops.expert_pairs import group_experts
 from lorasurgery.ops.extract import DEFAULT_RANK
 from lorasurgery.ops.pairs import FACTORED, Pair, Selection, plan_pairs
@@ -106,10 +106,7 @@ def _by_kind(modules: Sequence[Planned]) -> list[dict[str, Any]]:
 def _warn(report: Report, rank: int) -> None:
     wide = [m.name for m in report.modules if isinstance(m, Planned) and m.share >= 1]
     if wide:
-        more = f" and {len(wide) - 3} more" if len(wide) > 3 else ""
-        report.warnings.append(
-            f"at rank {rank} the factors of {', '.join(wide[:3])}{more} take as much as the weight itself or more"
-        )
+        report.warnings.append(f"at rank {rank} the factors of {some(wide)} take as much as the weight itself or more")
 
 
 def _summary(t: dict[str, Any], rank: int) -> str:

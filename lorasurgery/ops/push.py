@@ -12,7 +12,7 @@ from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, show
 from lorasurgery.checkpoint.output import PARTIAL
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import FormatError, SurgeryError, UsageError
+from lorasurgery.errors import FormatError, SurgeryError, UsageError, some
 from lorasurgery.hub import push as hub
 from lorasurgery.hub.reference import cached_reference
 from lorasurgery.ops.batch import find_adapters
@@ -75,7 +75,7 @@ def push(
     report = Report("push", [str(path)], "", dry_run=dry_run)
     report.totals = {"files": sorted(parcel.files), "bytes": parcel.nbytes, "left_out": parcel.left_out}
     if parcel.left_out:
-        report.warnings.append(f"not published: {hub.names(parcel.left_out)} (pickles, other weights, other folders)")
+        report.warnings.append(f"not published: {some(parcel.left_out)} (pickles, other weights, other folders)")
     report.summary = f"{len(parcel.files)} files, {parcel.nbytes / 1e6:,.2f} MB, to {target.repo}"
     if not dry_run:
         own_card = hub.CARD in parcel.files and not overwrite_card
