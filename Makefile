@@ -48,7 +48,7 @@ docs: $(STAMP) ## Write anew the pages that are made: the CLI reference, the JSO
 
 site: $(STAMP) ## Build the documentation into site/, strictly: a broken link is an error
 	@echo "== site"
-	@$(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(STAMP) ## extract, rerank and blend against their peers (ten minutes; makes an environment for mergekit)
 	@$(BIN)/python benchmarks/extract.py

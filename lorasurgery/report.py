@@ -187,6 +187,15 @@ class Report:
         return _fields(self)
 
 
+def percent(share: float) -> str:
+    """A share with three digits that count, however small it is.
+
+    >>> percent(0.0123), percent(0.0000123), percent(0.0)
+    ('1.23%', '0.00123%', '0%')
+    """
+    return f"{100 * share:.3g}%"
+
+
 def _fields(item: ModuleReport | Report | Source) -> dict[str, Any]:
     values = {f.name: _plain(getattr(item, f.name)) for f in fields(item)}
     return {key: value for key, value in values.items() if value is not None}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from lorasurgery.adapters.naming import is_embedding, is_head
-from lorasurgery.errors import UsageError, nearest
+from lorasurgery.errors import UsageError, nearest, some
 
 _ATTENTION = re.compile(r".*(attn|attention)[^.]*\..+", re.IGNORECASE)
 _MLP = re.compile(
@@ -58,7 +58,6 @@ def check_patterns(option: str, patterns: Sequence[str], paths: Iterable[str]) -
         except re.error as problem:
             raise UsageError(f"{option} {pattern}: not a regular expression ({problem})") from None
         if not any(matches(pattern, path) for path in known):
-            leaves = {p.rpartition(".")[2] for p in known} | set(PRESETS)
-            raise UsageError(
-                f"{option} {pattern}: matches no module" + (nearest(pattern, leaves) or nearest(pattern, known))
-            )
+            leaves = {p.rpartition(".")[2] for p in known}
+            near = nearest(pattern, leaves | set(PRESETS)) or nearest(pattern, known)
+            raise UsageError(f"{option} {pattern}: matches no module" + (near or f"; there are {some(sorted(leaves))}"))

@@ -21,8 +21,8 @@ from lorasurgery.cli.ending import Ending
 def command(base: str, adapters: tuple[str, ...], out: str, dry_run: bool, **chosen: Any) -> None:
     """Merge adapters into a checkpoint: W' = round(W + Σ weight·scale·B·A), one rounding from float32.
 
-    BASE is a checkpoint folder or .safetensors file; each ADAPTER is a PEFT folder. Untouched tensors, config and
-    tokenizer files are copied byte for byte.
+    BASE is a checkpoint folder or .safetensors file; each ADAPTER is a folder or file of any format. Untouched tensors,
+    config and tokenizer files are copied byte for byte.
 
     \b
     Examples:

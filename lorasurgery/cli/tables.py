@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from lorasurgery.report import Comparison, ModuleReport, Report, Spectrum
+from lorasurgery.report import Comparison, ModuleReport, Report, Spectrum, percent
+
+Columns = dict[str, tuple[str, str | Callable[[float], str]]]
 
 _FEW = 24  # modules that are shown without being asked for
 _BAR, _SHORT = 24, 10  # characters of the longest bar, where there is room and where there is little
-_COLUMNS = {
+_COLUMNS: Columns = {
     "state": ("", "{}"), "dtype": ("dtype", "{}"), "bytes": ("bytes", "{:,}"), "file": ("file", "{}"),
-    "parameters": ("LoRA", "{:,}"), "share": ("share", "{:.2%}"), "relative": ("‖ΔW‖/‖W‖", "{:.3%}"),
+    "parameters": ("LoRA", "{:,}"), "share": ("share", "{:.2%}"), "relative": ("‖ΔW‖/‖W‖", percent),
     "norm": ("‖W‖", "{:.4g}"), "largest": ("largest", "{:.2g}"),
     "rank": ("rank", "{}"), "alpha": ("alpha", "{:g}"), "delta_norm": ("‖ΔW‖", "{:.4g}"), "error": ("error", "{:.2%}"),
     "energy": ("energy", "{:.2%}"), "retention": ("kept", "{:.1%}"), "noise": ("noise", "{:.1%}"),
@@ -43,16 +45,16 @@ def show(report: Report, *, verbose: bool) -> None:
         _rows(_STORED, kinds if verbose else kinds[:_FEW], "share", more=0 if verbose else len(kinds) - _FEW)
 
 
-_PLAN = {
+_PLAN: Columns = {
     "kind": ("module", "{}"), "shape": ("shape", "{}"), "modules": ("count", "{:,}"), "each": ("LoRA of one", "{:,}"),
     "each_weight": ("of", "{:,}"), "share": ("share", "{:.2%}"), "times_fewer": ("times fewer", "{:,.0f}"),
     "parameters": ("LoRA of all", "{:,}"),
 }  # fmt: skip
-_CHANGES = {
+_CHANGES: Columns = {
     "tensors": ("tensors", "{:,}"), "changed": ("changed", "{:,}"),
-    "delta_norm": ("‖ΔW‖", "{:.4g}"), "norm": ("‖W‖", "{:.4g}"), "relative": ("‖ΔW‖/‖W‖", "{:.3%}"),
+    "delta_norm": ("‖ΔW‖", "{:.4g}"), "norm": ("‖W‖", "{:.4g}"), "relative": ("‖ΔW‖/‖W‖", percent),
 }  # fmt: skip
-_STORED = {
+_STORED: Columns = {
     "kind": ("kind", "{}"), "tensors": ("tensors", "{:,}"), "shape": ("shape", "{}"),
     "parameters": ("parameters", "{:,}"), "bytes": ("bytes", "{:,}"), "share": ("share", "{:.1%}"),
 }  # fmt: skip
@@ -70,7 +72,7 @@ _SPARE = (
 )  # first to go
 
 
-def _rows(columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]], bar: str, *, more: int = 0) -> None:
+def _rows(columns: Columns, rows: Sequence[dict[str, Any]], bar: str, *, more: int = 0) -> None:
     """A table of sums, with a bar for one of its columns beside the longest; narrow terminals get fewer columns."""
     from rich.measure import Measurement
 
@@ -90,7 +92,7 @@ def _rows(columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]], b
     console.print(table)
 
 
-def _sums(columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]], bar: str, length: int) -> Any:
+def _sums(columns: Columns, rows: Sequence[dict[str, Any]], bar: str, length: int) -> Any:
     table = _table()
     for i, (title, _) in enumerate(columns.values()):
         table.add_column(title, justify="left" if i == 0 else "right", overflow="fold")
@@ -102,10 +104,12 @@ def _sums(columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]], b
     return table
 
 
-def _cell(text: str, value: Any) -> str:
+def _cell(text: str | Callable[[float], str], value: Any) -> str:
     if value is None:
         return "–"
-    return "×".join(map(str, value)) if isinstance(value, (list, tuple)) else text.format(value)
+    if isinstance(value, (list, tuple)):
+        return "×".join(map(str, value))
+    return text(value) if callable(text) else text.format(value)
 
 
 def _bar(share: float, length: int) -> str:
@@ -144,7 +148,7 @@ def _modules(modules: Sequence[ModuleReport]) -> None:
         table.add_column(name, justify="left" if name.startswith("σ") else "right", no_wrap=True)
     for i, m in enumerate(modules):
         values = [getattr(m, c, None) for c in used]
-        cells = [_COLUMNS[c][1].format(v) if v is not None else "" for c, v in zip(used, values, strict=True)]
+        cells = [_cell(_COLUMNS[c][1], v) if v is not None else "" for c, v in zip(used, values, strict=True)]
         table.add_row(m.name, "×".join(map(str, m.shape)), *cells, *(column[i] for column in extra.values()))
     _console().print(table)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX
-from lorasurgery.errors import SurgeryError, UsageError
+from lorasurgery.errors import OutputError, SurgeryError, UsageError
 from lorasurgery.hub.client import api, explained
 
 CARD = "README.md"
@@ -123,9 +123,9 @@ def _prepare(client: Any, target: Target) -> tuple[set[str], str]:
         client.create_branch(target.repo, branch=target.revision, exist_ok=True)
     info = client.model_info(target.repo, revision=target.revision)
     if target.private and not info.private:
-        raise SurgeryError(
-            f"{target.repo}: exists and is public, but --private was asked for; nothing was sent. Make it private at "
-            f"{client.endpoint}/{target.repo}/settings, or name another repository"
+        raise OutputError(
+            f"{target.repo}: exists and is public, but --private was asked for, so nothing was sent; make it private "
+            f"at {client.endpoint}/{target.repo}/settings, or name another repository"
         )
     return {s.rfilename for s in info.siblings or ()}, str(info.sha)
 

@@ -123,5 +123,6 @@ def _is_offline(problem: Exception) -> bool:
 
 
 def _one_line(problem: Exception) -> str:
-    words = " ".join(str(problem).split())
-    return f"{type(problem).__name__}: {words[:400]}" if words else type(problem).__name__
+    words = " ".join(str(problem).split()).rstrip(".")
+    text = f"{type(problem).__name__}: {words[:400]}" if words else type(problem).__name__
+    return f"{text} ({_one_line(problem.__cause__)})" if isinstance(problem.__cause__, Exception) else text

@@ -17,6 +17,8 @@ _COLUMNS = {
     "energy": ("energy", "{:.2%}"), "retention": ("kept", "{:.2%}"), "noise": ("rounding noise", "{:.2%}"),
     "effective_rank": ("effective rank", "{:.1f}"),
 }  # fmt: skip
+_OF = {"extract": "the fine-tune's update of these modules", "rerank": "the larger adapter's update",
+       "blend": "the exact blend's update"}  # fmt: skip
 _RANKS = (16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank
 
 
@@ -41,9 +43,8 @@ def opening(report: Report | None, record: dict[str, Any], base: str | None) -> 
     if t["full"]:
         text += f" {t['full']} tensors (norms, biases and the like) are stored whole."
     if totals.get("error") is not None and record.get("command") in ("extract", "rerank", "blend"):
-        of = {"extract": "the fine-tune's update", "rerank": "the larger adapter's", "blend": "the exact blend's"}
         text += (
-            f" The factors hold {totals['energy']:.2%} of the energy of {of[record['command']]}: the relative error "
+            f" The factors hold {totals['energy']:.2%} of the energy of {_OF[record['command']]}: the relative error "
             f"‖ΔW − BA‖/‖ΔW‖ is {totals['error']:.2%}, measured on the factors as they are written."
         )
     return text

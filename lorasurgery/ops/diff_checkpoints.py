@@ -14,7 +14,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, some
 from lorasurgery.ops.runtime import resolve_device
 from lorasurgery.places import Place, place_of
-from lorasurgery.report import Change, Progress, Report
+from lorasurgery.report import Change, Progress, Report, percent
 
 if TYPE_CHECKING:
     from lorasurgery.ops.compare import Compared
@@ -127,9 +127,9 @@ def _words(t: dict[str, Any], changes: Sequence[Change]) -> str:
         return f"all {t['tensors']} tensors are equal"
     text = f"{t['changed']} of {t['tensors']} tensors differ"
     if t["changed"] and t["relative"] is not None:
-        text += f": ‖ΔW‖ is {t['delta_norm']:.4g}, {t['relative']:.2%} of ‖W‖ where they do"
+        text += f": ‖ΔW‖ is {t['delta_norm']:.4g}, {percent(t['relative'])} of ‖W‖ where they do"
         most = sorted((m for m in changes if m.relative), key=lambda m: -(m.relative or 0))[:3]
-        text += "; most in " + ", ".join(f"{m.name} ({m.relative:.2%})" for m in most) if most else ""
+        text += "; most in " + ", ".join(f"{m.name} ({percent(m.relative or 0)})" for m in most) if most else ""
     for key, words in (("reshaped", "have another shape"), ("only_a", "are in A only"), ("only_b", "are in B only")):
         text += f"; {t[key]} {words}" if t[key] else ""
     return text

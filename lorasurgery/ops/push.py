@@ -12,7 +12,7 @@ from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, show
 from lorasurgery.checkpoint.output import PARTIAL
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import FormatError, SurgeryError, UsageError, some
+from lorasurgery.errors import FormatError, OutputError, SurgeryError, UsageError, some
 from lorasurgery.hub import push as hub
 from lorasurgery.hub.reference import cached_reference
 from lorasurgery.ops.batch import find_adapters
@@ -76,9 +76,10 @@ def push(
     report.totals = {"files": sorted(parcel.files), "bytes": parcel.nbytes, "left_out": parcel.left_out}
     if parcel.left_out:
         report.warnings.append(f"not published: {some(parcel.left_out)} (pickles, other weights, other folders)")
-    report.summary = f"{len(parcel.files)} files, {parcel.nbytes / 1e6:,.2f} MB, to {target.repo}"
+    own_card = hub.CARD in parcel.files and not overwrite_card
+    card = "" if own_card else " and a model card"
+    report.summary = f"{len(parcel.files)} files{card}, {parcel.nbytes / 1e6:,.2f} MB, to {target.repo}"
     if not dry_run:
-        own_card = hub.CARD in parcel.files and not overwrite_card
         made = {} if own_card else make_card(parcel.path, parcel.adapter, target.repo, report.warnings, progress)
         what = "adapter" if parcel.adapter else "checkpoint"
         pushed = _send(parcel, made, target, message or f"Upload {what} with lorasurgery", overwrite_card)
@@ -90,6 +91,8 @@ def push(
 def _send(parcel: Parcel, made: dict[str, bytes], target: Target, message: str, overwrite_card: bool) -> dict[str, Any]:
     try:
         return hub.upload(parcel.files, made, target, message=message, overwrite_card=overwrite_card)
+    except OutputError:  # the same command would be refused again
+        raise
     except SurgeryError as problem:
         options = " --private" if target.private else ""
         options += f" --revision {target.revision}" if target.revision else ""
