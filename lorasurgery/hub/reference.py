@@ -123,6 +123,11 @@ def _is_offline(problem: Exception) -> bool:
 
 
 def _one_line(problem: Exception) -> str:
+    """What it says, and what caused it where that is something else."""
+    cause = problem.__cause__
+    return _words(problem) + (f" ({_words(cause)})" if isinstance(cause, Exception) else "")
+
+
+def _words(problem: Exception) -> str:
     words = " ".join(str(problem).split()).rstrip(".")
-    text = f"{type(problem).__name__}: {words[:400]}" if words else type(problem).__name__
-    return f"{text} ({_one_line(problem.__cause__)})" if isinstance(problem.__cause__, Exception) else text
+    return f"{type(problem).__name__}: {words[:400]}" if words else type(problem).__name__
