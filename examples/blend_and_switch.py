@@ -1,0 +1,175 @@
+"""Two skills of one model: extract both, ask whether they fight, blend them, and switch between them in memory.
+
+    python examples/blend_and_switch.py
+
+Skill a finds a docstring by its function's name. Skill b finds a character's name by what HTML calls it (`lArr`:
+"leftwards double arrow"). Each is a fine-tune of all weights of all-MiniLM-L6-v2, here, on a CPU. The same weighted sum
+is then made in three ways, that must agree: a blended adapter, a merged checkpoint, and weights set in memory.
+"""
+
+from __future__ import annotations
+
+import html.entities
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from common import Pairs, arguments, cli, held_out, load_model, models, show, tuned_model, verdict
+from minilm_finetune import Schedule, docstring_pairs, embed_pairs, top1
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from lorasurgery.nn import load_adapter, merge, set_adapter, unmerge
+
+WEIGHTS = {"a": 0.7, "b": 0.3}
+AWAY = {"a": 1.0, "b": -0.5}
+
+
+def main() -> int:
+    """Run it; the exit status says whether its sanity bounds hold."""
+    args = arguments(__doc__).parse_args()
+    work = args.work / "blend"
+    base, tuned_a = models(args.work, args.quick)
+    tuned_b = tuned_model(args.work / "tuned-entities", entity_pairs(), args.quick, Schedule(steps=30, rate=2e-4))
+
+    files = extract_and_blend(work, base, {"a": tuned_a, "b": tuned_b}, "8" if args.quick else "64")
+    exam = Exam(base, args.quick)
+    model = load_model(base)
+    for name in ("a", "b"):
+        load_adapter(model, work / name, name)
+    scores = score_all(exam, model, {"base": base, "tuned a": tuned_a, "tuned b": tuned_b})
+    bounds = agreement(exam, model, base, files)
+    return verdict({**bounds, **effects(scores, args.quick)})
+
+
+def entity_pairs() -> Pairs:
+    """(what HTML calls a character, its name in Unicode), the longest of several: ("hookleftarrow", "leftwards …")."""
+    found: dict[str, str] = {}
+    for entity, characters in sorted(html.entities.html5.items()):
+        name = unicodedata.name(characters, "").lower() if len(characters) == 1 else ""
+        label = entity.rstrip(";")
+        if name and len(label) > len(found.get(name, "")):
+            found[name] = label
+    return [(label, name) for name, label in found.items()]
+
+
+def extract_and_blend(work: Path, base: Path, tuned: dict[str, Path], rank: str) -> dict[str, Path]:
+    """The command line's part: two adapters, what they have in common, two blends, and one merged checkpoint.
+
+    Norms and biases are left out (--full none): an adapter replaces them whole, so two of them can't be summed exactly.
+    """
+    a, b = work / "a", work / "b"
+    print("\nOne adapter for each skill, of matrices only, so that sums of them are exact:")
+    for name, model in tuned.items():
+        cli("extract", base, model, "-o", work / name, "--rank", rank, "--full", "none", "--overwrite")
+    print("\nDo they fight? −1 would be: one undoes the other.")
+    cli("diff", a, b)
+    print("\nBoth at once, as an adapter and as a checkpoint; and more of a with less of b, by a negative weight:")
+    files = {name: work / name for name in ("blend", "away", "merged")}
+    cli("blend", a, b, *weights(WEIGHTS), "-o", files["blend"], "--overwrite")
+    cli("blend", a, b, *weights(AWAY), "-o", files["away"], "--overwrite")
+    cli("merge", base, a, b, *weights(WEIGHTS), "-o", files["merged"], "--overwrite")
+    return files
+
+
+def weights(active: dict[str, float]) -> list[str]:
+    """As the command line takes them."""
+    return [word for weight in active.values() for word in ("-w", str(weight))]
+
+
+class Exam:
+    """Held-out questions of both kinds."""
+
+    def __init__(self, base: Path, quick: bool) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.pairs = {"a": held_out(docstring_pairs(), quick), "b": held_out(entity_pairs(), quick)}
+
+    def embed(self, model: nn.Module, skill: str) -> Tensor:
+        """Embeddings (2, n, 384) of a skill's questions and answers."""
+        return embed_pairs(model.eval(), self.tokenizer, self.pairs[skill])
+
+    def score(self, model: nn.Module) -> dict[str, float]:
+        """The share of right answers for each skill."""
+        return {skill: top1(self.embed(model, skill)) for skill in self.pairs}
+
+
+def score_all(exam: Exam, model: nn.Module, checkpoints: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Print how well whole checkpoints do, and one model in memory as it is switched from adapter to adapter."""
+    scores = {name: exam.score(load_model(path)) for name, path in checkpoints.items()}
+    switches: list[Any] = ["a", "b", WEIGHTS, {"a": 1.0, "b": 1.0}, AWAY]
+    for active in switches:
+        set_adapter(model, active)
+        label = active if isinstance(active, str) else " ".join(f"{w:+g}·{n}" for n, w in active.items())
+        scores[f"in memory: {label}"] = exam.score(model)
+    lines = [[name, *(f"{share:.1%}" for share in found.values())] for name, found in scores.items()]
+    show("right at first, of what was held out", ("", "a: docstrings", "b: characters"), lines)
+    return scores
+
+
+def agreement(exam: Exam, model: nn.Module, base: Path, files: dict[str, Path]) -> dict[str, bool]:
+    """Compare the ways to one sum, by the embeddings of held-out text."""
+    set_adapter(model, WEIGHTS)
+    ways = {
+        "the blended file": with_adapter(base, files["blend"]),
+        "the merged checkpoint": load_model(files["merged"]),
+    }
+    there = exam.embed(model, "a")
+    apart = {name: farthest(exam.embed(other, "a"), there) for name, other in ways.items()}
+    merged = merged_in_memory(exam, model, base, ways["the merged checkpoint"])
+    set_adapter(model, AWAY)
+    apart["the file with a negative weight"] = farthest(
+        exam.embed(with_adapter(base, files["away"]), "a"), exam.embed(model, "a")
+    )
+    print("How far from the weights set in memory, at most, in embeddings of length 1:")
+    for name, distance in {**apart, "merge(model)": farthest(merged["embeddings"], there)}.items():
+        print(f"  {distance:.1e}  {name}")
+    return {
+        "memory, blended files and merged checkpoint agree to 1e-5": max(apart.values()) < 1e-5,
+        "merge(model) has the merged checkpoint's weights to 1e-6": merged["apart"] < 1e-6,
+        "unmerge(model) restores every bit": merged["restored"],
+    }
+
+
+def with_adapter(base: Path, adapter: Path) -> nn.Module:
+    """A fresh model with one adapter on it."""
+    return load_adapter(load_model(base), adapter)
+
+
+def farthest(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two values."""
+    return float((a - b).abs().max())
+
+
+def merged_in_memory(exam: Exam, model: nn.Module, base: Path, file: nn.Module) -> dict[str, Any]:
+    """Merge and unmerge: the embeddings in between, the weights beside the merged file's, and what is left of it."""
+    merge(model)
+    embeddings, weights = exam.embed(model, "a"), own_tensors(model)
+    apart = max(farthest(weights[name], tensor) for name, tensor in file.state_dict().items())
+    unmerge(model)
+    restored, before = own_tensors(model), load_model(base).state_dict()
+    same = all(torch.equal(restored[name], tensor) for name, tensor in before.items())
+    return {"embeddings": embeddings, "apart": apart, "restored": same}
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors by the names they had before adapters were put on."""
+    return {name.replace(".original.", "."): tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def effects(scores: dict[str, dict[str, float]], quick: bool) -> dict[str, bool]:
+    """What the skills must have done to held-out scores, after more than a few steps of training."""
+    base, a, b, both = (scores[name] for name in ("base", "in memory: a", "in memory: b", "in memory: +1·a +1·b"))
+    if quick:
+        return {}
+    return {
+        "each adapter is better than the base at its own skill": a["a"] > base["a"] and b["b"] > base["b"],
+        "the sum of both is better than the base at both": both["a"] > base["a"] and both["b"] > base["b"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

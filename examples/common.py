@@ -1,0 +1,127 @@
+"""What the examples share: a work folder with its models, the command line, held-out scores, tables, sanity bounds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Offline, unless whoever started the process says otherwise; transformers reads this when it is imported.
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"} | os.environ
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from minilm_finetune import Schedule, base_model, docstring_pairs, embed_pairs, finetune, split, top1, whole_folder
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+HERE = Path(__file__).parent
+HELD_OUT = 160
+HELD_OUT_QUICK = 8
+
+Pairs = list[tuple[str, str]]
+
+
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """The options that every example has."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=HERE.parent / ".demo", help="where all that is made lies")
+    parser.add_argument("--quick", action="store_true", help="a few steps and little text, to see that it runs")
+    return parser
+
+
+def models(work: Path, quick: bool) -> tuple[Path, Path]:
+    """The folders of base and tuned model, which all examples with this work folder share; made where missing."""
+    work.mkdir(parents=True, exist_ok=True)
+    base = work / "base"
+    if not base.exists():
+        with whole_folder(base) as partial:
+            shutil.copytree(base_model(), partial, dirs_exist_ok=True)
+    return base, tuned_model(work / "tuned", docstring_pairs(), quick)
+
+
+def tuned_model(folder: Path, pairs: Pairs, quick: bool, schedule: Schedule | None = None) -> Path:
+    """A model fine-tuned on pairs, at `folder`, or beside it if it is a quick one; it is trained only once."""
+    out = folder.with_name(f"{folder.name}-quick") if quick else folder
+    if out.exists():
+        print(f"{short(out)} is there already; delete it to train again")
+        return out
+    schedule = Schedule(steps=4, batch=8) if quick else schedule or Schedule()
+    finetune(out, schedule, split(pairs, HELD_OUT)[0], held_out(pairs, quick))
+    return out
+
+
+def held_out(pairs: Pairs, quick: bool) -> Pairs:
+    """Those that no example trains on."""
+    return split(pairs, HELD_OUT)[1][: HELD_OUT_QUICK if quick else HELD_OUT]
+
+
+def load_model(path: str | Path) -> nn.Module:
+    """A checkpoint as transformers loads it, in float32."""
+    model: nn.Module = AutoModel.from_pretrained(path, dtype=torch.float32)
+    return model.eval()
+
+
+class Bench:
+    """Held-out sentences and what the tuned model makes of them; every other model is held against that."""
+
+    def __init__(self, tuned: Path, quick: bool) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(tuned)
+        self.pairs = held_out(docstring_pairs(), quick)
+        self.reference = self.embed(load_model(tuned))
+
+    def embed(self, model: nn.Module) -> Tensor:
+        """Embeddings (2, n, 384) of the held-out queries and docstrings."""
+        return embed_pairs(model.eval(), self.tokenizer, self.pairs)
+
+    def score(self, embeddings: Tensor) -> dict[str, float]:
+        """How near embeddings (2, n, 384) are to the tuned model's, and how often they find the right docstring."""
+        cosine = (embeddings * self.reference).sum(-1)
+        return {"mean": float(cosine.mean()), "min": float(cosine.min()), "top1": top1(embeddings)}
+
+
+def cli(*words: str | Path, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run one lorasurgery command, show it with what it says, and return its JSON report."""
+    print("$ lorasurgery", *(short(w) if isinstance(w, Path) else w for w in words), flush=True)
+    command = [sys.executable, "-m", "lorasurgery", *map(str, words), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:
+        sys.exit(done.stderr)
+    report: dict[str, Any] = json.loads(done.stdout)
+    for line in [*report["summary"].splitlines(), *(f"warning: {w}" for w in report["warnings"])]:
+        print(f"  {line}")
+    return report
+
+
+def short(path: Path) -> str:
+    """A path as one would type it here."""
+    return min(os.path.relpath(path), str(path), key=len)
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table under its title; all but the first column are numbers."""
+    print(f"\n{title}", flush=True)
+    table = Table(box=SIMPLE, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def verdict(bounds: Mapping[str, bool]) -> int:
+    """Say which sanity bounds hold, and return the exit status; an example that shows nonsense must fail."""
+    for claim, holds in bounds.items():
+        print("holds:" if holds else "DOES NOT HOLD:", claim)
+    return 0 if all(bounds.values()) else 1
