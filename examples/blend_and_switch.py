@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from common import Pairs, arguments, cli, held_out, load_model, models, show, tuned_model, verdict
-from minilm_finetune import Schedule, docstring_pairs, embed_pairs, top1
+from minilm_finetune import docstring_pairs, embed_pairs, top1
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -34,7 +34,7 @@ def main() -> int:
     args = arguments(__doc__).parse_args()
     work = args.work / "blend"
     base, tuned_a = models(args.work, args.quick)
-    tuned_b = tuned_model(args.work / "tuned-entities", entity_pairs(), args.quick, Schedule(steps=30, rate=2e-4))
+    tuned_b = tuned_model(args.work / "tuned-entities", entity_pairs(), args.quick)
 
     files = extract_and_blend(work, base, {"a": tuned_a, "b": tuned_b}, "8" if args.quick else "64")
     exam = Exam(base, args.quick)
@@ -70,14 +70,14 @@ def extract_and_blend(work: Path, base: Path, tuned: dict[str, Path], rank: str)
     cli("diff", a, b)
     print("\nBoth at once, as an adapter and as a checkpoint; and more of a with less of b, by a negative weight:")
     files = {name: work / name for name in ("blend", "away", "merged")}
-    cli("blend", a, b, *weights(WEIGHTS), "-o", files["blend"], "--overwrite")
-    cli("blend", a, b, *weights(AWAY), "-o", files["away"], "--overwrite")
-    cli("merge", base, a, b, *weights(WEIGHTS), "-o", files["merged"], "--overwrite")
+    cli("blend", a, b, *options(WEIGHTS), "-o", files["blend"], "--overwrite")
+    cli("blend", a, b, *options(AWAY), "-o", files["away"], "--overwrite")
+    cli("merge", base, a, b, *options(WEIGHTS), "-o", files["merged"], "--overwrite")
     return files
 
 
-def weights(active: dict[str, float]) -> list[str]:
-    """As the command line takes them."""
+def options(active: dict[str, float]) -> list[str]:
+    """Weights as the command line takes them."""
     return [word for weight in active.values() for word in ("-w", str(weight))]
 
 
@@ -88,13 +88,13 @@ class Exam:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.pairs = {"a": held_out(docstring_pairs(), quick), "b": held_out(entity_pairs(), quick)}
 
-    def embed(self, model: nn.Module, skill: str) -> Tensor:
-        """Embeddings (2, n, 384) of a skill's questions and answers."""
-        return embed_pairs(model.eval(), self.tokenizer, self.pairs[skill])
-
     def score(self, model: nn.Module) -> dict[str, float]:
         """The share of right answers for each skill."""
-        return {skill: top1(self.embed(model, skill)) for skill in self.pairs}
+        return {skill: top1(embed_pairs(model.eval(), self.tokenizer, pairs)) for skill, pairs in self.pairs.items()}
+
+    def sample(self, model: nn.Module) -> Tensor:
+        """Embeddings (2, n, 384) of a few docstrings, enough to tell two models apart."""
+        return embed_pairs(model.eval(), self.tokenizer, self.pairs["a"][:32])
 
 
 def score_all(exam: Exam, model: nn.Module, checkpoints: dict[str, Path]) -> dict[str, dict[str, float]]:
@@ -112,25 +112,25 @@ def score_all(exam: Exam, model: nn.Module, checkpoints: dict[str, Path]) -> dic
 
 def agreement(exam: Exam, model: nn.Module, base: Path, files: dict[str, Path]) -> dict[str, bool]:
     """Compare the ways to one sum, by the embeddings of held-out text."""
+    merged = load_model(files["merged"])
     set_adapter(model, WEIGHTS)
-    ways = {
-        "the blended file": with_adapter(base, files["blend"]),
-        "the merged checkpoint": load_model(files["merged"]),
+    there = exam.sample(model)
+    in_memory = merged_in_memory(exam, model, base, merged)
+    apart = {
+        "the blended file": farthest(exam.sample(with_adapter(base, files["blend"])), there),
+        "the merged checkpoint": farthest(exam.sample(merged), there),
+        "merge(model)": farthest(in_memory["sample"], there),
     }
-    there = exam.embed(model, "a")
-    apart = {name: farthest(exam.embed(other, "a"), there) for name, other in ways.items()}
-    merged = merged_in_memory(exam, model, base, ways["the merged checkpoint"])
     set_adapter(model, AWAY)
-    apart["the file with a negative weight"] = farthest(
-        exam.embed(with_adapter(base, files["away"]), "a"), exam.embed(model, "a")
-    )
+    other = with_adapter(base, files["away"])
+    apart["the file with a negative weight"] = farthest(exam.sample(other), exam.sample(model))
     print("How far from the weights set in memory, at most, in embeddings of length 1:")
-    for name, distance in {**apart, "merge(model)": farthest(merged["embeddings"], there)}.items():
+    for name, distance in apart.items():
         print(f"  {distance:.1e}  {name}")
     return {
         "memory, blended files and merged checkpoint agree to 1e-5": max(apart.values()) < 1e-5,
-        "merge(model) has the merged checkpoint's weights to 1e-6": merged["apart"] < 1e-6,
-        "unmerge(model) restores every bit": merged["restored"],
+        "merge(model) has the merged checkpoint's weights to 1e-6": in_memory["apart"] < 1e-6,
+        "unmerge(model) restores every bit": in_memory["restored"],
     }
 
 
@@ -147,12 +147,12 @@ def farthest(a: Tensor, b: Tensor) -> float:
 def merged_in_memory(exam: Exam, model: nn.Module, base: Path, file: nn.Module) -> dict[str, Any]:
     """Merge and unmerge: the embeddings in between, the weights beside the merged file's, and what is left of it."""
     merge(model)
-    embeddings, weights = exam.embed(model, "a"), own_tensors(model)
+    sample, weights = exam.sample(model), own_tensors(model)
     apart = max(farthest(weights[name], tensor) for name, tensor in file.state_dict().items())
     unmerge(model)
     restored, before = own_tensors(model), load_model(base).state_dict()
     same = all(torch.equal(restored[name], tensor) for name, tensor in before.items())
-    return {"embeddings": embeddings, "apart": apart, "restored": same}
+    return {"sample": sample, "apart": apart, "restored": same}
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ logging.disable_progress_bar()
 HERE = Path(__file__).parent
 HELD_OUT = 160
 HELD_OUT_QUICK = 8
+SHORT = Schedule(steps=20, rate=2e-4)
 
 Pairs = list[tuple[str, str]]
 
@@ -41,24 +42,29 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def models(work: Path, quick: bool) -> tuple[Path, Path]:
-    """The folders of base and tuned model, which all examples with this work folder share; made where missing."""
+def models(work: Path, quick: bool, long: bool = False) -> tuple[Path, Path]:
+    """The folders of base and tuned model, which all examples with this work folder share; made where missing.
+
+    The tuned one is the demo's, of a `long` training, if that is there.
+    """
     work.mkdir(parents=True, exist_ok=True)
     base = work / "base"
     if not base.exists():
         with whole_folder(base) as partial:
             shutil.copytree(base_model(), partial, dirs_exist_ok=True)
-    return base, tuned_model(work / "tuned", docstring_pairs(), quick)
+    if long or quick or (work / "tuned").exists():
+        return base, tuned_model(work / "tuned", docstring_pairs(), quick, Schedule())
+    return base, tuned_model(work / "tuned-short", docstring_pairs(), quick)
 
 
-def tuned_model(folder: Path, pairs: Pairs, quick: bool, schedule: Schedule | None = None) -> Path:
+def tuned_model(folder: Path, pairs: Pairs, quick: bool, schedule: Schedule = SHORT) -> Path:
     """A model fine-tuned on pairs, at `folder`, or beside it if it is a quick one; it is trained only once."""
     out = folder.with_name(f"{folder.name}-quick") if quick else folder
     if out.exists():
         print(f"{short(out)} is there already; delete it to train again")
-        return out
-    schedule = Schedule(steps=4, batch=8) if quick else schedule or Schedule()
-    finetune(out, schedule, split(pairs, HELD_OUT)[0], held_out(pairs, quick))
+    else:
+        train = split(pairs, HELD_OUT)[0]
+        finetune(out, Schedule(steps=4, batch=8) if quick else schedule, train, held_out(pairs, quick))
     return out
 
 

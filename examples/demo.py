@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 def main() -> int:
     """Run the demo; the exit status says whether its sanity bounds hold."""
     args = arguments(__doc__).parse_args()
-    base, tuned = models(args.work, args.quick)
+    base, tuned = models(args.work, args.quick, long=True)
     bench = Bench(tuned, args.quick)
     rows = [row_of_model(bench, "base", base)]
     for rank in (4, 64) if args.quick else (4, 8, 16, 32, 64, 128):
