@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from common import Pairs, arguments, cli, held_out, load_model, models, show, tuned_model, verdict
-from minilm_finetune import docstring_pairs, embed_pairs, top1
+from minilm_finetune import Schedule, docstring_pairs, embed_pairs, top1
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -27,6 +27,7 @@ from lorasurgery.nn import load_adapter, merge, set_adapter, unmerge
 
 WEIGHTS = {"a": 0.7, "b": 0.3}
 AWAY = {"a": 1.0, "b": -0.5}
+LONG = Schedule(steps=40, rate=2e-4)
 
 
 def main() -> int:
@@ -34,7 +35,7 @@ def main() -> int:
     args = arguments(__doc__).parse_args()
     work = args.work / "blend"
     base, tuned_a = models(args.work, args.quick)
-    tuned_b = tuned_model(args.work / "tuned-entities", entity_pairs(), args.quick)
+    tuned_b = tuned_model(args.work, "tuned-entities", entity_pairs(), LONG, args.quick)
 
     files = extract_and_blend(work, base, {"a": tuned_a, "b": tuned_b}, "8" if args.quick else "64")
     exam = Exam(base, args.quick)

@@ -35,42 +35,47 @@ logging.disable_progress_bar()
 HERE = Path(__file__).parent
 HELD_OUT = 160
 HELD_OUT_QUICK = 8
-SHORT = Schedule(steps=20, rate=2e-4)
+QUICK, SHORT = Schedule(steps=4, batch=8), Schedule(steps=20, rate=2e-4)
 
 Pairs = list[tuple[str, str]]
 
 
-def arguments(about: str | None) -> argparse.ArgumentParser:
-    """The options that every example has."""
+def arguments(about: str | None, long: bool = False) -> argparse.ArgumentParser:
+    """The options that every example has; those that are not `long` by nature have it as an option."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE.parent / ".demo", help="where all that is made lies")
-    parser.add_argument("--quick", action="store_true", help="a few steps and little text, to see that it runs")
+    if long:
+        parser.add_argument("--quick", action="store_true", help="a few steps and little text, to see that it runs")
+    else:
+        parser.add_argument("--full", dest="quick", action="store_false", help="more steps and text: minutes")
     return parser
 
 
 def models(work: Path, quick: bool, long: bool = False) -> tuple[Path, Path]:
-    """The folders of base and tuned model, which all examples with this work folder share; made where missing.
-
-    The tuned one is the demo's, of a `long` training, if that is there.
-    """
+    """The folders of base and tuned model, which all examples with this work folder share; made where missing."""
     work.mkdir(parents=True, exist_ok=True)
     base = work / "base"
     if not base.exists():
         with whole_folder(base) as partial:
             shutil.copytree(base_model(), partial, dirs_exist_ok=True)
-    if long or quick or (work / "tuned").exists():
-        return base, tuned_model(work / "tuned", docstring_pairs(), quick, Schedule())
-    return base, tuned_model(work / "tuned-short", docstring_pairs(), quick)
+    return base, tuned_model(work, "tuned", docstring_pairs(), Schedule(), quick, long)
 
 
-def tuned_model(folder: Path, pairs: Pairs, quick: bool, schedule: Schedule = SHORT) -> Path:
-    """A model fine-tuned on pairs, at `folder`, or beside it if it is a quick one; it is trained only once."""
-    out = folder.with_name(f"{folder.name}-quick") if quick else folder
+def tuned_model(work: Path, name: str, pairs: Pairs, schedule: Schedule, quick: bool, long: bool = False) -> Path:
+    """A model fine-tuned on pairs; one that is there is taken.
+
+    The schedule is for the demo, and for examples that find the demo's model. Where they have to train it themselves,
+    they make do with less, to stay under two minutes, and the folder's name says so.
+    """
+    if quick:
+        name, schedule = f"{name}-quick", QUICK
+    elif not (long or (work / "tuned").exists()):
+        name, schedule = f"{name}-short", SHORT
+    out = work / name
     if out.exists():
         print(f"{short(out)} is there already; delete it to train again")
     else:
-        train = split(pairs, HELD_OUT)[0]
-        finetune(out, Schedule(steps=4, batch=8) if quick else schedule, train, held_out(pairs, quick))
+        finetune(out, schedule, split(pairs, HELD_OUT)[0], held_out(pairs, quick))
     return out
 
 

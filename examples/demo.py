@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 def main() -> int:
     """Run the demo; the exit status says whether its sanity bounds hold."""
-    args = arguments(__doc__).parse_args()
+    args = arguments(__doc__, long=True).parse_args()
     base, tuned = models(args.work, args.quick, long=True)
     bench = Bench(tuned, args.quick)
     rows = [row_of_model(bench, "base", base)]

@@ -27,7 +27,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def run(script: str, work: Path, *options: str) -> str:
     """Run an example as a reader would, offline and with all its bounds checked; what it printed."""
     offline = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    command = [sys.executable, "-W", "ignore", EXAMPLES / script, "--quick", "--work", work, *options]
+    command = [sys.executable, "-W", "ignore", EXAMPLES / script, "--work", work, *options]
     environment = offline | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
