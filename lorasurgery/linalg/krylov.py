@@ -7,6 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lorasurgery.linalg.blocks import Blocks, blocked, times, transposed_times
+
+_DEPENDENT = 1e-6  # a column this much shorter once the others' part is taken out: Gram matrices lose its direction
+
 
 class BlockKrylov:
     """An orthonormal basis Q of span{AΩ, AAᵀAΩ, …} with Z = AᵀQ (Musco & Musco 2015, algorithm 2).
@@ -14,16 +18,17 @@ class BlockKrylov:
     Z serves twice: its Gram matrix gives the Ritz values of the basis, and A·Z is the next block.
 
     Args:
-        matrix: A, (m, n) with m ≤ n.
+        matrix: A or Aᵀ, whichever way it lies; the basis is that of its shorter side.
         block: Columns a pass.
         seed: Of the Gaussian start Ω (n, block), drawn on the CPU so that all devices begin alike.
     """
 
-    def __init__(self, matrix: Tensor, block: int, seed: int) -> None:
-        self.a, self.block, self.passes = matrix, block, 0
-        self._z: list[Tensor] = [_gaussian(matrix.shape[1], block, seed).to(matrix)]
+    def __init__(self, matrix: Tensor | Blocks, block: int, seed: int) -> None:
+        self.a, self.block, self.passes = blocked(matrix), block, 0
+        self.tall = self.a.shape[0] > self.a.shape[1]
+        self._start = _gaussian(max(self.a.shape), block, seed)
+        self._z: list[Tensor] = []
         self._q: list[Tensor] = []
-        self._wide: list[Tensor] = []  # Z in float64, for the Gram matrix
         self._gram = torch.zeros(0, 0, dtype=torch.float64)
 
     @property
@@ -33,17 +38,14 @@ class BlockKrylov:
 
     def step(self) -> bool:
         """Add one block; True when the old basis already held all of A's range, to rounding."""
-        y = self.a @ self._z[-1]  # (m, n) @ (n, b) -> (m, b)
+        last = self._z[-1] if self._z else self._start.to(self.a.device, self.a.dtype)
+        y = transposed_times(self.a, last) if self.tall else times(self.a, last)  # A @ (n, b) -> (m, b)
         size = torch.linalg.vector_norm(y)
-        if self._q:
-            y = self._deflate(y)
+        y = self._deflate(y)
         left = torch.linalg.vector_norm(y)
-        # Householder, for blocks are often close to dependent; a second round after it, for "twice is enough".
-        q = torch.linalg.qr(y).Q
-        if self._q:
-            q = torch.linalg.qr(self._deflate(q)).Q
-        z = self.a.mT @ q  # (n, m) @ (m, b) -> (n, b)
-        self._z = [z] if not self._q else [*self._z, z]
+        q = self._orthonormal(y)
+        z = times(self.a, q) if self.tall else transposed_times(self.a, q)  # Aᵀ @ (m, b) -> (n, b)
+        self._z.append(z)
         self._q.append(q)
         self.passes += 1
         self._grow(z)
@@ -65,27 +67,63 @@ class BlockKrylov:
         s = squares[:rank].sqrt()
         mix = vectors[:, :rank]
         shrink = torch.where(s > 0, 1 / s, 0.0)
-        u = torch.cat(self._q, 1) @ mix.to(self.a)  # (m, w) @ (w, r) -> (m, r)
-        v = torch.cat(self._z, 1) @ (mix * shrink).to(self.a)  # (n, w) @ (w, r) -> (n, r)
-        return u, s, v
+        return _mixed(self._q, mix), s, _mixed(self._z, mix * shrink)
 
     def _deflate(self, y: Tensor) -> Tensor:
         for q in self._q:
             y = y - q @ (q.mT @ y)  # (m, b) @ ((b, m) @ (m, b)) -> (m, b)
         return y
 
+    def _orthonormal(self, y: Tensor) -> Tensor:
+        """An orthonormal basis of y's columns, and orthogonal to the blocks before: "twice is enough".
+
+        By Cholesky factors of Gram matrices (CholeskyQR2: Fukaya et al. 2014), all products; blocks that are close
+        to dependent, as late ones of a low-rank matrix are, by Householder.
+        """
+        q = _cholesky_q(y)
+        if q is not None:
+            q = _cholesky_q(self._deflate(q))
+        if q is None:
+            q = torch.linalg.qr(y).Q
+            q = torch.linalg.qr(self._deflate(q)).Q if self._q else q
+        return q
+
     def _grow(self, z: Tensor) -> None:
         """Extend the Gram matrix ZᵀZ by one block, in float64 so that small σ² beside σ₁² are not lost."""
-        if z.device.type == "mps":  # has no float64
-            z = z.cpu()
-        self._wide.append(z.to(torch.float64))
-        new = torch.cat([old.mT @ self._wide[-1] for old in self._wide]).cpu()
+        wide = _double(z)
+        new = torch.cat([_double(old).mT @ wide for old in self._z]).cpu()
         width = self._gram.shape[0]
         gram = torch.empty(width + self.block, width + self.block, dtype=torch.float64)
         gram[:width, :width] = self._gram
         gram[:, width:] = new
         gram[width:, :] = new.mT
         self._gram = gram
+
+
+def _cholesky_q(y: Tensor) -> Tensor | None:
+    """y·R⁻¹ with RᵀR = yᵀy in float64; None where columns are too close to dependent for that."""
+    wide = _double(y)
+    gram = wide.mT @ wide
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    kept = lower.diagonal() > _DEPENDENT * gram.diagonal().sqrt()
+    if int(failed) or not bool(kept.all()):
+        return None
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return y @ inverse.mT.to(y)
+
+
+def _mixed(parts: list[Tensor], mix: Tensor) -> Tensor:
+    """[parts] @ mix, part by part: (m, w) @ (w, r) -> (m, r)."""
+    block = parts[0].shape[1]
+    out = parts[0] @ mix[:block].to(parts[0])
+    for i, part in enumerate(parts[1:], 1):
+        out.addmm_(part, mix[i * block : (i + 1) * block].to(part))
+    return out
+
+
+def _double(x: Tensor) -> Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)  # MPS has no float64
 
 
 @lru_cache(maxsize=4)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from lorasurgery.linalg.blocks import Blocks, blocked, over_rows
 from lorasurgery.lowrank import LowRank
 
 _BLOCK_BYTES = 2 << 20  # a block and its product stay in a core's cache
@@ -25,16 +27,19 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + rows, matrix.shape[0]))
 
 
-def squared_norm(matrix: Tensor) -> float:
+def squared_norm(matrix: Tensor | Blocks) -> float:
     """‖M‖_F²: each row in the matrix's precision, the rows summed in float64.
 
     >>> squared_norm(torch.tensor([[3.0, 4.0]]))
     25.0
     """
-    return float(torch.linalg.vector_norm(matrix, dim=-1).cpu().to(torch.float64).square().sum())
+    found = blocked(matrix)
+    norms = torch.empty(found.shape[0], dtype=found.dtype, device=found.device)
+    over_rows(found, lambda part, rows: torch.linalg.vector_norm(part, dim=-1, out=norms[rows]))
+    return _squares(norms)
 
 
-def residual_norm(delta: Tensor, update: LowRank) -> float:
+def residual_norm(delta: Tensor | Blocks, update: LowRank) -> float:
     """‖ΔW − scale·up@down‖_F from the factors as they are stored, row block by row block.
 
     This is the stated error of what is really written: it holds the truncation and the rounding of the factors.
@@ -46,9 +51,19 @@ def residual_norm(delta: Tensor, update: LowRank) -> float:
         delta: (m, n), float32 or float64.
         update: up (m, r), down (r, n), any floating dtype, on the same device.
     """
-    up, down = update.up.to(delta.dtype), update.down.to(delta.dtype)
-    total = 0.0
-    for rows in row_blocks(delta):
-        rest = torch.addmm(delta[rows], up[rows], down, alpha=-update.scale)  # (b, r) @ (r, n) -> (b, n)
-        total += squared_norm(rest)
-    return float(total**0.5)
+    matrix = blocked(delta)
+    up, down = update.up.to(matrix.dtype), update.down.to(matrix.dtype)
+    norms = torch.empty(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+
+    def measure(part: Tensor, rows: slice) -> None:
+        for few in row_blocks(part):  # the product of a few rows is made, measured and forgotten within the cache
+            here = slice(rows.start + few.start, rows.start + few.stop)
+            rest = torch.addmm(part[few], up[here], down, alpha=-update.scale)  # (b, r) @ (r, n) -> (b, n)
+            torch.linalg.vector_norm(rest, dim=-1, out=norms[here])
+
+    over_rows(matrix, measure)
+    return math.sqrt(_squares(norms))
+
+
+def _squares(norms: Tensor) -> float:
+    return float(norms.cpu().to(torch.float64).square().sum())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg.blocks import Blocks, blocked, dense
 from lorasurgery.linalg.krylov import BlockKrylov
 from lorasurgery.linalg.norms import squared_norm
 from lorasurgery.linalg.rank import RankChoice, numerical_rank
@@ -56,7 +57,7 @@ class TruncatedSVD:
 
 
 def truncated_svd(
-    delta: Tensor, choice: RankChoice, *, method: Method = "auto", seed: int = 0, gain: float = GAIN
+    delta: Tensor | Blocks, choice: RankChoice, *, method: Method = "auto", seed: int = 0, gain: float = GAIN
 ) -> TruncatedSVD:
     """The leading singular directions of ΔW, as many as `choice` asks for and ΔW has.
 
@@ -65,7 +66,7 @@ def truncated_svd(
     [2.0, 1.0]
 
     Args:
-        delta: (m, n), float32 or float64, finite, on any device.
+        delta: (m, n), float32 or float64, finite, on any device; in blocks where memory can't hold it.
         method: `exact` is LAPACK or cuSOLVER on the whole matrix; `randomized` is block Krylov iteration
             (Musco & Musco 2015, algorithm 2); `auto` takes the exact one where the sketch would not be smaller.
         seed: For the random start; the same seed, device and thread count give the same bits.
@@ -77,20 +78,26 @@ def truncated_svd(
     Returns:
         Directions with σ above the rounding noise only, so the rank can be lower than asked for, even 0.
     """
-    total = squared_norm(delta)
+    matrix = blocked(delta)
+    total = squared_norm(matrix)
     if not math.isfinite(total):
         raise SurgeryError("the difference is not finite: one of the two checkpoints holds NaN or infinity here")
     if total == 0:
-        return TruncatedSVD(delta[:, :0], torch.zeros(0, dtype=torch.float64), delta[:0], 0.0)
+        return _nothing(matrix)
     found = None
-    if method != "exact" and (method == "randomized" or min(delta.shape) > _SMALL):
-        found = randomized_svd(delta, choice, total, seed=seed, gain=gain)
+    if method != "exact" and (method == "randomized" or min(matrix.shape) > _SMALL):
+        found = randomized_svd(matrix, choice, total, seed=seed, gain=gain)
     if found is None:
-        found = exact_svd(delta, total)
+        found = exact_svd(dense(matrix), total)
     chosen = choice.choose(found.s.square().tolist(), found.total)
     rank = len(found.s) if chosen is None else chosen
-    noise = numerical_rank(found.s.tolist(), max(delta.shape), torch.finfo(delta.dtype).eps)
+    noise = numerical_rank(found.s.tolist(), max(matrix.shape), torch.finfo(matrix.dtype).eps)
     return found.truncate(min(rank, noise))
+
+
+def _nothing(matrix: Blocks) -> TruncatedSVD:
+    u, v = (torch.empty(side, 0, dtype=matrix.dtype, device=matrix.device) for side in matrix.shape)
+    return TruncatedSVD(u, torch.zeros(0, dtype=torch.float64), v.mT, 0.0)
 
 
 def exact_svd(delta: Tensor, total: float | None = None) -> TruncatedSVD:
@@ -104,19 +111,19 @@ def exact_svd(delta: Tensor, total: float | None = None) -> TruncatedSVD:
 
 
 def randomized_svd(
-    delta: Tensor, choice: RankChoice, total: float, *, seed: int = 0, gain: float = GAIN, max_passes: int = 60
+    delta: Tensor | Blocks, choice: RankChoice, total: float, *, seed: int = 0, gain: float = GAIN, max_passes: int = 60
 ) -> TruncatedSVD | None:
     """Block Krylov iteration with its stopping rule; None where the sketch would grow to the matrix itself.
 
     Args:
         total: ‖ΔW‖_F², positive and finite.
     """
-    narrow = delta if delta.shape[0] <= delta.shape[1] else delta.mT  # the basis lives on the shorter side
-    krylov = BlockKrylov(narrow, _block_size(choice, *narrow.shape), seed)
+    matrix = blocked(delta)
+    krylov = BlockKrylov(matrix, _block_size(choice, min(matrix.shape)), seed)
     history: list[list[float]] = []
     rank: int | None = None
     while krylov.passes < max_passes:
-        if 2 * (krylov.width + krylov.block) > narrow.shape[0]:
+        if 2 * (krylov.width + krylov.block) > min(matrix.shape):
             return None
         exhausted = krylov.step()
         history.append(krylov.squares())
@@ -126,7 +133,7 @@ def randomized_svd(
         if exhausted or (rank is not None and _settled(history, rank, total, gain)):
             break
     u, s, w = krylov.ritz(rank if rank is not None else krylov.width)
-    u, vt = (u, w.mT) if narrow is delta else (w, u.mT)
+    u, vt = (w, u.mT) if krylov.tall else (u, w.mT)
     return TruncatedSVD(u, s, vt, total, krylov.passes)
 
 
@@ -151,8 +158,8 @@ def _settled(history: list[list[float]], rank: int, total: float, gain: float) -
     return ratio < 1 and last * ratio / (1 - ratio) <= gain * rest
 
 
-def _block_size(choice: RankChoice, rows: int, columns: int) -> int:
+def _block_size(choice: RankChoice, shorter: int) -> int:
     """A block a little wider than the rank asked for; 64 where the rank is not known beforehand."""
     rank = choice.directions()
-    wide = 64 if rank is None else min(rank, rows, columns) + 8
+    wide = 64 if rank is None else min(rank, shorter) + 8
     return -(-wide // 8) * 8  # GEMMs like multiples of 8

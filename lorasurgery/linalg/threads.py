@@ -1,0 +1,75 @@
+"""Work in pieces on several threads, each of which computes alone: results do not depend on how many there are.
+
+torch's own threads split sums by their number, so that one core and eight give different last bits; and they wait for
+one another after every operation. Here a matrix is cut into pieces of a fixed size, and each piece is one thread's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+_team: ThreadPoolExecutor | None = None
+
+
+@contextmanager
+def team(size: int | None = None) -> Iterator[int]:
+    """Give `each` its threads, as many as torch would use, and let every one of them compute alone.
+
+    Example:
+        with team() as threads:
+            each(work, pieces)
+
+    Args:
+        size: Threads; None takes torch.get_num_threads(), which OMP_NUM_THREADS sets.
+    """
+    global _team
+    if _team is not None:  # a team within a team is the same one
+        yield _team._max_workers
+        return
+    before = torch.get_num_threads()
+    size = size or before
+    _team = ThreadPoolExecutor(size, "lorasurgery")
+    torch.set_num_threads(1)
+    try:
+        yield size
+    finally:
+        _team.shutdown(cancel_futures=True)
+        _team = None
+        torch.set_num_threads(before)
+
+
+def each(work: Callable[[T], Any], pieces: Iterable[T]) -> None:
+    """Do `work` on every piece and wait; without a team, or for one piece, in this thread.
+
+    >>> found = []
+    >>> each(found.append, [1, 2])
+    >>> found
+    [1, 2]
+
+    Raises:
+        Exception: the first that a piece raised, when all have ended.
+    """
+    items = list(pieces)
+    if _team is None or len(items) < 2:
+        for item in items:
+            work(item)
+        return
+    ask(_team, [lambda item=item: work(item) for item in items])
+
+
+def ask(pool: ThreadPoolExecutor, tasks: list[Callable[[], Any]]) -> list[Any]:
+    """Run tasks on a pool in inference mode and wait for all of them; their results in order."""
+    futures: list[Future[Any]] = [pool.submit(_inferring, task) for task in tasks]
+    wait(futures)
+    return [f.result() for f in futures]
+
+
+def _inferring(task: Callable[[], T]) -> T:
+    with torch.inference_mode():  # it belongs to a thread, so every one must ask for it
+        return task()
