@@ -77,6 +77,12 @@ class LowRank:
         # (b, r) @ (r, in) -> (b, in)
         return (self.up[rows].to(dtype) @ self.down.to(dtype)).mul_(self.scale)
 
+    def put_rows(self, total: Tensor, rows: slice) -> None:
+        """total = rows of ΔW, in place."""
+        from torch import mm
+
+        mm(self.up[rows].to(total.dtype), self.down.to(total.dtype), out=total).mul_(self.scale)
+
     def add_rows(self, total: Tensor, rows: slice) -> None:
         """total += rows of ΔW, in place."""
         total.addmm_(self.up[rows].to(total.dtype), self.down.to(total.dtype), alpha=self.scale)
@@ -148,6 +154,10 @@ class Dense:
     def rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Rows of ΔW."""
         return self.matrix[rows].to(dtype) * self.scale
+
+    def put_rows(self, total: Tensor, rows: slice) -> None:
+        """total = rows of ΔW, in place."""
+        total.copy_(self.matrix[rows]).mul_(self.scale)
 
     def add_rows(self, total: Tensor, rows: slice) -> None:
         """total += rows of ΔW, in place."""

@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from lorasurgery.checkpoint.files import ReadFile, WriteFile, clone
 from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, Run, journals, partial_of
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, PIPELINE
 from lorasurgery.checkpoint.plan import PlannedFile
 from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.errors import OutputError
 from lorasurgery.report import RECORD_NAME
 
-PARTIAL = ".lorasurgery-partial"
 _WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
-def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+def check_output(out: Path, inputs: Sequence[Path], overwrite: bool, *, resume: bool = False) -> None:
     """Refuse an output that would touch an input, or that exists and may not be replaced.
+
+    Args:
+        resume: A run that was interrupted may go on, whatever it left.
 
     Raises:
         OutputError: with the next move.
@@ -46,7 +50,7 @@ def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
         raise OutputError(f"{where}: is a folder but names a file; choose another output")
     if out.exists() and out.suffix != ".safetensors" and not out.is_dir():
         raise OutputError(f"{where}: exists and is not a folder; choose another output")
-    if not overwrite and out.exists():
+    if not (overwrite or resume and journals(out)) and out.exists():
         _check_empty(out, where)
 
 
@@ -55,7 +59,8 @@ def _check_empty(out: Path, where: str) -> None:
         raise OutputError(f"{where}: exists; --overwrite replaces it")
     names = [f.name for f in out.iterdir()]
     if names and all(n.endswith(PARTIAL) for n in names):
-        raise OutputError(f"{where}: holds only the remains of an interrupted run; --overwrite clears them")
+        how = "--resume goes on with it, " if any(n.startswith(JOURNAL) for n in names) else ""
+        raise OutputError(f"{where}: holds only the remains of an interrupted run; {how}--overwrite clears them")
     if names:
         raise OutputError(f"{where}: exists and is not empty; --overwrite replaces what it holds")
 
@@ -69,23 +74,29 @@ class Output:
                 file.write("w", tensor)
             out.write_bytes("config.json", b"{}")
             out.commit(last="model.safetensors")
+
+    Args:
+        run: What an interrupted run of the same kind left is gone on with, and kept when this one is interrupted too;
+            None for what is done at once.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool) -> None:
+    def __init__(self, out: Path, *, overwrite: bool, run: Run | None = None) -> None:
         self.single = out.suffix == ".safetensors"
         self.folder = out.parent if self.single else out
-        self.overwrite = overwrite
+        self.name, self.overwrite, self.run = out.name, overwrite, run
         self.bytes_written = 0
         self._made: list[Path] = []
         self._staged: dict[str, Path] = {}
         self._committed = False
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Output:
         try:
             self._make(self.folder)
-            if self.overwrite and not self.single:
-                for remains in self.folder.rglob(f".*{PARTIAL}"):
-                    remains.unlink()
+            if self.run is not None:
+                self.run.begin(self._clear)
+            elif self.overwrite:
+                self._clear()
         except OSError as problem:
             raise self._failed(problem) from None
         return self
@@ -93,7 +104,8 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, _: TracebackType | None
     ) -> None:
-        if not self._committed:
+        kept = self.run.end(committed=self._committed) if self.run is not None else False
+        if not self._committed and not kept:
             for partial in self._staged.values():
                 with suppress(OSError):
                     partial.unlink()
@@ -101,11 +113,15 @@ class Output:
                 with suppress(OSError):
                     folder.rmdir()
         if isinstance(problem, OSError):
-            raise self._failed(problem) from None
+            raise self._failed(problem, kept=kept) from None
 
     def tensor_file(self, planned: PlannedFile) -> TensorFile:
-        """A safetensors file to be filled tensor by tensor, in the planned order."""
+        """A safetensors file to be filled tensor by tensor."""
         return TensorFile(self._stage(planned.name), planned, self._count)
+
+    def expect(self, name: str) -> None:
+        """Count on a file that another rank, or the run before this one, wrote."""
+        self._stage(name)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Stage a small file."""
@@ -114,13 +130,22 @@ class Output:
             _sync(file.fileno())
         self._count(len(data))
 
-    def copy_file(self, name: str, source: Path) -> None:
-        """Stage a byte-for-byte copy of a file."""
-        target = self._stage(name)
-        with source.open("rb") as old, target.open("wb") as new:
-            shutil.copyfileobj(old, new, 1 << 20)
-            _sync(new.fileno())
-        self._count(target.stat().st_size)
+    def copy_file(self, name: str, source: Path) -> int:
+        """Stage a byte-for-byte copy of a file, sharing its blocks where the file system can; returns its size."""
+        with ReadFile(source) as old, WriteFile(self._stage(name)) as new:
+            size = os.fstat(old.fileno()).st_size
+            if not clone(old, new):
+                new.copy_at(0, old, 0, size)
+                new.truncate(size)
+            new.sync()
+        self._count(size)
+        return size
+
+    def _clear(self) -> None:
+        """Remove what an interrupted run left; of a single file only what bears its name."""
+        remains = self.folder.glob(f".{self.name}*{PARTIAL}") if self.single else self.folder.rglob(f".*{PARTIAL}")
+        for file in list(remains):
+            file.unlink()
 
     def commit(self, *, last: str) -> None:
         """Give every file its name, `last` at the end; a kill in between leaves a folder no reader takes for whole.
@@ -129,6 +154,8 @@ class Output:
             OutputError: the system refuses a rename.
         """
         try:
+            if self.run is not None:
+                self.run.committing(list(self._staged))
             if self.overwrite and not self.single:
                 self._retire()
             order = [n for n in self._staged if n != last] + [last]
@@ -157,7 +184,7 @@ class Output:
     def _stage(self, name: str) -> Path:
         final = self.folder / name
         self._make(final.parent)
-        partial = final.parent / f".{final.name}{PARTIAL}"
+        partial = partial_of(final)
         self._staged[name] = partial
         return partial
 
@@ -168,11 +195,13 @@ class Output:
             self._made.append(path)
 
     def _count(self, written: int) -> None:
-        self.bytes_written += written
+        with self._lock:
+            self.bytes_written += written
 
-    def _failed(self, problem: OSError) -> OutputError:
+    def _failed(self, problem: OSError, *, kept: bool = False) -> OutputError:
         where = show(str(problem.filename or self.folder))
-        return OutputError(f"{where}: cannot be written ({problem.strerror or problem}); nothing was left behind")
+        left = "what is finished is kept for --resume" if kept else "nothing was left behind"
+        return OutputError(f"{where}: cannot be written ({problem.strerror or problem}); {left}")
 
 
 def _indexed(index: Path) -> Iterable[str]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.checkpoint.files import ReadFile
 from lorasurgery.checkpoint.header import Header, TensorInfo, read_header, show
 from lorasurgery.checkpoint.locate import Located, load_object, locate
 from lorasurgery.checkpoint.stub import filled_in
@@ -53,7 +54,8 @@ class Checkpoint:
         self.file_of: dict[str, str] = {}
         self.bytes_read = 0
         self._filled_in = {name: filled_in(located.folder / name) for name in located.files}
-        self._open: OrderedDict[str, FileIO] = OrderedDict()
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, ReadFile] = OrderedDict()
         self._place(located.weight_map)
 
     @classmethod
@@ -145,20 +147,33 @@ class Checkpoint:
         Raises:
             FormatError: the file changed, can't be read, ends too soon, or only its header is here.
         """
-        readable = self._filled_in[self.file_of[name]]
-        if readable is not None and name.removeprefix(self.parts.get(self.file_of[name], "")) not in readable:
-            raise FormatError(f"{self._where(name)}: only the header of this file was fetched, not its tensors")
-        file, done = self._file(self.file_of[name]), 0
+        file, done = self.readable(name), 0
+        place = self.tensors[name].start + start
         try:
-            file.seek(self.tensors[name].start + start)
             while done < len(view):  # reads, not a memory map: a file cut short is an error here, not a crash
-                got = file.readinto(view[done : done + _READ_AT_ONCE])
+                got = file.read_at(place + done, view[done : done + _READ_AT_ONCE])
                 if not got:
                     raise FormatError(f"{self._where(name)}: the file ends inside this tensor; it was cut while in use")
                 done += got
         except OSError as problem:
             raise FormatError(f"{self._where(name)}: cannot be read ({problem.strerror})") from None
-        self.bytes_read += done
+        self.count(done)
+
+    def readable(self, name: str) -> ReadFile:
+        """The file that a tensor lies in.
+
+        Raises:
+            FormatError: it can't be opened, changed its size, or only its header is here.
+        """
+        here = self._filled_in[self.file_of[name]]
+        if here is not None and name.removeprefix(self.parts.get(self.file_of[name], "")) not in here:
+            raise FormatError(f"{self._where(name)}: only the header of this file was fetched, not its tensors")
+        return self.file(self.file_of[name])
+
+    def count(self, done: int) -> None:
+        """Count bytes of tensors that were read, here or by the system for us."""
+        with self._lock:
+            self.bytes_read += done
 
     def number(self, name: str) -> float:
         """Read a tensor of one element, without torch: an alpha, for instance.
@@ -181,40 +196,38 @@ class Checkpoint:
         if advise is not None:
             info = self.tensors[name]
             with suppress(OSError):
-                advise(self._file(self.file_of[name]).fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
+                advise(self.file(self.file_of[name]).fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
-    def _file(self, name: str) -> FileIO:
-        if name in self._open:
-            self._open.move_to_end(name)
-            return self._open[name]
-        if len(self._open) >= _MAX_OPEN:
-            self._open.popitem(last=False)[1].close()
-        path = self.folder / name
-        try:
-            file = FileIO(path)
-        except OSError as problem:
-            raise FormatError(f"{show(str(path))}: {problem.strerror}") from None
-        self._open[name] = file
-        if os.fstat(file.fileno()).st_size != self.files[name].size:
-            raise FormatError(
-                f"{show(str(path))}: changed its size since its header was read; leave it alone and repeat"
-            )
-        return file
+    def file(self, name: str) -> ReadFile:
+        """A shard, open for reading from any thread; it closes when nobody holds it any more."""
+        with self._lock:
+            if name in self._open:
+                self._open.move_to_end(name)
+                return self._open[name]
+            if len(self._open) >= _MAX_OPEN:
+                self._open.popitem(last=False)
+            path = self.folder / name
+            try:
+                file = ReadFile(path)
+            except OSError as problem:
+                raise FormatError(f"{show(str(path))}: {problem.strerror}") from None
+            if os.fstat(file.fileno()).st_size != self.files[name].size:
+                raise FormatError(
+                    f"{show(str(path))}: changed its size since its header was read; leave it alone and repeat"
+                )
+            self._open[name] = file
+            return file
 
     def _where(self, name: str) -> str:
         return f"{show(str(self.folder / self.file_of[name]))}: {show(name)}"
 
     def close(self) -> None:
         """Close all file descriptors; reading again opens them anew."""
-        while self._open:
-            self._open.popitem()[1].close()
+        with self._lock:
+            self._open.clear()
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_open"):
-            self.close()

@@ -16,6 +16,7 @@ from lorasurgery.cli.ending import Ending
 @click.option("--allow-loss", is_flag=True,
               help="Write the result even when rounding keeps less than half of the update.")  # fmt: skip
 @options.checkpoint
+@options.large
 @options.common
 @options.guarded
 def command(base: str, adapters: tuple[str, ...], out: str, dry_run: bool, **chosen: Any) -> None:

@@ -80,6 +80,12 @@ _COMMON = [
     click.option("--private", is_flag=True, help="With --push: make the repository private."),
     *_READING,
 ]
+_LARGE = [
+    click.option("--resume", is_flag=True,
+                 help="Go on with what an interrupted run of the same command left; the result is the same to the byte."),
+    click.option("--memory-limit", type=SIZE, metavar="SIZE",
+                 help="Work through even the largest tensor in blocks that take no more than this, e.g. 512MB."),
+]  # fmt: skip
 _RANKS = [
     click.option("--rank", type=int, help="Directions kept in every module."),
     click.option("--energy", type=float, help="Keep the least rank that holds this share of ‖ΔW‖², e.g. 0.9."),
@@ -142,6 +148,9 @@ ranks: Callable[[F], F] = _apply(_RANKS)
 familiar: Callable[[F], F] = _apply(_FAMILIAR)
 """--sv-ratio, --sv-fro, --sv-cumulative: rank rules under the names that sd-scripts gave them, for factors."""
 
+large: Callable[[F], F] = _apply(_LARGE)
+"""--resume, --memory-limit: for commands that may run for hours."""
+
 checkpoint: Callable[[F], F] = _apply(_CHECKPOINT)
 """-w, --block-weight, --dtype, --rounding, --seed, --max-shard-size: for commands that write a checkpoint."""
 
@@ -195,7 +204,8 @@ def guarded(function: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
-_UNSAID = {"as_json", "quiet", "verbose", "plot", "push", "private", "overwrite", "dry_run", "out"}
+_UNSAID = {"as_json", "quiet", "verbose", "plot", "push", "private", "overwrite", "resume", "memory_limit", "dry_run",
+           "out"}  # fmt: skip
 
 
 def command_line(context: click.Context) -> str:

@@ -15,6 +15,7 @@ from lorasurgery.cli.ending import Ending
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @click.option("--base", metavar="BASE", help="Restore replaced tensors, config and tokenizer from this checkpoint.")
 @options.checkpoint
+@options.large
 @options.common
 @options.guarded
 def command(merged: str, adapters: tuple[str, ...], out: str, dry_run: bool, **chosen: Any) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorasurgery.linalg.blocks import Blocks, blocked, times, transposed_times
 
+_FEW = 1024  # rows of thin matrices that are widened at once
 _DEPENDENT = 1e-6  # a column this much shorter once the others' part is taken out: Gram matrices lose its direction
 
 
@@ -90,8 +91,7 @@ class BlockKrylov:
 
     def _grow(self, z: Tensor) -> None:
         """Extend the Gram matrix ZᵀZ by one block, in float64 so that small σ² beside σ₁² are not lost."""
-        wide = _double(z)
-        new = torch.cat([_double(old).mT @ wide for old in self._z]).cpu()
+        new = _products(self._z, z).cpu()
         width = self._gram.shape[0]
         gram = torch.empty(width + self.block, width + self.block, dtype=torch.float64)
         gram[:width, :width] = self._gram
@@ -102,8 +102,7 @@ class BlockKrylov:
 
 def _cholesky_q(y: Tensor) -> Tensor | None:
     """y·R⁻¹ with RᵀR = yᵀy in float64; None where columns are too close to dependent for that."""
-    wide = _double(y)
-    gram = wide.mT @ wide
+    gram = _products([y], y)
     lower, failed = torch.linalg.cholesky_ex(gram)
     kept = lower.diagonal() > _DEPENDENT * gram.diagonal().sqrt()
     if int(failed) or not bool(kept.all()):
@@ -122,8 +121,18 @@ def _mixed(parts: list[Tensor], mix: Tensor) -> Tensor:
     return out
 
 
-def _double(x: Tensor) -> Tensor:
-    return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)  # MPS has no float64
+def _products(left: list[Tensor], right: Tensor) -> Tensor:
+    """[left]ᵀ @ right in float64, a few rows at a time so that no wider copy ever leaves the cache."""
+    if right.device.type == "mps":  # has no float64
+        left, right = [x.cpu() for x in left], right.cpu()
+    step = _FEW if right.device.type == "cpu" else right.shape[0]
+    total = right.new_zeros(sum(x.shape[1] for x in left), right.shape[1], dtype=torch.float64)
+    for start in range(0, right.shape[0], step):
+        rows = slice(start, start + step)
+        wide = right[rows].to(torch.float64)
+        many = torch.cat([wide if x is right else x[rows].to(torch.float64) for x in left], 1)
+        total.addmm_(many.mT, wide)  # (w, f) @ (f, b) -> (w, b)
+    return total
 
 
 @lru_cache(maxsize=4)

@@ -12,7 +12,7 @@ from lorasurgery.linalg.blocks import Blocks, blocked, over_rows
 from lorasurgery.lowrank import LowRank
 
 _BLOCK_BYTES = 2 << 20  # a block and its product stay in a core's cache
-_CUDA_BLOCK_BYTES = 256 << 20
+_CUDA_BLOCK_BYTES = 64 << 20
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:

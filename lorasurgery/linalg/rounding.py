@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.norms import row_blocks
+from lorasurgery.linalg.threads import each, scratch
 from lorasurgery.lowrank import Update, widened
 
 Rounding = Literal["nearest", "stochastic"]
@@ -87,6 +88,68 @@ def _stochastic(x: Tensor, near: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(move & torch.isfinite(other.to(x.dtype)), other.to(x.dtype), low).to(near.dtype)
 
 
+class Merger:
+    """Merges one weight, some of its rows at a time; several threads may.
+
+    Args:
+        source: Dtype of the weight.
+        updates: (m, n) each, of the whole weight, on the device where the rows will be.
+        dtype: Storage dtype of the result.
+        seed: For stochastic rounding.
+    """
+
+    def __init__(
+        self, source: torch.dtype, updates: Sequence[Update], dtype: torch.dtype, *, rounding: Rounding = "nearest",
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.source, self.dtype, self.wide = source, dtype, widened(source)
+        self.terms = [u.to(self.wide) for u in updates]
+        self.seed = seed if rounding == "stochastic" else None
+
+    def rows(self, weight: Tensor, out: Tensor, first: int) -> Survival:
+        """Write round(W + Σ Δ) of some rows, in blocks that stay in cache: upcast, add and downcast touch memory once.
+
+        Args:
+            weight, out: These rows of W and of the result.
+            first: Which row of the whole weight they begin with, where a block begins.
+
+        Raises:
+            SurgeryError: the sum is not finite in the storage dtype though it should be.
+        """
+        blocks = list(row_blocks(weight))
+        found = [Survival(0.0, 0.0, 0.0)] * len(blocks)
+
+        def work(i: int) -> None:
+            found[i] = self._block(weight[blocks[i]], out[blocks[i]], first + blocks[i].start)
+
+        each(work, range(len(blocks)))
+        survival = sum(found, Survival(0.0, 0.0, 0.0))
+        if not math.isfinite(survival.residue):
+            raise SurgeryError(_overflow(weight, self.dtype))
+        return survival
+
+    def _block(self, weight: Tensor, out: Tensor, first: int) -> Survival:
+        generator = None if self.seed is None else draws(weight.device, self.seed, first)
+        if not self.terms:
+            self._store(weight.to(self.wide), out, generator)
+            return Survival(0.0, 0.0, 0.0)
+        old, delta, new = scratch(weight, self.wide, 3)
+        old.copy_(weight)
+        rows = slice(first, first + weight.shape[0])
+        _sum(self.terms, rows, delta)
+        if _needs_float64(old, delta, self.dtype):
+            old, delta, new = scratch(weight, torch.float64, 3)
+            old.copy_(weight)
+            _sum(self.terms, rows, delta)
+        torch.add(old, delta, out=new)
+        self._store(new, out, generator)
+        return _survived(old, delta, new.copy_(out))
+
+    def _store(self, value: Tensor, out: Tensor, generator: torch.Generator | None) -> None:
+        plain = generator is None and out.dtype.itemsize > 1  # then a copy rounds as it goes
+        out.copy_(value if plain else round_to(value, self.dtype, generator))
+
+
 def add_updates(
     weight: Tensor,
     updates: Sequence[Update],
@@ -115,24 +178,9 @@ def add_updates(
     Raises:
         SurgeryError: the sum is not finite in `dtype` though it should be.
     """
-    wide = widened(weight.dtype)
-    terms = [u.to(wide) for u in updates]
-    generator = _draws(weight.device, seed) if rounding == "stochastic" else None
+    merger = Merger(weight.dtype, updates, dtype, rounding=rounding, seed=seed)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    survival = Survival(0.0, 0.0, 0.0)
-    for rows in row_blocks(weight):
-        old = weight[rows].to(wide)
-        if not terms:
-            out[rows] = round_to(old, dtype, generator)
-            continue
-        delta = _sum(terms, rows, wide)
-        if _needs_float64(old, delta, dtype):
-            old, delta = old.to(torch.float64), _sum(terms, rows, torch.float64)
-        out[rows] = round_to(old + delta, dtype, generator)
-        survival = survival + _survived(old, delta, out[rows].to(old.dtype))
-    if not math.isfinite(survival.residue):
-        raise SurgeryError(_overflow(weight, dtype))
-    return out, survival
+    return out, merger.rows(weight, out, 0)
 
 
 def set_values(
@@ -146,29 +194,29 @@ def set_values(
     Args:
         weight: W (m, n), any floating dtype. values: (m, n), float32 or float64.
     """
-    generator = _draws(weight.device, seed) if rounding == "stochastic" else None
+    generator = draws(weight.device, seed) if rounding == "stochastic" else None
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     survival = Survival(0.0, 0.0, 0.0)
     for rows in row_blocks(weight):
         old = weight[rows].to(values.dtype)
         out[rows] = round_to(values[rows], dtype, generator)
-        survival = survival + _survived(old, values[rows] - old, out[rows].to(old.dtype))
+        survival = survival + _survived(old, values[rows] - old, out[rows].to(old.dtype, copy=True))
     if not math.isfinite(survival.residue):
         raise SurgeryError(_overflow(weight, dtype))
     return out, survival
 
 
-def _draws(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed & (2**63 - 1))
+def draws(device: torch.device, seed: int, first: int = 0) -> torch.Generator:
+    """Random numbers for the block of rows that begins at `first`: each block has its own, whoever works on it."""
+    return torch.Generator(device).manual_seed((seed ^ (first * 0x9E3779B97F4A7C15)) & (2**63 - 1))
 
 
-def _sum(terms: Sequence[Update], rows: slice, wide: torch.dtype) -> Tensor:
-    """Rows of the updates' sum."""
+def _sum(terms: Sequence[Update], rows: slice, total: Tensor) -> None:
+    """Rows of the updates' sum, into `total`."""
     first, *others = terms
-    total = first.rows(rows, wide)
+    first.put_rows(total, rows)
     for term in others:
         term.add_rows(total, rows)
-    return total
 
 
 def _needs_float64(old: Tensor, delta: Tensor, dtype: torch.dtype) -> bool:
@@ -182,7 +230,8 @@ def _needs_float64(old: Tensor, delta: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _survived(old: Tensor, delta: Tensor, new: Tensor) -> Survival:
-    change = new - old
+    """What `new` has of the update; its memory is used up."""
+    change = new.sub_(old)
     dot = _dot(change, delta)
     rest = change.sub_(delta)
     return Survival(dot, _dot(delta, delta), _dot(rest, rest))

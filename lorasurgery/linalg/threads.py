@@ -6,14 +6,17 @@ one another after every operation. Here a matrix is cut into pieces of a fixed s
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
+_own = threading.local()
 _team: ThreadPoolExecutor | None = None
 
 
@@ -73,3 +76,21 @@ def ask(pool: ThreadPoolExecutor, tasks: list[Callable[[], Any]]) -> list[Any]:
 def _inferring(task: Callable[[], T]) -> T:
     with torch.inference_mode():  # it belongs to a thread, so every one must ask for it
         return task()
+
+
+def scratch(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+    """Tensors of a shape to work in, the same memory at every call of this thread: new memory costs page faults.
+
+    Args:
+        like: Gives shape and device; on a GPU they are new, for its allocator keeps memory itself.
+    """
+    size = like.numel()
+    if like.device.type != "cpu":
+        whole = torch.empty(count * size, dtype=dtype, device=like.device)
+    else:
+        held: dict[torch.dtype, Tensor] = _own.__dict__.setdefault("held", {})
+        if dtype not in held or held[dtype].numel() < count * size:
+            with torch.inference_mode(False):  # so that it serves inside and outside
+                held[dtype] = torch.empty(count * size, dtype=dtype)
+        whole = held[dtype]
+    return [whole[i * size : (i + 1) * size].view(like.shape) for i in range(count)]

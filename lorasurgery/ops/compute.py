@@ -40,12 +40,12 @@ def apply_edit(
         if any(c.decomposes for c in edit.contributions):
             value, survival = set_values(matrix, in_turn(edit, matrix), dtype, **how)
         else:
-            updates = [_placed(c, matrix.shape[0]).to(device) for c in edit.contributions]
+            updates = [placed(c, matrix.shape[0]).to(device) for c in edit.contributions]
             value, survival = add_updates(matrix, updates, dtype, **how)
     return value.reshape(tensor.shape), survival
 
 
-def _placed(contribution: Contribution, height: int) -> Update:
+def placed(contribution: Contribution, height: int) -> Update:
     """A contribution's update, as high as the tensor it goes into."""
     update = contribution.load()
     return update if contribution.into is None else update.placed(contribution.into, height)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UsageError
-from lorasurgery.ops.apply import Recipe, Rounding, plan_files, run
+from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.references import on_references
+from lorasurgery.ops.resume import start_run
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
+from lorasurgery.ranks import ranks
 from lorasurgery.report import Progress, Report
+
+if TYPE_CHECKING:
+    import torch
 
 LOW_RETENTION = 0.9
 
@@ -34,6 +40,8 @@ def merge(
     max_shard_size: int | None = None,
     allow_loss: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
+    memory_limit: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -51,6 +59,8 @@ def merge(
         rounding: `nearest` (even), or `stochastic`, which is unbiased and seeded by `seed`.
         max_shard_size: Bytes per shard; None keeps the base's layout.
         allow_loss: Write the result even when rounding keeps less than half of the update.
+        resume: Go on with what an interrupted run of the same inputs and options left; the result is the same.
+        memory_limit: Bytes that weights on their way may take.
         dry_run: Settle everything from headers, write nothing (torch is not imported).
 
     Raises:
@@ -60,21 +70,41 @@ def merge(
     strengths = check_weights(weights, len(adapters))
     check_device_name(device)
     checkpoint, opened = Checkpoint.open(base), [open_adapter(a) for a in adapters]
-    check_output(Path(out), [Path(base), *map(Path, adapters)], overwrite)
+    check_output(Path(out), [Path(base), *map(Path, adapters)], overwrite, resume=resume)
     plan = weighed_plan(checkpoint, opened, strengths, block_weights)
     recipe = Recipe(
         checkpoint, [a for a, w in zip(opened, strengths, strict=True) if w], plan,
         Path(out), dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, overwrite=overwrite,
-        allow_loss=allow_loss,
+        allow_loss=allow_loss, memory_limit=memory_limit,
     )  # fmt: skip
     plan_files(recipe)
     report = start_report("merge", recipe, [str(base), *map(str, adapters)], strengths, dry_run)
     if not dry_run:
         chosen = resolve_device(device)
         report.device = str(chosen)
-        run(recipe, report, chosen, progress)
+        options = {"block_weights": tuple(block_weights), "max_shard_size": max_shard_size}
+        carry_out(recipe, report, options, chosen, progress, resume=resume)
         judge_retention(report, recipe)
     return clock.stamp(report)
+
+
+def carry_out(
+    recipe: Recipe, report: Report, options: dict[str, Any], device: torch.device, progress: Progress | None, *,
+    resume: bool,
+) -> None:  # fmt: skip
+    """Do what is planned, on as many ranks as there are; what of it an interrupted run did already is left out.
+
+    Args:
+        options: What decides the result besides the recipe's own.
+    """
+    from lorasurgery.ops.stream import run  # imports torch
+
+    options |= {name: getattr(recipe, name) for name in ("dtype", "rounding", "seed")}
+    options["weights"] = report.totals["weights"]
+    job = start_run(report.command, recipe.out, report.inputs, options, device, resume=resume, ranks=ranks())
+    run(recipe, job, report, device, progress)
+    if job.resumed:
+        report.totals["resumed"] = job.resumed
 
 
 def check_weights(weights: Sequence[float], adapters: int) -> list[float]:

@@ -10,7 +10,7 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.naming import BaseNames, is_head, module_of
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES
 from lorasurgery.checkpoint.locate import load_object
-from lorasurgery.checkpoint.output import PARTIAL
+from lorasurgery.checkpoint.journal import PARTIAL
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import some
 from lorasurgery.ops.parameters import commonest_dtype

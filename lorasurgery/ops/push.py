@@ -10,7 +10,7 @@ from typing import Any
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, show
-from lorasurgery.checkpoint.output import PARTIAL
+from lorasurgery.checkpoint.journal import PARTIAL
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import FormatError, OutputError, SurgeryError, UsageError, some
 from lorasurgery.hub import push as hub

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from lorasurgery.errors import SurgeryError
 from lorasurgery.hub.reference import parse_reference
 from lorasurgery.ops.record import describe, record
+from lorasurgery.ranks import ranks
 from lorasurgery.report import COMMAND_LINE, Progress, Report
 
 F = TypeVar("F", bound=Callable[..., Report])
@@ -47,7 +48,8 @@ def on_references(*parameters: str, headers_only: Callable[[dict[str, Any]], boo
                 fetched.rename(report)
                 if report.output and not report.dry_run and report.adapters is None and report.sources is None:
                     report.sources = [s for name in parameters for s in describe(given[name])]
-                    record(report, COMMAND_LINE.get() or _call(operation.__name__, given))
+                    if ranks().first:
+                        record(report, COMMAND_LINE.get() or _call(operation.__name__, given))
             return report
 
         return wrapper  # type: ignore[return-value]
@@ -108,7 +110,7 @@ class _Fetched:
             self._scratch.cleanup()
 
 
-_UNSAID = {"out", "device", "overwrite", "dry_run", "progress"}
+_UNSAID = {"out", "device", "overwrite", "resume", "memory_limit", "dry_run", "progress"}
 
 
 def _call(name: str, given: dict[str, Any]) -> str:

@@ -11,10 +11,10 @@ from lorasurgery.adapters.naming import BaseNames, module_of
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError
-from lorasurgery.ops.apply import Recipe, Rounding, plan_files, run
+from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.edits import Edit, EditPlan, Replacement
-from lorasurgery.ops.merge import check_weights, start_report
+from lorasurgery.ops.merge import carry_out, check_weights, start_report
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import ModuleReport, Progress, Report
@@ -35,6 +35,8 @@ def unmerge(
     device: str = "auto",
     max_shard_size: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    memory_limit: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -48,6 +50,7 @@ def unmerge(
         block_weights: As they were merged.
         base: Where replaced tensors (modules_to_save, biases) are restored from; without it they stay as
             they are and the report names them. Deltas are subtracted either way.
+        resume, memory_limit: as for merge.
 
     Raises:
         SurgeryError: as merge does.
@@ -58,7 +61,7 @@ def unmerge(
     checkpoint, opened = Checkpoint.open(merged), [open_adapter(a) for a in adapters]
     original = Checkpoint.open(base) if base is not None else None
     inputs = [str(merged), *map(str, adapters), *([str(base)] if base is not None else [])]
-    check_output(Path(out), [Path(i) for i in inputs], overwrite)
+    check_output(Path(out), [Path(i) for i in inputs], overwrite, resume=resume)
     plan = weighed_plan(checkpoint, opened, [-w for w in strengths], block_weights, replaces=False)
     plan.untied, dropped = False, frozenset[str]()
     if original is not None:
@@ -66,6 +69,7 @@ def unmerge(
     recipe = Recipe(
         checkpoint, [], plan, Path(out), dtype=dtype, rounding=rounding, seed=seed,
         max_shard_size=max_shard_size, overwrite=overwrite, dropped=dropped, config_from=original,
+        memory_limit=memory_limit,
     )  # fmt: skip
     plan_files(recipe)
     report = start_report("unmerge", recipe, inputs, strengths, dry_run)
@@ -73,7 +77,8 @@ def unmerge(
     if not dry_run:
         chosen = resolve_device(device)
         report.device = str(chosen)
-        run(recipe, report, chosen, progress)
+        options = {"block_weights": tuple(block_weights), "max_shard_size": max_shard_size}
+        carry_out(recipe, report, options, chosen, progress, resume=resume)
         _summarise(report)
     return clock.stamp(report)
 

@@ -1,0 +1,114 @@
+"""Files read and written at given places, from several threads at once, and copied by the system."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+
+_AT_ONCE = 64 << 20  # bytes that the system copies before others have their turn, and a stop is heard
+_PLAIN = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
+_FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file
+
+
+class ReadFile(FileIO):
+    """A file open for reading at any place; it closes when the last one who holds it lets go."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._turn = threading.Lock()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def read_at(self, place: int, view: memoryview) -> int:
+        """Fill the view from byte `place` on; returns the bytes read, 0 at the end.
+
+        Raises:
+            OSError: the system's.
+        """
+        if hasattr(os, "preadv"):
+            return os.preadv(self.fileno(), [view], place)
+        with self._turn:  # Windows has one position for all
+            self.seek(place)
+            return self.readinto(view) or 0
+
+
+class WriteFile(FileIO):
+    """A file open for writing at any place; what is there already stays, for others may write to it too."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+")
+        self._turn = threading.Lock()
+
+    def write_at(self, place: int, view: memoryview) -> None:
+        """Write all of the view from byte `place` on.
+
+        Raises:
+            OSError: the system's, such as no space left.
+        """
+        done = 0
+        while done < len(view):
+            done += self._some(place + done, view[done : done + (1 << 30)])
+
+    def _some(self, place: int, view: memoryview) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self.fileno(), view, place)
+        with self._turn:
+            self.seek(place)
+            return self.write(view) or 0
+
+    def copy_at(self, place: int, source: ReadFile, start: int, size: int) -> int:
+        """Copy `size` bytes of another file, by the system where it can: they never pass through this program.
+
+        Returns:
+            The bytes copied, fewer where the source ends too soon.
+        """
+        done = 0
+        while done < size:
+            got = _copied(self, place + done, source, start + done, min(size - done, _AT_ONCE))
+            if got is None:
+                return done + self._through(place + done, source, start + done, size - done)
+            if not got:
+                break
+            done += got
+        return done
+
+    def _through(self, place: int, source: ReadFile, start: int, size: int) -> int:
+        buffer, done = memoryview(bytearray(min(size, 8 << 20))), 0
+        while done < size and (got := source.read_at(start + done, buffer[: size - done])):
+            self.write_at(place + done, buffer[:got])
+            done += got
+        return done
+
+    def sync(self) -> None:
+        """Wait until the disk has what was written."""
+        os.fsync(self.fileno())
+
+
+def clone(source: ReadFile, target: WriteFile) -> bool:
+    """Let a file share another's blocks until one of them changes, where the file system can (Btrfs, XFS, bcachefs)."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    with suppress(OSError):
+        fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
+        return True
+    return False
+
+
+def _copied(target: WriteFile, place: int, source: ReadFile, start: int, size: int) -> int | None:
+    """Bytes that the system copied; None where it can't."""
+    if not hasattr(os, "copy_file_range"):
+        return None
+    try:
+        return os.copy_file_range(source.fileno(), target.fileno(), size, start, place)
+    except OSError as problem:
+        if problem.errno in _PLAIN:
+            return None
+        raise

@@ -1,0 +1,112 @@
+"""Reading, computing and writing at the same time, with a bounded number of bytes between them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class Job(Protocol):
+    """One piece of work; its three steps run one after the other, each in a thread of that stage.
+
+    Attributes:
+        cost: Bytes of memory it holds from the beginning of read() to the end of write().
+    """
+
+    cost: int
+
+    def read(self) -> None:
+        """Bring what is needed into memory."""
+        ...
+
+    def compute(self) -> None:
+        """Make the result."""
+        ...
+
+    def write(self) -> None:
+        """Put the result where it belongs, and let go of the memory."""
+        ...
+
+
+@dataclass
+class Flow:
+    """Takes jobs through their steps in the order given; several may be at different steps at once.
+
+    >>> class Print:
+    ...     cost = 1
+    ...     def read(self): self.x = 2
+    ...     def compute(self): self.x *= 21
+    ...     def write(self): print(self.x)
+    >>> Flow(room=10).run([Print()])
+    42
+
+    Args:
+        room: Bytes that all jobs under way may hold together; a job larger than that goes alone.
+        threads: How many for reading, computing and writing.
+    """
+
+    room: int
+    threads: tuple[int, int, int] = (1, 2, 2)
+    _used: int = 0
+    _failure: BaseException | None = None
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def run(self, jobs: Iterable[Job]) -> None:
+        """Do all jobs, or stop at the first that fails: those under way end their step, no other begins.
+
+        Raises:
+            BaseException: what a step raised, or what interrupted the waiting.
+        """
+        pools = [ThreadPoolExecutor(n, name) for n, name in zip(self.threads, ("read", "compute", "write"), strict=True)]
+        try:
+            for job in jobs:
+                self._admit(job)
+                steps = list(zip(pools, (job.read, job.compute, job.write), strict=True))
+                self._next(job, steps)
+            self._wait(lambda: not self._used)
+        except BaseException as problem:
+            self._fail(problem)
+            raise
+        finally:
+            for pool in pools:
+                pool.shutdown(cancel_futures=True)
+
+    def _admit(self, job: Job) -> None:
+        self._wait(lambda: not self._used or self._used + job.cost <= self.room)
+        with self._changed:
+            self._used += max(1, job.cost)
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        with self._changed:
+            while not (ready() or self._failure):
+                self._changed.wait()
+        if self._failure:
+            raise self._failure
+
+    def _next(self, job: Job, steps: list[tuple[ThreadPoolExecutor, Callable[[], None]]]) -> None:
+        """Hand a job to the thread of its next step, or count it as done."""
+        if not steps:
+            with self._changed:
+                self._used -= max(1, job.cost)
+                self._changed.notify_all()
+            return
+        (pool, step), *rest = steps
+
+        def work() -> None:
+            if self._failure:
+                return
+            try:
+                step()
+                self._next(job, rest)
+            except BaseException as problem:
+                self._fail(problem)
+
+        pool.submit(work)
+
+    def _fail(self, problem: BaseException) -> None:
+        with self._changed:
+            self._failure = self._failure or problem
+            self._changed.notify_all()

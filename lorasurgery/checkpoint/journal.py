@@ -1,0 +1,229 @@
+"""The journal of a long run: what is finished, so that the same command can go on after a kill or a power cut.
+
+It lies beside the output, one file a rank, one JSON object a line. A line is written when a piece of work is in its
+file; a line `synced: n` when the disk has the first n of them. After a kill every line counts, for the system still
+holds what was written; after a restart of the machine only those that were synced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lorasurgery.checkpoint.header import show
+from lorasurgery.errors import MismatchError
+from lorasurgery.ranks import Ranks
+
+PARTIAL = ".lorasurgery-partial"
+JOURNAL, FACTORS = ".journal-", ".factors-"
+KEPT = 10**9  # bytes worked through: less is done again sooner than anyone could wonder about the remains
+_SECONDS = 20.0  # between two syncs
+
+
+def partial_of(final: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return final.parent / f".{final.name}{PARTIAL}"
+
+
+def journals(out: Path, kind: str = JOURNAL) -> list[Path]:
+    """The journals (or what else of a run lies beside its output) of runs that were to write `out`."""
+    folder = _folder(out)
+    return sorted(folder.glob(f"{_stem(out, kind)}*{PARTIAL}")) if folder.is_dir() else []
+
+
+class Run:
+    """One operation that can be gone on with.
+
+    Args:
+        out: Its output.
+        about: All that its result depends on: inputs as found, options, versions. JSON.
+        resume: Go on with what is there.
+    """
+
+    def __init__(self, out: Path, about: dict[str, Any], *, resume: bool, ranks: Ranks) -> None:
+        self.out, self.about, self.resume, self.ranks = out, about, resume, ranks
+        self.done: dict[str, Any] = {}
+        self.resumed = 0
+        self._lock = threading.Lock()
+        self._size, self._synced = 0, time.monotonic()
+
+    def path(self, name: str, kind: str = JOURNAL) -> Path:
+        """A file of this run beside the output."""
+        return _folder(self.out) / f"{_stem(self.out, kind)}{name}{PARTIAL}"
+
+    def begin(self, clear: Callable[[], None]) -> None:
+        """Read what is finished, or start anew; rank 0 first.
+
+        Args:
+            clear: Removes the remains of earlier runs.
+
+        Raises:
+            MismatchError: what is there was begun otherwise.
+        """
+        if self.ranks.first:
+            found = journals(self.out) if self.resume else []
+            if found:
+                self.done, renamed = _read(found, self.about, self.out)
+                _take_back(self.out, renamed)
+            else:
+                clear()
+            self._write_anew(found)
+        self.ranks.wait()
+        if not self.ranks.first and self.resume:
+            self.done, _ = _read(journals(self.out), self.about, self.out)
+        self.resumed = len(self.done)
+        self._lines = self.resumed if self.ranks.first else 0
+        self._file = self.path(str(self.ranks.rank)).open("a", encoding="utf-8")
+        if not self.ranks.first:
+            self._line({"about": self.about, "boot": _boot()})
+        self.ranks.wait()
+
+    def add(self, key: str, record: Any, size: int) -> None:
+        """Note that a piece of work of so many bytes is in its file."""
+        with self._lock:
+            self.done[key] = record
+            self._size += size
+            self._lines += 1
+            self._line({"done": key, "record": record})
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to sync."""
+        return time.monotonic() - self._synced > _SECONDS
+
+    def synced(self, wait_for_disk: Callable[[], None]) -> None:
+        """Wait for the disk, and note that it has all that was finished before."""
+        self._synced = time.monotonic()
+        covered = self._lines
+        wait_for_disk()
+        with self._lock:
+            self._line({"synced": covered})
+            os.fsync(self._file.fileno())
+
+    def gather(self) -> dict[str, Any]:
+        """What all ranks have finished, once all of them are here."""
+        self.ranks.wait()
+        if self.ranks.size > 1 and self.ranks.first:
+            files = [self.path(str(rank)) for rank in range(self.ranks.size)]
+            self.done, _ = _read(files, self.about, self.out)
+        return self.done
+
+    def committing(self, names: list[str]) -> None:
+        """Note, before the first rename, which files are complete."""
+        with self._lock:
+            self._line({"renamed": names})
+            os.fsync(self._file.fileno())
+
+    def end(self, *, committed: bool) -> bool:
+        """Close; remove the journals when all is done, or when there is too little to go on with.
+
+        Returns:
+            Whether there is something to go on with.
+        """
+        if hasattr(self, "_file"):
+            self._file.close()
+        kept = not committed and (self.ranks.size > 1 or self.resumed > 0 or self._size >= KEPT)
+        if self.ranks.first and not kept:
+            for file in [*journals(self.out, FACTORS), *journals(self.out)]:
+                with suppress(OSError):
+                    file.unlink()
+        return kept
+
+    def _write_anew(self, old: list[Path]) -> None:
+        """One journal with all that is finished, in place of those that were there."""
+        if self.done:  # what others wrote must be on the disk before this journal says so
+            for partial in _folder(self.out).rglob(f".*{PARTIAL}"):
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+        scratch = self.path("new")
+        lines = [{"about": self.about, "boot": _boot()}]
+        lines += [{"done": key, "record": record} for key, record in self.done.items()]
+        with scratch.open("w", encoding="utf-8") as text:
+            text.writelines(json.dumps(line) + "\n" for line in [*lines, {"synced": len(self.done)}])
+            text.flush()
+            os.fsync(text.fileno())
+        target = self.path("0")
+        scratch.replace(target)
+        for journal in old:
+            if journal not in (target, scratch):
+                journal.unlink()
+
+    def _line(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def _folder(out: Path) -> Path:
+    return out.parent if out.suffix == ".safetensors" else out
+
+
+def _stem(out: Path, kind: str) -> str:
+    return f".{out.name}{kind}" if out.suffix == ".safetensors" else kind
+
+
+def _boot() -> str:
+    """Which start of which machine this is; empty where nothing tells, and then only synced lines count."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _read(files: list[Path], about: dict[str, Any], out: Path) -> tuple[dict[str, Any], list[str]]:
+    """(key -> record of all that is finished, the files that were being renamed)."""
+    done: dict[str, Any] = {}
+    renamed: list[str] = []
+    for file in files:
+        records: list[tuple[str, Any]] = []
+        trusted, here = 0, False
+        for line in _lines(file):
+            if "about" in line:
+                _compare(line["about"], about, out)
+                here = bool(line["boot"]) and line["boot"] == _boot()
+            elif "done" in line:
+                records.append((line["done"], line["record"]))
+            trusted = line.get("synced", trusted)
+            renamed = line.get("renamed", renamed)
+        done |= dict(records if here else records[:trusted])
+    return done, renamed
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines up to the first that was not written to its end."""
+    with file.open(encoding="utf-8", errors="replace") as text:
+        for line in text:
+            try:
+                found = json.loads(line)
+            except ValueError:
+                return
+            if not line.endswith("\n") or not isinstance(found, dict):
+                return
+            yield found
+
+
+def _compare(then: Any, now: dict[str, Any], out: Path) -> None:
+    then = then if isinstance(then, dict) else {}
+    for key in sorted({*then, *now}):
+        if then.get(key) != now.get(key):
+            raise MismatchError(
+                f"{show(str(out))}: was begun with another {key} ({_short(then.get(key))}, now {_short(now.get(key))}); "
+                "--resume goes on only with the same, --overwrite starts anew"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _take_back(out: Path, names: list[str]) -> None:
+    """Undo the renames of a commit that was cut short: all files were complete, so nothing is lost."""
+    for name in names:
+        final = _folder(out) / name
+        if final.exists() and not partial_of(final).exists():
+            final.replace(partial_of(final))

@@ -1,0 +1,111 @@
+"""How merge and unmerge end: the report from what every tensor left, config and indexes, and the names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lorasurgery.checkpoint.locate import PIPELINE
+from lorasurgery.checkpoint.output import Output
+from lorasurgery.checkpoint.plan import index_json
+from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg.rounding import Survival
+from lorasurgery.ops.apply import Recipe
+from lorasurgery.ops.carry import CONFIG, carried_files, patched_config, write_carried
+from lorasurgery.ops.edits import Edit
+from lorasurgery.ops.quantized import is_narrow
+from lorasurgery.report import ModuleReport, Report
+
+INDEX = "model.safetensors.index.json"
+LEAST_RETENTION = 0.5
+
+
+def describe(recipe: Recipe, done: Mapping[str, Any], report: Report) -> None:
+    """Fill in the report, tensor by tensor in the order of the files.
+
+    Args:
+        done: tensor -> its Survival as a list, for tensors that were computed.
+
+    Raises:
+        SurgeryError: rounding swallows most of the update and that was not allowed.
+    """
+    survived, narrow = Survival(0.0, 0.0, 0.0), Survival(0.0, 0.0, 0.0)
+    for tensor in (t for f in recipe.files for t in f.tensors):
+        edit = recipe.edits.edits.get(tensor.name)
+        if edit is None:
+            continue
+        survival = Survival(*(done[tensor.name] or (0.0, 0.0, 0.0)))
+        _describe(edit, survival, report)
+        if edit.contributions:
+            survived = survived + survival
+            narrow = narrow + survival if is_narrow(tensor.dtype) else narrow
+    if not recipe.allow_loss:
+        _check_survival(recipe, survived, narrow)
+    report.totals |= {
+        "delta_norm": survived.delta_norm, "retention": survived.retention, "noise": survived.noise
+    }  # fmt: skip
+
+
+def _check_survival(recipe: Recipe, whole: Survival, narrow: Survival) -> None:
+    """Stop when rounding swallows most of the update; 8-bit weights count for themselves too, beside wider ones."""
+    for survived, where in ((narrow, " in the 8-bit tensors"), (whole, "")):
+        if survived.update and survived.retention < LEAST_RETENTION:
+            raise SurgeryError(
+                f"{recipe.base.path}: rounding would keep {survived.retention:.1%} of the update{where}, so the result "
+                f"would hardly differ from the base; --dtype {'bfloat16' if where else 'float32'} keeps it, --rounding "
+                "stochastic keeps its mean, --allow-loss writes it all the same"
+            )
+
+
+def _describe(edit: Edit, survival: Survival, report: Report) -> None:
+    deltas = [c.delta for c in edit.contributions if c.delta is not None and not c.bias]
+    name = edit.tensor.removesuffix(".weight")
+    if not edit.contributions:
+        kind = "replaced" if edit.replacement else "rows" if edit.rows else "untied"
+        report.full.append(ModuleReport(edit.tensor, edit.shape, kind=kind))
+        return
+    report.modules.append(
+        ModuleReport(
+            name if deltas or len(edit.shape) > 1 else edit.tensor,
+            edit.shape,
+            kind=deltas[0].kind if deltas else "bias" if edit.tensor.endswith("bias") else "vector",
+            rank=sum(d.rank for d in deltas) if deltas else None,
+            alpha=deltas[0].alpha if len(deltas) == 1 else None,
+            delta_norm=survival.delta_norm,
+            retention=survival.retention,
+            noise=survival.noise,
+        )
+    )
+
+
+def finish(recipe: Recipe, output: Output) -> None:
+    """Write config and indexes and what goes along, and give every file its name."""
+    last = recipe.files[-1].name
+    if recipe.out.suffix != ".safetensors":
+        source = recipe.config_from or recipe.base
+        if not source.is_file:
+            dtype = recipe.dtype
+            config = patched_config(
+                source.config, untied=recipe.edits.untied, vocab_size=recipe.edits.vocab_size, dtype=dtype
+            )
+            carried = carried_files(source.folder, recipe.adapters, parts=source.parts)
+            write_carried(output, carried, source.config, config, dtype)
+        elif recipe.edits.untied:
+            config = patched_config(source.config, untied=True)
+            output.write_bytes(CONFIG, json.dumps(config, indent=2).encode())
+        last = _write_indexes(recipe, output) or last
+    output.commit(last=last)
+
+
+def _write_indexes(recipe: Recipe, output: Output) -> str | None:
+    """An index wherever there are several shards; returns the file that must come last."""
+    last = None
+    for prefix in dict.fromkeys(f.prefix for f in recipe.files):
+        files = [f for f in recipe.files if f.prefix == prefix]
+        if len(files) > 1:
+            folder = files[0].name.rpartition("/")[0]
+            name = recipe.base.indexes.get(prefix) or recipe.base.index_name
+            last = name or (f"{folder}/diffusion_pytorch_{INDEX}" if folder else INDEX)
+            output.write_bytes(last, (json.dumps(index_json(files), indent=2) + "\n").encode())
+    return PIPELINE if recipe.base.parts else last

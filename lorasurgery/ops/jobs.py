@@ -1,0 +1,225 @@
+"""The pieces that merge and unmerge are made of: bytes copied by the system, rows merged, whole tensors computed."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lorasurgery.checkpoint.buffers import Buffers
+from lorasurgery.checkpoint.dtypes import torch_dtype
+from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.checkpoint.plan import PlannedTensor
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.writer import TensorFile, as_bytes
+from lorasurgery.errors import FormatError, SurgeryError
+from lorasurgery.linalg.norms import row_blocks
+from lorasurgery.linalg.rounding import Merger, Survival
+from lorasurgery.ops.apply import Recipe
+from lorasurgery.ops.compute import apply_edit, placed
+from lorasurgery.ops.edits import Edit
+
+PIECE = 8 << 20  # bytes of a weight that are read, merged and written together
+Files = Callable[[], TensorFile]
+Done = Callable[[str, Survival | None], None]
+
+
+class CopyJob:
+    """Tensors that lie side by side in both files and stay as they are."""
+
+    cost = 1
+
+    def __init__(self, base: Checkpoint, tensors: list[PlannedTensor], file: Files, done: Done) -> None:
+        self.base, self.tensors, self.file, self.done = base, tensors, file, done
+
+    def read(self) -> None:
+        """Nothing: the system copies."""
+
+    def compute(self) -> None:
+        """Nothing."""
+
+    def write(self) -> None:
+        """Copy all of them at once."""
+        first = self.tensors[0].name
+        info, size = self.base.tensors[first], sum(t.nbytes for t in self.tensors)
+        source = self.base.readable(first)
+        if self.file().copy(first, source, info.start, size) != size:
+            raise FormatError(f"{self.base.path}: {first}: the file ends inside this tensor; it was cut while in use")
+        self.base.count(size)
+        for tensor in self.tensors:
+            self.done(tensor.name, None)
+
+
+class Rows:
+    """One tensor that is merged row by row: its updates, read once, and how many of its pieces are still missing.
+
+    Args:
+        edit: None for a tensor that is only cast.
+    """
+
+    def __init__(
+        self, recipe: Recipe, edit: Edit | None, tensor: PlannedTensor, device: torch.device, file: Files, done: Done,
+    ) -> None:  # fmt: skip
+        self.recipe, self.edit, self.tensor, self.device, self.file, self.done = (
+            recipe, edit, tensor, device, file, done
+        )  # fmt: skip
+        self.info: TensorInfo = recipe.base.tensors[edit.source.name if edit and edit.source else tensor.name]
+        self.source, self.dtype = torch_dtype(self.info.dtype), torch_dtype(tensor.dtype)
+        self.stacked = edit is not None and any(c.stacked for c in edit.contributions)
+        self._mergers: dict[int, Merger] = {}
+        self._found: dict[int, Survival] = {}
+        self._lock = threading.Lock()
+        self.pieces = list(self._pieces())
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) of one matrix: of each expert where there are several."""
+        shape = self.info.shape[1:] if self.stacked else self.info.shape
+        return (shape[0], prod(shape[1:])) if shape else (1, 1)
+
+    def _pieces(self) -> Iterator[tuple[int, slice]]:
+        """(expert, rows): whole blocks, as many as make up a piece."""
+        rows, columns = self.matrix
+        like = torch.empty(rows, columns, device="meta") if self.device.type == "cpu" else None
+        block = next(iter(row_blocks(like))).stop if like is not None and rows else rows
+        many = max(1, PIECE // max(1, block * columns * self.source.itemsize)) * block
+        for expert in range(self.info.shape[0] if self.stacked else 1):
+            for start in range(0, rows, max(1, many)):
+                yield expert, slice(start, min(start + many, rows))
+
+    def merger(self, expert: int) -> Merger:
+        """What is added to one matrix; the factors are read when the first piece needs them."""
+        with self._lock:
+            if expert not in self._mergers:
+                self._mergers[expert] = self._load(expert)
+            return self._mergers[expert]
+
+    def _load(self, expert: int) -> Merger:
+        contributions = self.edit.contributions if self.edit else []
+        if self.stacked:
+            updates = [c.load(expert) for c in contributions]
+        else:
+            updates = [placed(c, self.matrix[0]) for c in contributions]
+        seed = self.recipe.seed ^ zlib.crc32(self.tensor.name.encode())
+        on_device = [u.to(self.device) for u in updates]
+        if self.device.type == "cuda":  # others use them on streams of their own
+            torch.cuda.current_stream(self.device).synchronize()
+        return Merger(self.source, on_device, self.dtype, rounding=self.recipe.rounding, seed=seed + expert)
+
+    def finish(self, piece: int, survival: Survival) -> None:
+        """Count a piece as written; after the last one the tensor is done."""
+        with self._lock:
+            self._found[piece] = survival
+            if len(self._found) < len(self.pieces):
+                return
+            self._mergers.clear()
+        whole = sum((self._found[i] for i in sorted(self._found)), Survival(0.0, 0.0, 0.0))
+        self.done(self.tensor.name, whole)
+
+
+class RowsJob:
+    """Some rows of a tensor: read, merged and written."""
+
+    def __init__(self, work: Rows, piece: int, buffers: Buffers) -> None:
+        self.work, self.piece, self.buffers = work, piece, buffers
+        self.expert, self.rows = work.pieces[piece]
+        self.count = (self.rows.stop - self.rows.start) * work.matrix[1]
+        self.cost = self.count * (work.source.itemsize + work.dtype.itemsize)
+        self._in: Tensor | None = None
+        self._out: Tensor | None = None
+
+    def read(self) -> None:
+        """Read the rows into memory that is used again."""
+        size = self.count * self.work.source.itemsize
+        self._in = self.buffers.take(size)
+        start = (self.expert * self.work.matrix[0] + self.rows.start) * self.work.matrix[1] * self.work.source.itemsize
+        self.work.recipe.base.fill(self.work.info.name, as_bytes(self._in[:size]), start)
+
+    @torch.inference_mode()
+    def compute(self) -> None:
+        """Merge the rows on the device."""
+        work, shape = self.work, (self.rows.stop - self.rows.start, self.work.matrix[1])
+        assert self._in is not None
+        self._out = self.buffers.take(self.count * work.dtype.itemsize)
+        weight = self._in[: self.count * work.source.itemsize].view(work.source).view(shape)
+        out = self._out[: self.count * work.dtype.itemsize].view(work.dtype).view(shape)
+        try:
+            merger = work.merger(self.expert)
+            if work.device.type == "cpu":
+                self.survival = merger.rows(weight, out, self.rows.start)
+            else:
+                self.survival = _on_device(merger, weight, out, self.rows.start, work.device)
+        except SurgeryError as problem:
+            raise type(problem)(f"{work.recipe.base.path}: {work.tensor.name}: {problem}") from None
+        self.buffers.give(self._in)
+
+    def write(self) -> None:
+        """Write the rows to their place."""
+        work, size = self.work, self.work.dtype.itemsize
+        assert self._out is not None
+        start = (self.expert * work.matrix[0] + self.rows.start) * work.matrix[1] * size
+        work.file().put(work.tensor.name, start, as_bytes(self._out[: self.count * size]))
+        self.buffers.give(self._out)
+        work.finish(self.piece, self.survival)
+
+
+class WholeJob:
+    """A tensor that only makes sense as a whole: DoRA, rows that are replaced, a tensor that is stored whole."""
+
+    def __init__(
+        self, recipe: Recipe, edit: Edit, tensor: PlannedTensor, device: torch.device, file: Files, done: Done
+    ) -> None:
+        self.recipe, self.edit, self.tensor, self.device, self.file, self.done = (
+            recipe, edit, tensor, device, file, done
+        )  # fmt: skip
+        self.cost = tensor.nbytes + 8 * prod(tensor.shape)  # the weight as stored and twice in float32
+
+    def read(self) -> None:
+        """Nothing: what must be read is known when it is computed."""
+
+    @torch.inference_mode()
+    def compute(self) -> None:
+        """Compute the tensor."""
+        recipe = self.recipe
+        try:
+            value, self.survival = apply_edit(
+                recipe.base, self.edit, self.tensor, self.device, rounding=recipe.rounding, seed=recipe.seed
+            )
+        except SurgeryError as problem:
+            raise type(problem)(f"{recipe.base.path}: {self.tensor.name}: {problem}") from None
+        self.value: Tensor | None = value.cpu().contiguous()
+
+    def write(self) -> None:
+        """Write it."""
+        assert self.value is not None
+        self.file().put(self.tensor.name, 0, as_bytes(self.value))
+        self.value = None
+        self.done(self.tensor.name, self.survival if self.edit.contributions else None)
+
+
+def _on_device(merger: Merger, weight: Tensor, out: Tensor, first: int, device: torch.device) -> Survival:
+    """The same on a GPU: on this thread's own stream, so that copies of one piece overlap with the work of another."""
+    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else torch.device(device):
+        here = weight.to(device, non_blocking=True)
+        result = torch.empty(out.shape, dtype=out.dtype, device=device)
+        survival = merger.rows(here, result, first)
+        out.copy_(result, non_blocking=True)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+    return survival
+
+
+def is_by_rows(edit: Edit | None) -> bool:
+    """Whether rows can be merged on their own: nothing but sums, and no tensor in the weight's place."""
+    if edit is None:
+        return True
+    plain = edit.replacement is None and not edit.rows and edit.source is not None and edit.source.shape == edit.shape
+    return (
+        plain
+        and not any(c.decomposes for c in edit.contributions)
+        and len({c.stacked for c in edit.contributions}) <= 1  # one and all experts of a tensor: the whole tensor
+    )

@@ -1,0 +1,203 @@
+"""The engine of merge and unmerge: every tensor of a checkpoint goes through once, on as many ranks as there are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from math import prod
+
+import torch
+
+from lorasurgery.checkpoint.buffers import Buffers
+from lorasurgery.checkpoint.flow import Flow, Job
+from lorasurgery.checkpoint.journal import Run
+from lorasurgery.checkpoint.output import Output
+from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
+from lorasurgery.checkpoint.writer import TensorFile
+from lorasurgery.linalg.rounding import Survival
+from lorasurgery.linalg.threads import team
+from lorasurgery.ops.apply import Recipe
+from lorasurgery.ops.finish import describe, finish
+from lorasurgery.ops.jobs import CopyJob, Files, Rows, RowsJob, WholeJob, is_by_rows
+from lorasurgery.report import Progress, Report
+
+ROOM = 96 << 20  # bytes of weights on their way
+_TEAM = 16  # more threads than that only wait for memory, and each needs some of its own
+_RUN = 256 << 20  # bytes that are copied in one go
+
+
+def run(recipe: Recipe, journal: Run, report: Report, device: torch.device, progress: Progress | None) -> None:
+    """Stream the checkpoint through the recipe into the output, which appears whole or not at all."""
+    journal.ranks.wait()  # until all have seen the output as it was
+    with Output(recipe.out, overwrite=recipe.overwrite, run=journal) as output:
+        work = _Work(recipe, journal, output, device, progress)
+        try:
+            with team(min(_TEAM, torch.get_num_threads())):
+                Flow(recipe.memory_limit or ROOM).run(work.jobs())
+            work.settle()
+        finally:
+            work.close()
+        done = journal.gather()
+        if journal.ranks.first:
+            for planned in recipe.files:
+                output.expect(planned.name)
+                if not planned.tensors:
+                    with output.tensor_file(planned):
+                        pass
+            describe(recipe, done, report)
+            finish(recipe, output)
+        report.bytes_written = output.bytes_written
+    journal.ranks.wait()
+    report.bytes_read = recipe.base.bytes_read + sum(a.weights.bytes_read for a in recipe.adapters)
+
+
+class _Work:
+    """This rank's share of the tensors, the files they go to, and what is finished of them."""
+
+    def __init__(
+        self, recipe: Recipe, journal: Run, output: Output, device: torch.device, progress: Progress | None
+    ) -> None:
+        self.recipe, self.journal, self.output, self.device, self.progress = recipe, journal, output, device, progress
+        self.buffers = Buffers(device)
+        self._files: dict[str, TensorFile] = {}
+        self._lock = threading.Lock()
+        self._share = _share(recipe, journal)
+        self._sizes = {t.name: t.nbytes for tensors in self._share.values() for t in tensors}
+        self._left = {name: len(tensors) for name, tensors in self._share.items()}
+        self._home = {t.name: name for name, tensors in self._share.items() for t in tensors}
+        self._total, self._bytes = sum(self._sizes.values()), 0
+
+    def jobs(self) -> Iterator[Job]:
+        """What is to be done, in the order of the files."""
+        for planned in self.recipe.files:
+            tensors = self._share.get(planned.name, [])
+            if tensors and len(tensors) == len(planned.tensors) and _is_untouched(self.recipe, planned):
+                yield _FileJob(self, planned)
+            else:
+                yield from self._of_file(planned, tensors)
+
+    def _of_file(self, planned: PlannedFile, tensors: Iterable[PlannedTensor]) -> Iterator[Job]:
+        recipe, edits = self.recipe, self.recipe.edits.edits
+
+        def file() -> TensorFile:
+            return self.file(planned)
+
+        places = {t.name: i for i, t in enumerate(planned.tensors)}
+        copied: list[PlannedTensor] = []
+        for tensor in tensors:
+            edit = edits.get(tensor.name)
+            as_is = edit is None and recipe.base.tensors[tensor.name].dtype == tensor.dtype
+            if copied and not (as_is and places[tensor.name] == places[copied[-1].name] + 1 and _follows(recipe, copied, tensor)):
+                yield CopyJob(recipe.base, copied, file, self.done)
+                copied = []
+            if as_is:
+                copied.append(tensor)
+            elif is_by_rows(edit) and prod(tensor.shape):
+                rows = Rows(recipe, edit, tensor, self.device, file, self.done)
+                yield from (RowsJob(rows, i, self.buffers) for i in range(len(rows.pieces)))
+            else:
+                assert edit is not None or not prod(tensor.shape)
+                yield WholeJob(recipe, edit, tensor, self.device, file, self.done) if edit else CopyJob(
+                    recipe.base, [tensor], file, self.done
+                )
+        if copied:
+            yield CopyJob(recipe.base, copied, file, self.done)
+
+    def file(self, planned: PlannedFile) -> TensorFile:
+        """The output file, opened when the first of its tensors is written."""
+        with self._lock:
+            if planned.name not in self._files:
+                self._files[planned.name] = self.output.tensor_file(planned)
+                self._files[planned.name].open()
+            return self._files[planned.name]
+
+    def done(self, name: str, survival: Survival | None) -> None:
+        """Note that a tensor is in its file; a file whose tensors are all there is synced and closed."""
+        found = [survival.dot, survival.update, survival.residue] if survival else None
+        self.journal.add(name, found, self._sizes[name])
+        with self._lock:
+            self._bytes += self._sizes[name]
+            if self.progress:
+                self.progress(name, self._bytes, self._total)
+            self._left[self._home[name]] -= 1
+            complete = not self._left[self._home[name]]
+            file = self._files.get(self._home[name])
+        if complete and file is not None:
+            file.close()
+            with self._lock:
+                del self._files[self._home[name]]
+        if self.journal.is_due:
+            self.journal.synced(self._sync)
+
+    def settle(self) -> None:
+        """Wait until the disk has all of this rank's share."""
+        self.journal.synced(self._sync)
+
+    def close(self) -> None:
+        """Close what is still open, after a failure."""
+        for file in self._files.values():
+            file.abandon()
+
+    def _sync(self) -> None:
+        with self._lock:
+            files = list(self._files.values())
+        for file in files:
+            file.sync()
+
+
+class _FileJob:
+    """A whole file in which nothing changes."""
+
+    cost = 1
+
+    def __init__(self, work: _Work, planned: PlannedFile) -> None:
+        self.work, self.planned = work, planned
+
+    def read(self) -> None:
+        """Nothing: the system copies."""
+
+    def compute(self) -> None:
+        """Nothing."""
+
+    def write(self) -> None:
+        """Copy it, header included."""
+        base = self.work.recipe.base
+        base.readable(self.planned.tensors[0].name)  # it must be there in full, and as long as it was
+        base.count(self.work.output.copy_file(self.planned.name, base.folder / self.planned.name))
+        for tensor in self.planned.tensors:
+            self.work.done(tensor.name, None)
+
+
+def _share(recipe: Recipe, journal: Run) -> dict[str, list[PlannedTensor]]:
+    """What this rank still has to do, by file: whole files where there are enough for all ranks."""
+    ranks, files = journal.ranks, recipe.files
+    left = {f.name: [t for t in f.tensors if t.name not in journal.done] for f in files}
+    if len(files) >= ranks.size:
+        mine = ranks.mine(files, [sum(t.nbytes for t in left[f.name]) for f in files])
+        return {f.name: left[f.name] for f in mine}
+    flat = [(f.name, t) for f in files for t in left[f.name]]
+    found: dict[str, list[PlannedTensor]] = {}
+    for name, tensor in ranks.mine(flat, [t.nbytes for _, t in flat]):
+        found.setdefault(name, []).append(tensor)
+    return found
+
+
+def _is_untouched(recipe: Recipe, planned: PlannedFile) -> bool:
+    """Whether the output file is the base's, to the byte."""
+    header = recipe.base.files.get(planned.name)
+    if header is None or header.metadata != planned.metadata:
+        return False
+    names = [planned.prefix + name for name in header.tensors]
+    edits, tensors = recipe.edits.edits, recipe.base.tensors
+    return {t.name for t in planned.tensors} == set(names) and all(
+        t.name not in edits and recipe.base.file_of[t.name] == planned.name and tensors[t.name].dtype == t.dtype
+        for t in planned.tensors
+    )
+
+
+def _follows(recipe: Recipe, before: list[PlannedTensor], tensor: PlannedTensor) -> bool:
+    """Whether a tensor lies right behind others in the base's file too, so that one copy does for all."""
+    tensors, files = recipe.base.tensors, recipe.base.file_of
+    last = before[-1].name
+    together = files[last] == files[tensor.name] and tensors[last].end == tensors[tensor.name].start
+    return together and sum(t.nbytes for t in before) + tensor.nbytes <= _RUN
