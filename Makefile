@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTS ?=
+ONLY ?=
+BENCH ?=
 
 .PHONY: help install demo test test-slow lint types check docs site bench clean
 
@@ -50,9 +52,8 @@ site: $(STAMP) ## Build the documentation into site/, strictly: a broken link is
 	@echo "== site"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-bench: $(STAMP) ## extract, rerank and blend against their peers (ten minutes; makes an environment for mergekit)
-	@$(BIN)/python benchmarks/extract.py
-	@HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/algebra.py
+bench: $(STAMP) ## Everything against its peers, for hours, and docs/benchmarks.md from it; ONLY=merge runs one section
+	@$(BIN)/python -W ignore benchmarks/run.py $(if $(ONLY),--only $(ONLY)) $(BENCH)
 
 clean: ## Remove what the demo, the benchmarks and the tests made (not .venv)
 	rm -rf .demo .bench site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,40 +1,39 @@
 """rerank and blend against PEFT's svd and sd-scripts' resize: the operation alone, and as whole processes.
 
-python benchmarks/algebra.py                         # CPU, and CUDA when there is one
-python benchmarks/algebra.py --only operation --json result.json
+python benchmarks/run.py --only algebra
 python benchmarks/algebra_cost.py                    # cost against rank, width and number of adapters; 50 adapters
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import os
-import platform
-import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from adapters import make_adapter
-from measure import run
-from peers import PeftLayer, dense_resize
-
+from benchmarks import page
+from benchmarks.measure import OURS, Contender, Row, interleave
+from benchmarks.options import Options
+from benchmarks.pair import Shape
+from benchmarks.peers import PeftLayer, dense_resize
 from lorasurgery.linalg.core import recompress
 from lorasurgery.lowrank import LowRank
 
-HERE = Path(__file__).parent
-WORK = HERE.parent / ".bench"
+NAME, TITLE = "algebra", "Rerank and blend"
+TAKES = "6 minutes"
+METHOD = """*Operation*: one module in memory, rank-64 factors with σ falling as i^-½; to rank 32, and two blended
+to one of rank 64; after one run that doesn't count. *Process*: bfloat16 files of a Llama shape. Peers form the
+dense matrix: PEFT's `add_weighted_adapter` with `combination_type="svd"` and its defaults, on a model whose weights
+nobody had to make; sd-scripts' resize, which calls `torch.linalg.svd`, and its newer variant with
+`torch.svd_lowrank`, q twice the rank, niter 2 (pull request 2240), both written from their descriptions. The error
+is that of the dense matrices in float64."""
 RANK = 64
+RESIZE, BLEND = "resize 64 to 32", "blend two of 64 to 64"
 Factors = tuple[Tensor, Tensor]
+Work = Callable[[], Factors]
 
 
 def factors(m: int, n: int, rank: int, seed: int, device: str) -> LowRank:
@@ -53,8 +52,8 @@ def recompressed(terms: list[LowRank], rank: int) -> Factors:
     return kept.up, kept.down
 
 
-def clock(work: Callable[[], Any], runs: int, device: str) -> tuple[float, Any]:
-    """The median time in seconds, the GPU waited for, after one run that doesn't count; and the last result."""
+def clock(work: Callable[[], Any], runs: int, device: str) -> tuple[list[float], Any]:
+    """Times in seconds, the GPU waited for, after a run that doesn't count if there are several; the last result."""
     times, result = [], None
     for _ in range(runs + (runs > 1)):
         start = time.perf_counter()
@@ -62,7 +61,7 @@ def clock(work: Callable[[], Any], runs: int, device: str) -> tuple[float, Any]:
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:] or times), result
+    return times[runs > 1 :], result
 
 
 def error(terms: list[LowRank], result: Factors) -> float:
@@ -74,111 +73,92 @@ def error(terms: list[LowRank], result: Factors) -> float:
     return float(torch.linalg.matrix_norm(rest) / torch.linalg.matrix_norm(dense))
 
 
-def operations(device: str, runs: int) -> list[dict[str, Any]]:
+def operations(device: str, runs: int, sizes: list[tuple[int, int]], without: tuple[str, ...]) -> list[Row]:
     """One module in memory: rank 64 to 32, and two of rank 64 to one of 64."""
     rows = []
-    for m, n in ((2048, 2048), (5632, 2048), (4096, 4096)):
+    for m, n in sizes:
         a, b = (factors(m, n, RANK, seed, device) for seed in (0, 1))
-        pair, layer = [a.times(0.7), b.times(0.3)], PeftLayer([a, b], device)
-        cases: dict[str, list[tuple[str, list[LowRank], int, Callable[..., Factors]]]] = {
-            "resize 64 to 32": [
-                ("lorasurgery", [a], runs, lambda a=a: recompressed([a], 32)),
-                ("svd_lowrank, niter 2", [a], runs, lambda a=a: dense_resize(a.up, a.down, 1.0, 32, lowrank=True)),
-                ("dense SVD", [a], 1, lambda a=a: dense_resize(a.up, a.down, 1.0, 32)),
-            ],
-            "blend two of 64 to 64": [
-                ("lorasurgery", pair, runs, lambda pair=pair: recompressed(pair, RANK)),
-                ("PEFT svd", pair, 1, lambda layer=layer: layer.blend([0.7, 0.3], RANK)),
-            ],
-        }
-        for what, contenders in cases.items():
-            for who, terms, count, work in contenders:
-                seconds, result = clock(work, count, device)
-                rows.append(_row(what, who, f"{m}×{n}, {device}", seconds, error(terms, result)))
+        both = [a.times(0.7), b.times(0.3)]
+        for what, terms, contenders in ((RESIZE, [a], _resizes(a, runs)), (BLEND, both, _blends(a, b, runs, device))):
+            for name, count, work in contenders:
+                if any(name.lower().startswith(w) for w in without):
+                    continue
+                times, result = clock(work, count, device)
+                row = {"where": f"{m}×{n}, {device}", "what": what, "name": name, "seconds": times}
+                rows.append(row | {"error": error(terms, result)})
+                print(f"{row['where']} {what} {name}: {page.median(row) * 1e3:.1f} ms", file=sys.stderr)
     return rows
 
 
-def processes(runs: int, peer_runs: int, work: Path) -> list[dict[str, Any]]:
-    """Whole processes on a Llama shape of 4 layers, hidden 2048, rank 64, bfloat16: 28 modules."""
-    shape = {"hidden": 2048, "inner": 5632, "layers": 4}
-    a, b = (
-        str(make_adapter(work / f"rank64-{seed}", **shape, rank=RANK, seed=seed, dtype=torch.bfloat16))
-        for seed in (0, 1)
-    )
-    ours, peers = [sys.executable, "-m", "lorasurgery"], [sys.executable, "-W", "ignore", str(HERE / "peers.py")]
-    out = str(work / "out-algebra")
-    sizes = [str(v) for v in shape.values()]
+def _resizes(a: LowRank, runs: int) -> list[tuple[str, int, Work]]:
+    return [
+        ("lorasurgery", runs, lambda: recompressed([a], 32)),
+        ("svd_lowrank, niter 2", runs, lambda: dense_resize(a.up, a.down, 1.0, 32, lowrank=True)),
+        ("dense SVD", 1, lambda: dense_resize(a.up, a.down, 1.0, 32)),
+    ]
+
+
+def _blends(a: LowRank, b: LowRank, runs: int, device: str) -> list[tuple[str, int, Work]]:
+    layer = PeftLayer([a, b], device)
+    return [
+        ("lorasurgery", runs, lambda: recompressed([a.times(0.7), b.times(0.3)], RANK)),
+        ("PEFT svd", 1, lambda: layer.blend([0.7, 0.3], RANK)),
+    ]
+
+
+def processes(options: Options, shape: Shape) -> list[Row]:
+    """Whole processes on files."""
+    a, b = (str(options.adapter(shape, RANK, seed)) for seed in (0, 1))
+    peers = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers"]
+    out = options.work / "out-algebra"
+    sizes = [str(v) for v in (shape.hidden, shape.inner, shape.layers)]
+    ours = {RESIZE: ["rerank", a, "--rank", "32"], BLEND: ["blend", a, b, "-w", "0.7", "-w", "0.3", "--rank", "64"]}
     cases = {
-        "blend two of 64 to 64": {
-            "lorasurgery": [*ours, "blend", a, b, "-w", "0.7", "-w", "0.3", "--rank", "64", "-o", out, "-q"],
-            "PEFT svd": [*peers, "blend", a, b, out, *sizes, "64"],
-        },
-        "resize 64 to 32": {
-            "lorasurgery": [*ours, "rerank", a, "--rank", "32", "-o", out, "-q"],
-            "svd_lowrank, niter 2": [*peers, "resize", a, out, "32", "lowrank"],
-            "dense SVD": [*peers, "resize", a, out, "32"],
-        },
+        RESIZE: [
+            ("svd_lowrank, niter 2", [*peers, "resize", a, str(out), "32", "lowrank"], options.runs),
+            ("dense SVD", [*peers, "resize", a, str(out), "32"], options.peer_runs),
+        ],
+        BLEND: [("PEFT svd", [*peers, "blend", a, b, str(out), *sizes, "64"], options.peer_runs)],
     }
     rows = []
-    for what, contenders in cases.items():
-        times: dict[str, list[float]] = {who: [] for who in contenders}
-        peaks = dict.fromkeys(contenders, 0.0)
-        for i in range(runs):
-            for who, command in contenders.items():
-                if i >= peer_runs and who in ("PEFT svd", "dense SVD"):
-                    continue
-                shutil.rmtree(out, ignore_errors=True)
-                done = run(command, work / "algebra.log")
-                if done.status:
-                    sys.exit(f"{who} failed:\n{done.output}")
-                times[who].append(done.seconds)
-                peaks[who] = max(peaks[who], done.peak_bytes / 1e6)
-        for who, seconds in times.items():
-            rows.append(_row(what, who, "process, 28 modules", statistics.median(seconds), None, peaks[who]))
+    for what, others in cases.items():
+        mine = [*OURS, *ours[what], "-o", str(out), "--device", "cpu", "--json"]
+        found = [Contender("lorasurgery", mine, out, options.runs)]
+        found += [
+            Contender(n, c, out, k) for n, c, k in others if not any(n.lower().startswith(w) for w in options.without)
+        ]
+        where = f"process, {7 * shape.layers} modules"
+        rows += [{"where": where, "what": what} | row for row in interleave(found, options.logs)]
     return rows
 
 
-def _row(
-    what: str, who: str, where: str, seconds: float, found: float | None, peak: float | None = None
-) -> dict[str, Any]:
-    tail = f"error {found:.7f}" if found is not None else f"{peak:.0f} MB"
-    print(f"{where:22} {what:22} {who:22} {seconds * 1e3:10.1f} ms  {tail}", file=sys.stderr)
-    return {"where": where, "what": what, "who": who, "seconds": seconds, "error": found, "peak_mb": peak}
+def measure(options: Options) -> dict[str, Any]:
+    """The operation on the CPU (and the GPU when asked for), then the processes."""
+    sizes = [(256, 256)] if options.tiny else [(2048, 2048), (5632, 2048), (4096, 4096)]
+    rows: list[Row] = []
+    for device in ["cpu"] + ["cuda"] * (options.cuda and torch.cuda.is_available()):
+        rows += operations(device, 4 * options.runs, sizes, options.without)
+    shape = options.shape(4, 2048, 5632)
+    return {"shape": vars(shape), "rows": rows + processes(options, shape)}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, with each peer's time beside ours."""
-    lines = ["| where | what | | seconds | times ours | error or memory |", "|---|---|---|---:|---:|---:|"]
-    mine = {(r["where"], r["what"]): r["seconds"] for r in rows if r["who"] == "lorasurgery"}
-    for r in rows:
-        tail = f"{r['error']:.7f}" if r["error"] is not None else f"{r['peak_mb']:.0f} MB"
-        ratio = r["seconds"] / mine[r["where"], r["what"]]
-        lines.append(f"| {r['where']} | {r['what']} | {r['who']} | {r['seconds']:.4f} | {ratio:.1f} | {tail} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Run the sections and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["operation", "process"])
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--peer-runs", type=int, default=1, help="of the dense processes, which take minutes")
-    parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    if args.only != "process":
-        for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-            rows += operations(device, 4 * args.runs)
-    if args.only != "operation":
-        rows += processes(args.runs, args.peer_runs, args.work)
-    where = f"{os.cpu_count()} CPUs, torch {torch.__version__}, Python {platform.python_version()}"
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    print(f"{datetime.date.today()}, {where}{gpu}")
-    print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
-
-
-if __name__ == "__main__":
-    main()
+def render(result: dict[str, Any]) -> list[str]:
+    """One table, with each peer's time beside ours."""
+    mine = {(r["where"], r["what"]): r for r in result["rows"] if r["name"] == "lorasurgery"}
+    lines = []
+    for r in result["rows"]:
+        ours, cells = mine[r["where"], r["what"]], [r["where"], r["what"], r["name"]]
+        if not r["seconds"]:
+            lines.append([*cells, f"failed: {r['failed']}", *[""] * 6])
+            continue
+        cells += [page.seconds(page.median(r)), page.span(r["seconds"]), str(len(r["seconds"]))]
+        cells += [f"{page.median(r) / page.median(ours):.1f}", f"{r['error']:.7f}" if "error" in r else ""]
+        memory = (
+            [page.megabytes(max(r["peak"])), f"{max(r['peak']) / max(ours['peak']):.2f}"] if "peak" in r else [""] * 2
+        )
+        lines.append(cells + memory)
+    s = result["shape"]
+    head = ["where", "what", "", "seconds", "min–max", "runs", "times ours", "error", "peak MB", "memory, times ours"]
+    return [
+        f"Processes: hidden {s['hidden']}, inner {s['inner']}, {s['layers']} layers.", "", *page.table(head, lines, 3)
+    ]  # fmt: skip

@@ -9,17 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from adapters import make_adapter
-from algebra import WORK, clock, factors, recompressed
-from measure import run
-from peers import dense_resize
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from benchmarks.adapters import make_adapter
+from benchmarks.algebra import clock, factors, recompressed
+from benchmarks.measure import ROOT, run
+from benchmarks.peers import dense_resize
 
 Point = dict[str, float]
 
@@ -51,11 +53,12 @@ def by_adapters(device: str) -> list[Point]:
 
 
 def _point(x: float, terms: list[Any], rank: int, device: str, *, lowrank: bool) -> Point:
-    point = {"x": x, "lorasurgery": clock(lambda: recompressed(terms, rank), 7, device)[0]}
+    point = {"x": x, "lorasurgery": statistics.median(clock(lambda: recompressed(terms, rank), 7, device)[0])}
     if lowrank:
         up = torch.cat([t.up * t.scale for t in terms], 1)
         down = torch.cat([t.down for t in terms])
-        point["svd_lowrank"] = clock(lambda: dense_resize(up, down, 1.0, rank, lowrank=True), 3, device)[0]
+        times, _ = clock(lambda: dense_resize(up, down, 1.0, rank, lowrank=True), 3, device)
+        point["svd_lowrank"] = statistics.median(times)
     print(f"{x:8.0f} " + "  ".join(f"{k} {v * 1e3:.1f} ms" for k, v in point.items() if k != "x"), file=sys.stderr)
     return point
 
@@ -101,7 +104,7 @@ def fifty(work: Path) -> None:
     for _ in range(3):
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, "-m", "lorasurgery", "blend", *paths, "--normalize", "--rank", "64", "-o", str(out)]
-        done = run([*command, "-q"], work / "fifty.log")
+        done = run([*command, "-q"], work / "logs" / "fifty")
         print(f"50 adapters: {done.seconds:.1f} s, {done.peak_bytes / 1e6:.0f} MB, exit {done.status}{done.output}")
     shutil.rmtree(out, ignore_errors=True)
 
@@ -112,7 +115,7 @@ def main() -> None:
     parser.add_argument("--fifty", action="store_true", help="only the fifty adapters")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--work", type=Path, default=ROOT / ".bench")
     args = parser.parse_args()
     if args.fifty:
         fifty(args.work)

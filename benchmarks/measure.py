@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
-PREFIX = "base_model.model."
+ROOT = Path(__file__).resolve().parent.parent
+OURS = [sys.executable, "-m", "lorasurgery"]
+TORCH = "`import torch` alone"
+Row = dict[str, Any]
 _WATCH = """
 import os, sys, time
-log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+out, err = os.open(sys.argv[1] + ".out", flags), os.open(sys.argv[1] + ".err", flags)
 start = time.monotonic()
 child = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ,
-                        file_actions=[(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)])
+                        file_actions=[(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, err, 2)])
 _, status, usage = os.wait4(child, 0)
 print([time.monotonic() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(status)])
 """
@@ -27,41 +31,111 @@ print([time.monotonic() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(stat
 
 @dataclass(frozen=True)
 class Run:
-    """One finished process: seconds, peak resident bytes, exit status and the end of what it printed."""
+    """One finished process: seconds, peak resident bytes, exit status, what it printed, and the end of both streams."""
 
     seconds: float
     peak_bytes: int
     status: int
+    stdout: str
     output: str
 
 
-def run(command: list[str], log: Path) -> Run:
+@dataclass(frozen=True)
+class Contender:
+    """A command to be measured: where it writes, how often it runs, and what is looked up in its last output.
+
+    Args:
+        scratch: what else it makes, removed before and after each run.
+        tolerant: a result counts though the exit status is not 0.
+    """
+
+    name: str
+    command: list[str]
+    out: Path | None = None
+    runs: int = 5
+    env: dict[str, str] = field(default_factory=dict)
+    scratch: tuple[Path, ...] = ()
+    tolerant: bool = False
+    look: Callable[[Path], Row] = lambda _: {}
+
+
+def torch_alone(runs: int) -> Contender:
+    """An interpreter that imports torch and ends: what every command of ours must pay before it computes."""
+    return Contender(TORCH, [sys.executable, "-c", "import torch"], None, runs)
+
+
+def run(command: list[str], log: Path, env: dict[str, str] | None = None) -> Run:
     """Run a command offline and measure it as a whole process, interpreter start and imports included."""
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    log.parent.mkdir(parents=True, exist_ok=True)
     # A child's ru_maxrss begins with its parent's size, so a small process of its own starts and measures it.
     measured = subprocess.run(
-        [sys.executable, "-S", "-c", _WATCH, str(log), *command], env=env, check=True, capture_output=True, text=True
-    )
+        [sys.executable, "-S", "-c", _WATCH, str(log), *command],
+        env=os.environ | offline | (env or {}), cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
     seconds, peak, status = json.loads(measured.stdout)
     scale = 1 if sys.platform == "darwin" else 1024
-    return Run(seconds, peak * scale, status, log.read_text()[-2000:])
+    out, err = (Path(f"{log}.{end}").read_text(errors="replace") for end in ("out", "err"))
+    return Run(seconds, peak * scale, status, out, (out[-1500:] + err[-1500:]).strip())
 
 
-def total_error(base: Path, tuned: Path, adapter: Path) -> float:
-    """‖ΔW − BA‖/‖ΔW‖ over all changed matrices, summed in float64, from the files alone."""
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    factors = load_file(adapter / "adapter_model.safetensors")
-    before, after = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
-    lost = whole = 0.0
-    for name, weight in before.items():
-        if torch.equal(weight, after[name]):
-            continue
-        delta = after[name].to(torch.float64) - weight.to(torch.float64)
-        whole += float(delta.square().sum())
-        path = PREFIX + name.removesuffix(".weight")
-        down, up = factors[f"{path}.lora_A.weight"], factors[f"{path}.lora_B.weight"]
-        r = down.shape[0]
-        alpha = config.get("alpha_pattern", {}).get(path.removeprefix(PREFIX), config["lora_alpha"])
-        scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-        lost += float((delta - scale * (up.to(torch.float64) @ down.to(torch.float64))).square().sum())
-    return math.sqrt(lost / whole)
+def interleave(contenders: list[Contender], logs: Path, *, keep: bool = False) -> list[Row]:
+    """Run the contenders in turn, round by round, and give a row for each; outputs are removed unless kept."""
+    rows = {c.name: _row(c) for c in contenders}
+    for i in range(max(c.runs for c in contenders)):
+        for contender in contenders:
+            row = rows[contender.name]
+            if i < contender.runs and "failed" not in row:
+                _once(contender, row, logs)
+                if i == contender.runs - 1 and contender.out is not None and "failed" not in row:
+                    row |= contender.look(contender.out)
+                if not keep:
+                    _clear(contender)
+    return list(rows.values())
+
+
+def _row(contender: Contender) -> Row:
+    return {"name": contender.name, "command": contender.command, "env": contender.env,
+            "seconds": [], "flush": [], "peak": [], "inner": []}  # fmt: skip
+
+
+def _once(contender: Contender, row: Row, logs: Path) -> None:
+    """One run from a clean disk cache of writes: before it and after it all that waits to be written is written."""
+    _clear(contender)
+    os.sync()
+    done = run(contender.command, logs / "".join(c if c.isalnum() else "-" for c in contender.name), contender.env)
+    start = time.perf_counter()
+    os.sync()
+    flush = time.perf_counter() - start
+    print(f"{contender.name}: {done.seconds:.2f} s (and {flush:.2f} s until on disk), "
+          f"{done.peak_bytes / 1e6:.0f} MB, exit {done.status}", file=sys.stderr)  # fmt: skip
+    row["exit"] = done.status
+    wrote = contender.out is None or _wrote(contender.out)
+    if not wrote or (done.status and not contender.tolerant):
+        row["failed"] = (done.output.splitlines() or ["no output"])[-1]
+        print(done.output, file=sys.stderr)
+        if contender.command[: len(OURS)] == OURS:
+            raise SystemExit(f"{contender.name} failed: {row['failed']}")
+        return
+    row["seconds"].append(done.seconds)
+    row["flush"].append(flush)
+    row["peak"].append(done.peak_bytes)
+    if "--json" in contender.command:
+        row["inner"].append(json.loads(done.stdout)["seconds"])
+
+
+def _clear(contender: Contender) -> None:
+    for path in (*[contender.out] * (contender.out is not None), *contender.scratch):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _wrote(out: Path) -> bool:
+    return out.is_file() or any(out.rglob("*.safetensors"))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.adapters import llama_modules
+from benchmarks.streams import Shapes, Writer
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
@@ -24,56 +29,103 @@ CONFIG = {
 SIGNAL_RANK = 128
 NOISE = 0.28  # of the signal's norm, spread over all directions as rounding and long training do
 STRENGTH = 0.03  # ‖ΔW‖/‖W‖
+ORIGINALS = 2  # layers with numbers of their own; the others are these, rolled along both axes
 
 
-def make_pair(folder: Path, hidden: int, inner: int, layers: int, vocab: int) -> tuple[Path, Path]:
-    """Make (base, tuned) under `folder` in bfloat16, or find them there; all linear layers of tuned differ."""
-    base, tuned = folder / "base", folder / "tuned"
-    if (tuned / "model.safetensors").exists():
-        return base, tuned
-    generator = torch.Generator().manual_seed(0)
-    weights, changed = {}, {}
-    for name, shape in _shapes(hidden, inner, layers, vocab).items():
-        if len(shape) == 1:
-            weights[name] = torch.ones(shape, dtype=torch.bfloat16)
-            continue
-        weight = 0.02 * torch.randn(shape, generator=generator)
-        weights[name] = weight.to(torch.bfloat16)
-        if ".layers." in name:
-            changed[name] = (weights[name].float() + _update(weight, generator)).to(torch.bfloat16)
-    config = CONFIG | {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "vocab_size": vocab,
-    }
-    for path, tensors in ((base, weights), (tuned, weights | changed)):
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(config, indent=2))
-        save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    return base, tuned
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama-shaped model."""
+
+    hidden: int = 4096
+    inner: int = 11008
+    layers: int = 2
+    vocab: int = 8192
+
+    @property
+    def name(self) -> str:
+        """A folder's name that says the sizes."""
+        return f"bench-llama-{self.hidden}x{self.inner}x{self.layers}-{self.vocab}"
+
+    def tensors(self) -> Shapes:
+        """The shape of each tensor, in the order of the files."""
+        shapes: Shapes = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        for path, out, into in llama_modules(self.hidden, self.inner, self.layers):
+            shapes[f"{path}.weight"] = (out, into)
+        for i in range(self.layers):
+            shapes |= {f"model.layers.{i}.{n}_layernorm.weight": (self.hidden,) for n in ("input", "post_attention")}
+        return shapes | {"model.norm.weight": (self.hidden,), "lm_head.weight": (self.vocab, self.hidden)}
+
+    def with_layers(self, layers: int) -> Shape:
+        """The same sizes with another number of layers."""
+        return replace(self, layers=layers)
+
+    def bytes(self) -> int:
+        """Bytes of the tensors in bfloat16."""
+        return sum(2 * torch.Size(s).numel() for s in self.tensors().values())
+
+    def config(self) -> str:
+        """config.json."""
+        heads = max(self.hidden // 128, 1)
+        sizes = {"hidden_size": self.hidden, "intermediate_size": self.inner, "num_hidden_layers": self.layers}
+        sizes |= {"vocab_size": self.vocab, "num_attention_heads": heads, "num_key_value_heads": heads}
+        return json.dumps(CONFIG | sizes, indent=2)
 
 
-def _shapes(hidden: int, inner: int, layers: int, vocab: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "lm_head.weight": (vocab, hidden),
-    }
-    for i in range(layers):
-        stem = f"model.layers.{i}"
-        shapes |= {f"{stem}.self_attn.{p}_proj.weight": (hidden, hidden) for p in "qkvo"}
-        shapes |= {f"{stem}.mlp.{p}_proj.weight": (inner, hidden) for p in ("gate", "up")}
-        shapes[f"{stem}.mlp.down_proj.weight"] = (hidden, inner)
-        shapes |= {f"{stem}.{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
-    return shapes | {"model.norm.weight": (hidden,)}
+def make_pair(work: Path, shape: Shape, *, tuned: bool = True) -> tuple[Path, Path]:
+    """Make (base, tuned) under `work` in bfloat16, or find them there; all linear layers of tuned differ."""
+    folder = work / shape.name
+    base, other = folder / "base", folder / "tuned"
+    wanted = [p for p in (base, *[other] * tuned) if not (p / "config.json").exists()]
+    if wanted:
+        with ExitStack() as stack, torch.inference_mode():
+            writers = {p: stack.enter_context(Writer(p, shape.tensors())) for p in wanted}
+            for name, before, after in _tensors(shape):
+                for path, writer in writers.items():
+                    writer.put(name, after if path == other else before)
+        for path in wanted:
+            (path / "config.json").write_text(shape.config())  # last: it says that the folder is whole
+    return base, other
 
 
-def _update(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _tensors(shape: Shape) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, base, tuned) of every tensor, kind by kind, so that no more than two originals are held."""
+    shapes = shape.tensors()
+    for name, sizes in shapes.items():
+        if len(sizes) == 1:
+            yield name, *[torch.ones(sizes)] * 2
+        elif ".layers." not in name:
+            weight = 0.02 * torch.randn(sizes, generator=_generator(name))
+            yield name, weight, weight
+    first = "model.layers.0."
+    for name in [n for n, sizes in shapes.items() if n.startswith(first) and len(sizes) == 2]:
+        originals: list[tuple[Tensor, Tensor]] = []
+        for i in range(shape.layers):
+            path = name.replace(first, f"model.layers.{i}.")
+            if i < ORIGINALS:
+                originals.append(_matrix(path, shapes[path]))
+                yield path, *originals[i]
+            else:
+                before, after = originals[i % ORIGINALS]
+                yield path, before.roll((i, i), (0, 1)), after.roll((i, i), (0, 1))
+
+
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def _matrix(name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """A random matrix in bfloat16, and the same with its update."""
+    generator = _generator(name)
+    weight = (0.02 * torch.randn(shape, generator=generator)).to(torch.bfloat16)
+    return weight, _update(weight.float(), generator).add_(weight).to(torch.bfloat16)
+
+
+def _update(weight: Tensor, generator: torch.Generator) -> Tensor:
     m, n = weight.shape
     spectrum = torch.arange(1, SIGNAL_RANK + 1) ** -0.8
     up = torch.randn(m, SIGNAL_RANK, generator=generator) / m**0.5
     down = torch.randn(SIGNAL_RANK, n, generator=generator) / n**0.5
     signal = (up * spectrum) @ down
-    noise = torch.randn(m, n, generator=generator) * (NOISE * signal.norm() / (m * n) ** 0.5)
-    update = signal + noise
-    return update * (STRENGTH * weight.norm() / update.norm())
+    noise = torch.randn(m, n, generator=generator)
+    update = signal.add_(noise, alpha=NOISE * float(signal.norm()) / (m * n) ** 0.5)
+    return update.mul_(STRENGTH * float(weight.norm() / update.norm()))

@@ -1,7 +1,8 @@
-"""What others do to blend and resize, written from their descriptions; never imported by lorasurgery.
+"""What others do to merge, blend and resize, written from their descriptions; never imported by lorasurgery.
 
-python benchmarks/peers.py blend A B OUT HIDDEN INNER LAYERS RANK    PEFT: add_weighted_adapter, svd
-python benchmarks/peers.py resize A OUT RANK [LOWRANK]               sd-scripts' algorithm on PEFT's keys
+python -m benchmarks.peers merge BASE ADAPTER OUT                      PEFT: load, merge_and_unload, save
+python -m benchmarks.peers blend A B OUT HIDDEN INNER LAYERS RANK      PEFT: add_weighted_adapter, svd
+python -m benchmarks.peers resize A OUT RANK [LOWRANK]                 sd-scripts' algorithm on PEFT's keys
 """
 
 from __future__ import annotations
@@ -58,6 +59,15 @@ class PeftLayer:
         return self.layer.lora_B["mixed"].weight, self.layer.lora_A["mixed"].weight
 
 
+def _merge(base: str, adapter: str, out: str) -> None:
+    """The process a PEFT user runs: load the model and the adapter, merge, save."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+
+
 def _blend(a: str, b: str, out: str, hidden: str, inner: str, layers: str, rank: str) -> None:
     """The process a PEFT user runs: build the model, load both adapters, combine, save."""
     from peft import PeftModel
@@ -90,4 +100,4 @@ def _resize(a: str, out: str, rank: str, lowrank: str = "") -> None:
 
 
 if __name__ == "__main__":
-    {"blend": _blend, "resize": _resize}[sys.argv[1]](*sys.argv[2:])
+    {"merge": _merge, "blend": _blend, "resize": _resize}[sys.argv[1]](*sys.argv[2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import sys
@@ -10,6 +11,9 @@ from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
+PAGE = 4096
+LARGE = 1 << 30  # bytes of a file that is written past the cache
+_WORTH = 1 << 20
 _AT_ONCE = 64 << 20  # bytes that the system copies before others have their turn, and a stop is heard
 _PLAIN = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file
@@ -39,11 +43,24 @@ class ReadFile(FileIO):
 
 
 class WriteFile(FileIO):
-    """A file open for writing at any place; what is there already stays, for others may write to it too."""
+    """A file open for writing at any place; what is there already stays, for others may write to it too.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        direct: Write what fills whole pages without the system's cache, where the file system can: for files so large
+            that the cache would not hold them until they are wanted. Half as much work for the processor, or less.
+    """
+
+    def __init__(self, path: Path, *, direct: bool = False) -> None:
         super().__init__(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+")
         self._turn = threading.Lock()
+        self._direct = _open_direct(path) if direct else None
+
+    def close(self) -> None:
+        """Close; nothing is waited for."""
+        if getattr(self, "_direct", None) is not None:
+            os.close(self._direct)  # type: ignore[arg-type]
+            self._direct = None
+        super().close()
 
     def write_at(self, place: int, view: memoryview) -> None:
         """Write all of the view from byte `place` on.
@@ -51,6 +68,27 @@ class WriteFile(FileIO):
         Raises:
             OSError: the system's, such as no space left.
         """
+        done = 0
+        if self._direct is not None and len(view) >= _WORTH:
+            before = -place % PAGE
+            if (_address(view) + before) % PAGE == 0:
+                self._buffered(place, view[:before])
+                done = before + self._past_cache(place + before, view[before:])
+        self._buffered(place + done, view[done:])
+
+    def _past_cache(self, place: int, view: memoryview) -> int:
+        """Write the whole pages of a view from the disk's own memory access; returns the bytes written, maybe none."""
+        assert self._direct is not None
+        size, done = len(view) // PAGE * PAGE, 0
+        try:
+            while done < size and not done % PAGE:
+                done += os.pwrite(self._direct, view[done : min(size, done + (1 << 30))], place + done)
+        except OSError as problem:
+            if problem.errno != errno.EINVAL:  # a file system that takes the flag and then can't
+                raise
+        return done
+
+    def _buffered(self, place: int, view: memoryview) -> None:
         done = 0
         while done < len(view):
             done += self._some(place + done, view[done : done + (1 << 30)])
@@ -88,6 +126,18 @@ class WriteFile(FileIO):
     def sync(self) -> None:
         """Wait until the disk has what was written."""
         os.fsync(self.fileno())
+
+
+def _open_direct(path: Path) -> int | None:
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    with suppress(OSError):  # file systems in memory, some of the network
+        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+    return None
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def clone(source: ReadFile, target: WriteFile) -> bool:

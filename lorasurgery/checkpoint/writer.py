@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from lorasurgery.checkpoint.files import ReadFile, WriteFile
+from lorasurgery.checkpoint.files import LARGE, ReadFile, WriteFile
 from lorasurgery.checkpoint.plan import PlannedFile
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class TensorFile:
 
     def open(self) -> None:
         """Make the file in its full size, with its header."""
-        self._file = WriteFile(self.path)
+        self._file = WriteFile(self.path, direct=self.size >= LARGE)
         if self._file.seek(0, 2) != self.size:
             self._file.truncate(self.size)
         self._file.write_at(0, memoryview(self._header))
@@ -89,6 +89,10 @@ class TensorFile:
         if written != due.nbytes:
             raise ValueError(f"{name}: {written} bytes were written, {due.nbytes} were planned")
         self._next += 1
+
+    def place(self, name: str) -> int:
+        """Where in the file a tensor begins."""
+        return self._places[name]
 
     def put(self, name: str, start: int, piece: memoryview) -> None:
         """Write some bytes of a tensor, from its byte `start` on; several threads may."""

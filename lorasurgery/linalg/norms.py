@@ -21,10 +21,19 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
     >>> [s.stop - s.start for s in row_blocks(torch.empty(3, 4))]
     [3]
     """
-    limit = _BLOCK_BYTES if matrix.device.type == "cpu" else _CUDA_BLOCK_BYTES
-    rows = max(1, limit // max(1, 4 * matrix.shape[1]))
+    rows = block_height(matrix.shape[1], matrix.device)
     for start in range(0, matrix.shape[0], rows):
         yield slice(start, min(start + rows, matrix.shape[0]))
+
+
+def block_height(columns: int, device: torch.device) -> int:
+    """Rows of such a block, whatever the matrix's height.
+
+    >>> block_height(4096, torch.device("cpu"))
+    128
+    """
+    limit = _BLOCK_BYTES if device.type == "cpu" else _CUDA_BLOCK_BYTES
+    return max(1, limit // max(1, 4 * columns))
 
 
 def squared_norm(matrix: Tensor | Blocks) -> float:

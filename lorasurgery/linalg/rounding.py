@@ -143,6 +143,8 @@ class Merger:
             _sum(self.terms, rows, delta)
         torch.add(old, delta, out=new)
         self._store(new, out, generator)
+        if out.dtype.itemsize < new.dtype.itemsize:
+            return _left(delta, old.copy_(out).sub_(new))
         return _survived(old, delta, new.copy_(out))
 
     def _store(self, value: Tensor, out: Tensor, generator: torch.Generator | None) -> None:
@@ -226,7 +228,7 @@ def _needs_float64(old: Tensor, delta: Tensor, dtype: torch.dtype) -> bool:
     """
     if dtype.itemsize != 2 or delta.dtype != torch.float32 or delta.device.type == "mps":
         return False
-    return bool(torch.linalg.vector_norm(delta) > 0.25 * torch.linalg.vector_norm(old))
+    return _dot(delta, delta) > 0.0625 * _dot(old, old)
 
 
 def _survived(old: Tensor, delta: Tensor, new: Tensor) -> Survival:
@@ -235,6 +237,12 @@ def _survived(old: Tensor, delta: Tensor, new: Tensor) -> Survival:
     dot = _dot(change, delta)
     rest = change.sub_(delta)
     return Survival(dot, _dot(delta, delta), _dot(rest, rest))
+
+
+def _left(delta: Tensor, rounding: Tensor) -> Survival:
+    """The same from the rounding error round(W + Δ) − (W + Δ) where that is far above the sum's own: fewer passes."""
+    update, overlap = _dot(delta, delta), _dot(rounding, delta)
+    return Survival(update + overlap, update, _dot(rounding, rounding))
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

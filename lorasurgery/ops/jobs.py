@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lorasurgery.checkpoint.buffers import Buffers
 from lorasurgery.checkpoint.dtypes import torch_dtype
+from lorasurgery.checkpoint.files import PAGE
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.writer import TensorFile, as_bytes
 from lorasurgery.errors import FormatError, SurgeryError
-from lorasurgery.linalg.norms import row_blocks
+from lorasurgery.linalg.norms import block_height
 from lorasurgery.linalg.rounding import Merger, Survival
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.compute import apply_edit, placed
@@ -84,11 +85,10 @@ class Rows:
     def _pieces(self) -> Iterator[tuple[int, slice]]:
         """(expert, rows): whole blocks, as many as make up a piece."""
         rows, columns = self.matrix
-        like = torch.empty(rows, columns, device="meta") if self.device.type == "cpu" else None
-        block = next(iter(row_blocks(like))).stop if like is not None and rows else rows
+        block = block_height(columns, self.device)
         many = max(1, PIECE // max(1, block * columns * self.source.itemsize)) * block
         for expert in range(self.info.shape[0] if self.stacked else 1):
-            for start in range(0, rows, max(1, many)):
+            for start in range(0, rows, many):
                 yield expert, slice(start, min(start + many, rows))
 
     def merger(self, expert: int) -> Merger:
@@ -144,9 +144,9 @@ class RowsJob:
         """Merge the rows on the device."""
         work, shape = self.work, (self.rows.stop - self.rows.start, self.work.matrix[1])
         assert self._in is not None
-        self._out = self.buffers.take(self.count * work.dtype.itemsize)
+        self._out = self._aligned(self.count * work.dtype.itemsize)
         weight = self._in[: self.count * work.source.itemsize].view(work.source).view(shape)
-        out = self._out[: self.count * work.dtype.itemsize].view(work.dtype).view(shape)
+        out = self._out.view(work.dtype).view(shape)
         try:
             merger = work.merger(self.expert)
             if work.device.type == "cpu":
@@ -156,14 +156,28 @@ class RowsJob:
         except SurgeryError as problem:
             raise type(problem)(f"{work.recipe.base.path}: {work.tensor.name}: {problem}") from None
         self.buffers.give(self._in)
+        self._in = None
+
+    def _aligned(self, size: int) -> Tensor:
+        """Memory for the result that lies to a page as the place in the file does: the system need not copy it."""
+        self._lent = self.buffers.take(size + PAGE)
+        place = self.work.file().place(self.work.tensor.name) + self._start
+        skipped = (place - self._lent.data_ptr()) % PAGE
+        return self._lent[skipped : skipped + size]
+
+    @property
+    def _start(self) -> int:
+        """Where the rows begin in the tensor as it is written, in bytes."""
+        rows, columns = self.work.matrix
+        return (self.expert * rows + self.rows.start) * columns * self.work.dtype.itemsize
 
     def write(self) -> None:
         """Write the rows to their place."""
-        work, size = self.work, self.work.dtype.itemsize
+        work = self.work
         assert self._out is not None
-        start = (self.expert * work.matrix[0] + self.rows.start) * work.matrix[1] * size
-        work.file().put(work.tensor.name, start, as_bytes(self._out[: self.count * size]))
-        self.buffers.give(self._out)
+        work.file().put(work.tensor.name, self._start, as_bytes(self._out))
+        self._out = None
+        self.buffers.give(self._lent)
         work.finish(self.piece, self.survival)
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks of lorasurgery beside its peers; see README.md."""
