@@ -41,6 +41,13 @@ class ReadFile(FileIO):
             self.seek(place)
             return self.readinto(view) or 0
 
+    def read_all(self, place: int, view: memoryview) -> int:
+        """The same until the view is full or the file ends: the system gives at most 2 GiB at once."""
+        done = 0
+        while done < len(view) and (got := self.read_at(place + done, view[done : done + (1 << 30)])):
+            done += got
+        return done
+
 
 class WriteFile(FileIO):
     """A file open for writing at any place; what is there already stays, for others may write to it too.

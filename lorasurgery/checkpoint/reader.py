@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 16 << 20
-_READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB a call
 _NUMBERS = {"F64": "d", "F32": "f", "F16": "e", "BF16": "f", "I64": "q", "I32": "i"}
 _MAX_OPEN = 16  # file descriptors: a checkpoint may have thousands of shards
 
@@ -147,16 +146,13 @@ class Checkpoint:
         Raises:
             FormatError: the file changed, can't be read, ends too soon, or only its header is here.
         """
-        file, done = self.readable(name), 0
-        place = self.tensors[name].start + start
-        try:
-            while done < len(view):  # reads, not a memory map: a file cut short is an error here, not a crash
-                got = file.read_at(place + done, view[done : done + _READ_AT_ONCE])
-                if not got:
-                    raise FormatError(f"{self._where(name)}: the file ends inside this tensor; it was cut while in use")
-                done += got
+        file = self.readable(name)
+        try:  # reads, not a memory map: a file cut short is an error here, not a crash
+            done = file.read_all(self.tensors[name].start + start, view)
         except OSError as problem:
             raise FormatError(f"{self._where(name)}: cannot be read ({problem.strerror})") from None
+        if done < len(view):
+            raise FormatError(f"{self._where(name)}: the file ends inside this tensor; it was cut while in use")
         self.count(done)
 
     def readable(self, name: str) -> ReadFile:

@@ -28,9 +28,13 @@ from lorasurgery.cli.ending import Ending
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the randomized SVD.")
 @click.option("--dtype", type=options.DTYPE, help="Dtype of what is written. [default: the tuned weights' own]")
 @options.PLOT
+@options.large
 @options.common
 @options.guarded
-def command(base: str, tuned: str, out: str, device: str, dry_run: bool, overwrite: bool, **chosen: Any) -> None:
+def command(
+    base: str, tuned: str, out: str, device: str, dry_run: bool, overwrite: bool, resume: bool,
+    memory_limit: int | None, **chosen: Any,
+) -> None:  # fmt: skip
     """Extract a LoRA from a fine-tuned model: ΔW = W_tuned − W_base ≈ B·A, by truncated SVD.
 
     Writes a PEFT adapter folder. Tensors that are equal are skipped; the stated error is measured on the factors
@@ -51,8 +55,9 @@ def command(base: str, tuned: str, out: str, device: str, dry_run: bool, overwri
     choice = _options(**chosen)
     with ending.progress("extract") as callback:
         report = extract(
-            base, tuned, out, choice, device=device, overwrite=overwrite, dry_run=dry_run, progress=callback
-        )
+            base, tuned, out, choice, device=device, overwrite=overwrite, resume=resume, memory_limit=memory_limit,
+            dry_run=dry_run, progress=callback,
+        )  # fmt: skip
     ending.finish(report)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
+from lorasurgery.checkpoint.buffers import Buffers
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.linalg.blocks import Streamed
+from lorasurgery.linalg.threads import each
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +22,11 @@ if TYPE_CHECKING:
     from lorasurgery.checkpoint.reader import Checkpoint
 
 _BLOCK = 2 << 20  # bytes of one side: both sides and their difference stay in cache
+_PINNED = 32 << 20  # the same for a GPU, where a copy must be worth its while
+
+
+Part = tuple[TensorInfo, int, int]
+"""A tensor, the byte of it to begin with, and how many."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,7 @@ class Piece:
 
 
 class Difference:
-    """Reads pairs of tensors into one float32 buffer that is used again for every pair.
-
-    New memory costs a page fault every 4 KiB, which for large matrices takes longer than the arithmetic.
+    """Reads pairs of tensors into float32 memory that is used again; any thread may, several at once.
 
     Args:
         base, tuned: The two checkpoints.
@@ -51,99 +58,135 @@ class Difference:
 
     def __init__(self, base: Checkpoint, tuned: Checkpoint, device: torch.device) -> None:
         self.base, self.tuned, self.device = base, tuned, device
-        self._scratch: dict[torch.dtype, Tensor] = {}
-        self._blocks = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
-        self._other = ThreadPoolExecutor(1, "read-base")  # the two sides are read side by side
+        self._memory = Buffers(torch.device("cpu"))  # of differences
+        self._bytes = Buffers(device)  # of what is on its way to a GPU
 
-    def read(self, old: TensorInfo, new: TensorInfo) -> Tensor | None:
-        """ΔW = new − old in float32 (float64 when either side is), or None when all bytes are equal.
-
-        Args:
-            old, new: Floating tensors of the same shape.
+    def read(self, *pieces: Piece) -> Tensor | None:
+        """ΔW = new − old in float32 (float64 when either side is), tensors of equal width one above the other.
 
         Returns:
-            (shape[0], the rest) on the device; it is overwritten by the next call.
+            (all rows, columns) on the device, to be given back when done with; None when no byte differs in any.
         """
-        return self.stack(Piece(old, new))
-
-    def stack(self, *pieces: Piece) -> Tensor | None:
-        """The same for several tensors of equal width, one above the other; None when nothing changed in any.
-
-        Returns:
-            (all rows, columns) on the device; it is overwritten by the next call.
-        """
-        rows, columns = sum(p.size[0] for p in pieces), pieces[0].size[1]
-        delta = self._buffer(pieces, rows * columns).view(rows, columns)
-        parts = torch.split(delta, [p.size[0] for p in pieces])
-        same = [part for part, piece in zip(parts, pieces, strict=True) if not self._fill(part, piece)]
-        if len(same) == len(pieces):
+        rows, columns, dtype = sum(p.size[0] for p in pieces), pieces[0].size[1], _wide(pieces)
+        delta = self._take(rows * columns, dtype).view(rows, columns)
+        if not any([self._fill(part, p) for part, p in zip(_split(delta, pieces), pieces, strict=True)]):
+            self.give(delta)
             return None
-        for part in same:
-            part.zero_()
         return delta
 
-    def _fill(self, delta: Tensor, piece: Piece) -> bool:
-        """Write one piece's difference; False, and nothing is written, when all bytes are equal."""
-        old, new, (rows, columns) = piece.old, piece.new, piece.size
-        step = max(1, _BLOCK // max(1, columns * _itemsize(new)))
-        first = (piece.expert or 0) * rows
-        equal = True
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            before, after = self._both(old, new, first + start, first + stop, columns)
-            if equal and old.dtype == new.dtype and torch.equal(before, after):
-                continue
-            if equal:
-                delta[:start].zero_()
-                equal = False
-            self._subtract(delta[start:stop], before, after, old, new)
-        return not equal
+    def streamed(self, piece: Piece, room: int) -> Streamed | None:
+        """The same for a tensor that is too large for the memory allowed: read anew for every pass over it.
 
-    def prefetch(self, old: TensorInfo | None, new: TensorInfo) -> None:
-        """Let the system read the next pair while this one is computed."""
-        if old is not None:
-            self.base.prefetch(old.name)
-        self.tuned.prefetch(new.name)
+        Args:
+            room: Bytes that the rows at hand may take.
+        """
+        if self.same_bytes(piece.old, piece.new):
+            return None
+        rows, columns = piece.size
+        dtype, held = _wide((piece,)), torch.empty(0)
+
+        def make(wanted: slice) -> Tensor:
+            nonlocal held
+            size = (wanted.stop - wanted.start) * columns
+            if held.numel() < size:
+                held = torch.empty(size, dtype=dtype, device=self.device)
+            part = held[:size].view(-1, columns)
+            self._fill(part, piece, wanted.start)
+            return part
+
+        return Streamed(make, (rows, columns), dtype, self.device, room)
+
+    def give(self, delta: Tensor | None) -> None:
+        """Take the memory of a difference back."""
+        if delta is not None and delta.device.type == "cpu":
+            self._memory.give(delta.view(-1).view(torch.uint8))
 
     def same_bytes(self, old: TensorInfo, new: TensorInfo) -> bool:
         """Whether two tensors of any dtype are the same, byte for byte."""
         if old.dtype != new.dtype or old.shape != new.shape:
             return False
-        size = old.nbytes
-        for start in range(0, size, _BLOCK):
-            stop = min(start + _BLOCK, size)
-            if not torch.equal(self._bytes(0, old, start, stop), self._bytes(1, new, start, stop)):
+        starts = range(0, old.nbytes, _BLOCK)
+        same = [True] * len(starts)
+
+        def compare(i: int) -> None:
+            if all(same):
+                size = min(_BLOCK, old.nbytes - starts[i])
+                with self._both((old, starts[i], size), (new, starts[i], size)) as (before, after):
+                    same[i] = _same(before, after)
+
+        each(compare, range(len(starts)))
+        return all(same)
+
+    def prefetch(self, old: TensorInfo | None, new: TensorInfo) -> None:
+        """Let the system read a pair that will be wanted soon."""
+        if old is not None:
+            self.base.prefetch(old.name)
+        self.tuned.prefetch(new.name)
+
+    def _fill(self, delta: Tensor, piece: Piece, first: int = 0) -> bool:
+        """Write one piece's difference, its rows from `first` on; False when all their bytes are equal."""
+        rows, columns = piece.size
+        first += (piece.expert or 0) * rows
+        limit = _BLOCK if self.device.type == "cpu" else _PINNED
+        step = max(1, limit // max(1, columns * max(_itemsize(piece.old), _itemsize(piece.new))))
+        starts = range(0, delta.shape[0], step)
+        differs = [False] * len(starts)
+
+        def work(i: int) -> None:
+            part = delta[starts[i] : starts[i] + step]
+            differs[i] = self._block(part, piece, first + starts[i], columns)
+
+        each(work, range(len(starts)))
+        return any(differs)
+
+    def _block(self, out: Tensor, piece: Piece, first: int, columns: int) -> bool:
+        """Some rows of both sides, subtracted; zeros, and False, where all bytes are equal."""
+        start, count, shape = first * columns, out.numel(), out.shape
+        old, new = ((info, start * _itemsize(info), count * _itemsize(info)) for info in (piece.old, piece.new))
+        with self._both(old, new) as (before, after):
+            if piece.old.dtype == piece.new.dtype and _same(before, after):
+                out.zero_()
                 return False
+            lower = before.view(torch_dtype(piece.old.dtype)).view(shape).to(out.device, non_blocking=True)
+            upper = after.view(torch_dtype(piece.new.dtype)).view(shape).to(out.device, non_blocking=True)
+            torch.sub(out.copy_(upper), lower.to(out.dtype), out=out)
+            if out.device.type == "cuda":
+                torch.cuda.current_stream(out.device).synchronize()  # before the pinned memory is lent again
         return True
 
-    def _subtract(self, out: Tensor, before: Tensor, after: Tensor, old: TensorInfo, new: TensorInfo) -> None:
-        lower = before.view(torch_dtype(old.dtype)).view(out.shape).to(self.device)
-        upper = after.view(torch_dtype(new.dtype)).view(out.shape).to(self.device)
-        torch.sub(upper.to(out.dtype), lower.to(out.dtype), out=out)
+    @contextmanager
+    def _both(self, old: Part, new: Part) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some bytes of each side, in memory that is lent."""
+        lent = [self._bytes.take(size) for _, _, size in (old, new)]
+        try:
+            for side, buffer, (info, start, size) in zip((self.base, self.tuned), lent, (old, new), strict=True):
+                side.fill(info.name, buffer[:size].numpy().data, start)
+            yield lent[0][: old[2]], lent[1][: new[2]]
+        finally:
+            for buffer in lent:
+                self._bytes.give(buffer)
 
-    def _both(self, old: TensorInfo, new: TensorInfo, start: int, stop: int, columns: int) -> tuple[Tensor, Tensor]:
-        before = self._other.submit(self._rows, 0, old, start, stop, columns)
-        after = self._rows(1, new, start, stop, columns)
-        return before.result(), after
+    def _take(self, size: int, dtype: torch.dtype) -> Tensor:
+        if self.device.type != "cpu":
+            return torch.empty(size, dtype=dtype, device=self.device)
+        return self._memory.take(size * dtype.itemsize)[: size * dtype.itemsize].view(dtype)
 
-    def _rows(self, side: int, info: TensorInfo, start: int, stop: int, columns: int) -> Tensor:
-        size = columns * _itemsize(info)
-        return self._bytes(side, info, start * size, stop * size)
 
-    def _bytes(self, side: int, info: TensorInfo, start: int, stop: int) -> Tensor:
-        if self._blocks[side].numel() < stop - start:
-            self._blocks[side] = torch.empty(stop - start, dtype=torch.uint8)
-        view = self._blocks[side][: stop - start]
-        (self.tuned if side else self.base).fill(info.name, view.numpy().data, start)
-        return view
+def _wide(pieces: tuple[Piece, ...]) -> torch.dtype:
+    dtypes = {info.dtype for piece in pieces for info in (piece.old, piece.new)}
+    return torch.float64 if "F64" in dtypes else torch.float32
 
-    def _buffer(self, pieces: tuple[Piece, ...], size: int) -> Tensor:
-        dtypes = {info.dtype for piece in pieces for info in (piece.old, piece.new)}
-        wide = torch.float64 if "F64" in dtypes else torch.float32
-        if wide not in self._scratch or self._scratch[wide].numel() < size:
-            self._scratch.pop(wide, None)
-            self._scratch[wide] = torch.empty(size, dtype=wide, device=self.device)
-        return self._scratch[wide][:size]
+
+def _split(delta: Tensor, pieces: tuple[Piece, ...]) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = torch.split(delta, [p.size[0] for p in pieces])
+    return found
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether bytes are equal, compared eight at a time."""
+    whole = a.numel() // 8 * 8
+    wide = torch.equal(a[:whole].view(torch.int64), b[:whole].view(torch.int64))
+    return wide and torch.equal(a[whole:], b[whole:])
 
 
 def _itemsize(info: TensorInfo) -> int:

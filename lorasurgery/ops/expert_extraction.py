@@ -61,13 +61,14 @@ class _Parameter:
     def run(self) -> None:
         """Decompose expert after expert; what is kept is on the CPU and in the dtype of the file."""
         for expert in range(self.pair.count):
-            delta = self.job.difference.stack(*_pieces(self.pair, expert))
+            delta = self.job.difference.read(*_pieces(self.pair, expert))
             if delta is None:
                 continue
             options = self.job.options
             found = truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed)
             if len(found.s):
                 self._keep(expert, delta, found)
+            self.job.difference.give(delta)
 
     def _keep(self, expert: int, delta: Tensor, found: TruncatedSVD) -> None:
         root = (found.s / self.scale).sqrt().to(delta.dtype)

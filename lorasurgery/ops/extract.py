@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from lorasurgery.checkpoint.output import check_output
+from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.expert_pairs import group_experts
 from lorasurgery.ops.extract_report import plan_report, summarise
-from lorasurgery.ops.extract_write import write_adapter
-from lorasurgery.ops.pairs import Selection, plan_pairs
+from lorasurgery.ops.pairs import Pair, Selection, plan_pairs
 from lorasurgery.ops.references import on_references
+from lorasurgery.ops.resume import start_run
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
+from lorasurgery.ranks import ranks
 from lorasurgery.report import Progress, Report
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorasurgery.checkpoint.journal import Run
+    from lorasurgery.ops.extraction import Extraction
 
 DEFAULT_RANK = 16
 Method = Literal["auto", "randomized", "exact"]
@@ -68,6 +76,8 @@ def extract(
     *,
     device: str = "auto",
     overwrite: bool = False,
+    resume: bool = False,
+    memory_limit: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -79,6 +89,8 @@ def extract(
     Args:
         base, tuned: Checkpoint folders or files of the same architecture.
         out: Folder for adapter_config.json and adapter_model.safetensors.
+        resume: Go on with what an interrupted run of the same inputs and options left; the result is the same.
+        memory_limit: Bytes that differences may take; larger ones are read anew for every pass over them.
         dry_run: Settle everything from headers, write nothing (torch is not imported).
 
     Raises:
@@ -91,17 +103,14 @@ def extract(
     if out.suffix == ".safetensors":
         raise UsageError(f"{out}: an adapter is a folder (config and weights); give a folder name")
     first, second = Checkpoint.open(base), Checkpoint.open(tuned)
-    check_output(out, [Path(base), Path(tuned)], overwrite)
+    check_output(out, [Path(base), Path(tuned)], overwrite, resume=resume)
     pairs = group_experts(plan_pairs(first, second, options.selection), first.config | second.config)
     report = plan_report(first, second, out, pairs, options.choice, dry_run)
     if not dry_run:
         chosen = resolve_device(device)
         report.device = str(chosen)
-        from lorasurgery.ops.extraction import Extraction  # imports torch
-
-        job = Extraction(first, second, options, chosen)
-        draft = job.run(pairs, progress)
-        report.bytes_written = write_adapter(draft, second, out, overwrite)
+        run = start_run("extract", out, [base, tuned], options, chosen, resume=resume, ranks=ranks())
+        job = _carry_out(first, second, options, chosen, run, pairs, out, overwrite, memory_limit, report, progress)
         report.bytes_read = first.bytes_read + second.bytes_read
         report.modules, report.full = job.modules, job.full
         summarise(report, job.left_out, first.nbytes, unchanged=job.unchanged)
@@ -111,3 +120,24 @@ def extract(
                 f"({', '.join(job.capped[:3])}); a larger --max-rank lets them have more of the budget"
             )
     return clock.stamp(report)
+
+
+def _carry_out(
+    base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, device: torch.device, run: Run, pairs: Sequence[Pair],
+    out: Path, overwrite: bool, limit: int | None, report: Report, progress: Progress | None,
+) -> Extraction:  # fmt: skip
+    """Do the work on as many ranks as there are; the first writes the adapter."""
+    from lorasurgery.ops.extract_write import write_adapter  # imports torch
+    from lorasurgery.ops.extraction import Extraction
+
+    job = Extraction(base, tuned, options, device, run, limit)
+    run.ranks.wait()  # until all have seen the output as it was
+    with Output(out, overwrite=overwrite, run=run) as output:
+        draft = job.run(pairs, progress)
+        if run.ranks.first:
+            write_adapter(draft, tuned, output)
+        report.bytes_written = output.bytes_written
+    run.ranks.wait()
+    if run.resumed:
+        report.totals["resumed"] = run.resumed
+    return job

@@ -113,17 +113,15 @@ class _Folder:
         self.file = PlannedFile(WEIGHTS_NAME, tuple(sorted(planned, key=lambda t: t.name)), {"format": "pt"})
 
 
-def write_adapter(draft: AdapterDraft, tuned: Checkpoint, out: Path, overwrite: bool) -> int:
-    """Write adapter_model.safetensors and, last, adapter_config.json; returns the bytes written."""
+def write_adapter(draft: AdapterDraft, tuned: Checkpoint, output: Output) -> None:
+    """Write adapter_model.safetensors and, last, adapter_config.json."""
     folder = _Folder(draft)
-    with Output(out, overwrite=overwrite) as output:
-        with output.tensor_file(folder.file) as writer:
-            for item in folder.file.tensors:
-                data = folder.factors.get(item.name)
-                writer.write(item.name, _whole(tuned, folder.whole[item.name], item) if data is None else data)
-        output.write_bytes(CONFIG_NAME, (json.dumps(folder.layout.config(), indent=2) + "\n").encode())
-        output.commit(last=CONFIG_NAME)
-        return output.bytes_written
+    with output.tensor_file(folder.file) as writer:
+        for item in folder.file.tensors:
+            data = folder.factors.get(item.name)
+            writer.write(item.name, _whole(tuned, folder.whole[item.name], item) if data is None else data)
+    output.write_bytes(CONFIG_NAME, (json.dumps(folder.layout.config(), indent=2) + "\n").encode())
+    output.commit(last=CONFIG_NAME)
 
 
 def _whole(tuned: Checkpoint, name: str, planned: PlannedTensor) -> Tensor:

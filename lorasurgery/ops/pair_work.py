@@ -1,0 +1,124 @@
+"""The work of extract on one pair of tensors: difference, truncated SVD, measured error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lorasurgery.checkpoint.header import FLOAT_DTYPES
+from lorasurgery.linalg.blocks import Streamed
+from lorasurgery.linalg.norms import residual_norm, squared_norm
+from lorasurgery.linalg.svd import truncated_svd
+from lorasurgery.lowrank import LowRank
+from lorasurgery.ops.difference import Piece
+from lorasurgery.ops.expert_extraction import ExpertWork
+from lorasurgery.ops.expert_pairs import ExpertPair
+from lorasurgery.ops.factored import Factored
+from lorasurgery.ops.pairs import FACTORED, Pair
+from lorasurgery.ops.spill import Spill
+from lorasurgery.report import ModuleReport
+
+if TYPE_CHECKING:
+    from lorasurgery.ops.extraction import Extraction
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one pair gave: factors, or the norm of a change that is not factored, or nothing.
+
+    Args:
+        unchanged: Tensors that are equal on both sides.
+    """
+
+    found: Factored | None = None
+    norm: float | None = None
+    unchanged: int = 0
+
+
+class PairWork:
+    """One pair: read() makes the difference, compute() takes it apart."""
+
+    def __init__(self, job: Extraction, pair: Pair) -> None:
+        self.job, self.pair = job, pair
+        self.result: Any = None
+        self.cost = difference_bytes(pair)
+        self._delta: Tensor | Streamed | None = None
+
+    @torch.inference_mode()
+    def read(self) -> None:
+        """Read and subtract both sides, where they can be compared."""
+        pair, difference = self.pair, self.job.difference
+        comparable = pair.base is not None and pair.base.shape == pair.tuned.shape
+        if isinstance(pair, ExpertPair):
+            return
+        if not comparable or pair.base is None:
+            self.result = Outcome()
+        elif pair.base.dtype not in FLOAT_DTYPES or pair.tuned.dtype not in FLOAT_DTYPES:
+            self.result = Outcome(unchanged=int(difference.same_bytes(pair.base, pair.tuned)))
+        else:
+            piece, limit = Piece(pair.base, pair.tuned), self.job.limit
+            large = limit is not None and self.cost > limit // 2
+            self._delta = difference.streamed(piece, (limit or 0) // 4) if large else difference.read(piece)
+            self.result = Outcome(unchanged=1) if self._delta is None else None
+
+    @torch.inference_mode()
+    def compute(self) -> None:
+        """Decompose the difference, or measure it."""
+        if isinstance(self.pair, ExpertPair):
+            self.result = self._experts(self.pair)
+        elif self.result is None:
+            assert self._delta is not None
+            if self.pair.treatment in FACTORED:
+                self.result = self._factor(self._delta)
+            else:
+                self.result = Outcome(norm=math.sqrt(squared_norm(self._delta)))
+            if isinstance(self._delta, Tensor):
+                self.job.difference.give(self._delta)
+            self._delta = None
+
+    def _experts(self, pair: ExpertPair) -> Outcome:
+        job = self.job
+        found = ExpertWork(job.difference, job.options, job.choice, job.draft.factor_dtype(pair)).factor(pair)
+        return Outcome(found, unchanged=len(pair.members) - (len(found.shares) if found else 0))
+
+    def _factor(self, delta: Tensor | Streamed) -> Outcome:
+        pair, options = self.pair, self.job.options
+        found = truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed)
+        rank = len(found.s)
+        norm = math.sqrt(found.total)
+        if rank == 0:  # the bytes differ but the values do not (a signed zero)
+            return Outcome(unchanged=1)
+        alpha, scale = options.scaling(rank)
+        root = (found.s / scale).sqrt().to(delta.dtype)
+        dtype = self.job.draft.factor_dtype(pair)
+        update = LowRank((found.u * root.to(found.u)).to(dtype), (root.to(found.vt)[:, None] * found.vt).to(dtype), scale)
+        error = residual_norm(delta, update) / norm
+        report = ModuleReport(
+            pair.name.removesuffix(".weight"), (delta.shape[0], delta.shape[1]), kind=pair.treatment, rank=rank,
+            alpha=alpha, delta_norm=norm, error=error, energy=1 - error**2,
+        )  # fmt: skip
+        kept = update.transposed if pair.treatment in ("conv1d", "embedding") else update
+        kept = LowRank(kept.up.cpu().contiguous(), kept.down.cpu().contiguous(), kept.scale)
+        return Outcome(Factored(report, kept, found.s.square().tolist()))
+
+
+def difference_bytes(pair: Pair) -> int:
+    """Bytes of a pair's difference in float32 (of one expert's, where there are several)."""
+    rows, columns = pair.matrix
+    return rows * columns * (8 if "F64" in (pair.tuned.dtype, pair.base.dtype if pair.base else "") else 4)
+
+
+def packed(factors: Spill, outcome: Outcome) -> Any:
+    """An outcome as JSON, its factors put beside the output."""
+    found = factors.put(outcome.found) if outcome.found is not None else None
+    return {"found": found, "norm": outcome.norm, "unchanged": outcome.unchanged}
+
+
+def unpacked(factors: Spill, record: Any) -> Outcome:
+    """The outcome that was packed."""
+    found = factors.get(record["found"]) if record["found"] is not None else None
+    return Outcome(found, record["norm"], record["unchanged"])

@@ -1,0 +1,128 @@
+"""Modules worked on in any order, by as many ranks as there are, and taken in the order given."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from lorasurgery.checkpoint.flow import Flow
+from lorasurgery.checkpoint.journal import Run
+from lorasurgery.errors import SurgeryError
+from lorasurgery.report import Progress
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Step(Protocol):
+    """The work on one module.
+
+    Attributes:
+        cost: Bytes of memory that it holds. result: What came out, after compute().
+    """
+
+    cost: int
+    result: Any
+
+    def read(self) -> None:
+        """Bring what is needed into memory."""
+        ...
+
+    def compute(self) -> None:
+        """Make the result."""
+        ...
+
+
+@dataclass
+class Workload(Generic[T, R]):
+    """One operation over its modules.
+
+    Args:
+        run: Its journal: what is in it already is not done again.
+        names, sizes: Of each item: its key in the journal and in messages, and its bytes.
+        pack: Puts a result beside the output and says where, as JSON. unpack: Gets it back.
+        take: Called with every item and its result, in order, on the rank that finishes.
+        sync: Waits until what was packed is on the disk.
+    """
+
+    run: Run
+    items: Sequence[T]
+    names: Sequence[str]
+    sizes: Sequence[int]
+    pack: Callable[[R], Any]
+    unpack: Callable[[Any], R]
+    take: Callable[[T, R], None]
+    sync: Callable[[], None]
+    progress: Progress | None = None
+    _held: dict[int, R] = field(default_factory=dict)
+    _next: int = 0
+    _done: int = 0
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def work(self, flow: Flow, step: Callable[[T], Step]) -> None:
+        """Do this rank's share of what is missing, wait for the others, and take all results on the first rank.
+
+        Raises:
+            SurgeryError: naming the module that failed.
+        """
+        todo = [i for i, name in enumerate(self.names) if name not in self.run.done]
+        mine = self.run.ranks.mine(todo, [self.sizes[i] for i in todo])
+        self._total = sum(self.sizes[i] for i in mine)
+        flow.run(_Job(self, i, step(self.items[i])) for i in mine)
+        self.run.synced(self.sync)
+        done = self.run.gather()
+        if self.run.ranks.first:
+            self._take_on(lambda name: name in done)
+
+    def finish(self, index: int, result: R) -> None:
+        """Note a result, and take what can be taken."""
+        self.run.add(self.names[index], self.pack(result), self.sizes[index])
+        with self._lock:
+            self._done += self.sizes[index]
+            if self.progress:
+                self.progress(self.names[index], self._done, self._total)
+            if self.run.ranks.size == 1:
+                self._held[index] = result
+                self._take_on(lambda name: False)
+        if self.run.is_due:
+            self.run.synced(self.sync)
+
+    def _take_on(self, stored: Callable[[str], bool]) -> None:
+        """Take results one after the other, as far as they are there."""
+        while self._next < len(self.items):
+            i, name = self._next, self.names[self._next]
+            if i in self._held:
+                self.take(self.items[i], self._held.pop(i))
+            elif stored(name):
+                self.take(self.items[i], self.unpack(self.run.done[name]))
+            else:
+                return
+            self._next += 1
+
+
+class _Job:
+    """One module on its way through the stages."""
+
+    def __init__(self, load: Workload[Any, Any], index: int, step: Step) -> None:
+        self.load, self.index, self.step, self.cost = load, index, step, step.cost
+
+    def read(self) -> None:
+        """The step's own."""
+        self._named(self.step.read)
+
+    def compute(self) -> None:
+        """The step's own."""
+        self._named(self.step.compute)
+
+    def write(self) -> None:
+        """Hand the result on."""
+        self.load.finish(self.index, self.step.result)
+        self.step.result = None
+
+    def _named(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except SurgeryError as problem:
+            raise type(problem)(f"{self.load.names[self.index]}: {problem}") from None
