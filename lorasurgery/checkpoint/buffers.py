@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STEP = 1 << 20
+_LOOSE = 1.5  # times what is asked for: a buffer much larger than that is better given up
 
 
 class Buffers:
@@ -29,13 +30,15 @@ class Buffers:
         import torch
 
         with self._lock:
-            fit = [b for b in self._free if b.numel() >= size]
+            fit = [b for b in self._free if size <= b.numel() <= max(_LOOSE * size, _STEP)]
             if fit:
                 best = min(fit, key=lambda b: b.numel())
                 self._free = [b for b in self._free if b is not best]
                 return best
-            if self._free:
-                self._free.pop(0)
+            if self._free:  # memory is bounded by what is lent: what does not fit makes room
+                largest = max(self._free, key=lambda b: b.numel())
+                self._free = [b for b in self._free if b is not largest]
+                del largest
         with torch.inference_mode(False):
             return torch.empty(-(-size // _STEP) * _STEP, dtype=torch.uint8, pin_memory=self._pinned)
 

@@ -45,7 +45,7 @@ class Flow:
 
     Args:
         room: Bytes that all jobs under way may hold together; a job larger than that goes alone.
-        threads: How many for reading, computing and writing.
+        threads: How many for reading, computing and writing; without readers, those that compute also read.
     """
 
     room: int
@@ -60,7 +60,9 @@ class Flow:
         Raises:
             BaseException: what a step raised, or what interrupted the waiting.
         """
-        pools = [ThreadPoolExecutor(n, name) for n, name in zip(self.threads, ("read", "compute", "write"), strict=True)]
+        readers, workers, writers = self.threads
+        computing = ThreadPoolExecutor(workers)
+        pools = [ThreadPoolExecutor(readers) if readers else computing, computing, ThreadPoolExecutor(writers)]
         try:
             for job in jobs:
                 self._admit(job)

@@ -211,7 +211,8 @@ def _compare(then: Any, now: dict[str, Any], out: Path) -> None:
     for key in sorted({*then, *now}):
         if then.get(key) != now.get(key):
             raise MismatchError(
-                f"{show(str(out))}: was begun with another {key} ({_short(then.get(key))}, now {_short(now.get(key))}); "
+                f"{show(str(out))}: was begun with another {key} "
+                f"({_short(then.get(key))}, now {_short(now.get(key))}); "
                 "--resume goes on only with the same, --overwrite starts anew"
             )
 

@@ -50,7 +50,7 @@ def check_output(out: Path, inputs: Sequence[Path], overwrite: bool, *, resume: 
         raise OutputError(f"{where}: is a folder but names a file; choose another output")
     if out.exists() and out.suffix != ".safetensors" and not out.is_dir():
         raise OutputError(f"{where}: exists and is not a folder; choose another output")
-    if not (overwrite or resume and journals(out)) and out.exists():
+    if not (overwrite or (resume and journals(out))) and out.exists():
         _check_empty(out, where)
 
 

@@ -30,9 +30,12 @@ from lorasurgery.linalg.methods import METHODS
                    "values; otherwise they are an error.")  # fmt: skip
 @click.option("--dtype", type=options.DTYPE,
               help="Dtype of what is written.  [default: the adapters' widest, float32 for an exact sum]")  # fmt: skip
+@options.RESUME
 @options.common
 @options.guarded
-def command(adapters: tuple[str, ...], out: str, device: str, dry_run: bool, overwrite: bool, **chosen: Any) -> None:
+def command(
+    adapters: tuple[str, ...], out: str, device: str, dry_run: bool, overwrite: bool, resume: bool, **chosen: Any
+) -> None:
     """Blend several adapters into one: Σ weight·scale·B·A, or one of its kin.
 
     Adapters may differ in ranks, scaling (alpha/r, rsLoRA), dtypes and modules; one that lacks a module adds nothing
@@ -52,7 +55,7 @@ def command(adapters: tuple[str, ...], out: str, device: str, dry_run: bool, ove
     choice = options.rank_choice(chosen)
     with ending.progress("blend") as callback:
         report = blend(
-            adapters, out, BlendOptions(choice=choice, **chosen), device=device, overwrite=overwrite,
+            adapters, out, BlendOptions(choice=choice, **chosen), device=device, overwrite=overwrite, resume=resume,
             dry_run=dry_run, progress=callback,
         )  # fmt: skip
     ending.finish(report)

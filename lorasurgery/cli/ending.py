@@ -9,6 +9,7 @@ from typing import Any
 
 from lorasurgery.cli import render
 from lorasurgery.errors import SurgeryError
+from lorasurgery.ranks import ranks
 from lorasurgery.report import Progress, Report
 
 
@@ -50,11 +51,15 @@ class Ending:
 
     def progress(self, command: str, *, slow: bool = True) -> AbstractContextManager[Progress | None]:
         """A progress callback; quick commands (slow=False) need none off a terminal."""
-        return render.progress(command, quiet=self.quiet or self.as_json or not (slow or sys.stderr.isatty()))
+        return render.progress(
+            command, quiet=not ranks().first or self.quiet or self.as_json or not (slow or sys.stderr.isatty())
+        )
 
     def finish(self, report: Report, *, verbose: bool = False) -> None:
         """Draw, publish and show. When publishing fails the result stays and is reported, and the status is 1."""
         failed: SurgeryError | None = None
+        if not ranks().first:  # the first one has the whole report
+            return
         if self.plot and not report.dry_run:
             from lorasurgery.plots import draw
 

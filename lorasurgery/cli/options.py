@@ -21,6 +21,7 @@ from lorasurgery.checkpoint.dtypes import parse_dtype
 from lorasurgery.checkpoint.plan import parse_size
 from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.linalg.rank import Budget, RankChoice
+from lorasurgery.ranks import ranks as torchrun
 from lorasurgery.report import COMMAND_LINE
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,6 +58,9 @@ def parse_budget(text: str) -> Budget:
     return Budget(size=parse_size(text))
 
 
+SHARED = ("extract", "merge", "unmerge", "rerank", "blend")
+"""Commands whose work is shared out over the ranks of torchrun."""
+
 DTYPE = _Parsed("dtype", parse_dtype)
 SIZE = _Parsed("size", parse_size)
 BUDGET = _Parsed("size|share", parse_budget)
@@ -80,9 +84,12 @@ _COMMON = [
     click.option("--private", is_flag=True, help="With --push: make the repository private."),
     *_READING,
 ]
+RESUME: Callable[[Any], Any] = click.option(
+    "--resume", is_flag=True,
+    help="Go on with what an interrupted run of the same command left; the result is the same to the byte.",
+)  # fmt: skip
 _LARGE = [
-    click.option("--resume", is_flag=True,
-                 help="Go on with what an interrupted run of the same command left; the result is the same to the byte."),
+    RESUME,
     click.option("--memory-limit", type=SIZE, metavar="SIZE",
                  help="Work through even the largest tensor in blocks that take no more than this, e.g. 512MB."),
 ]  # fmt: skip
@@ -184,7 +191,9 @@ def guarded(function: F) -> F:
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the line that says what failed is ours
         COMMAND_LINE.set(command_line(click.get_current_context()))
         try:
-            return function(*args, **kwargs)
+            if torchrun().first or function.__module__.rpartition(".")[2] in SHARED:
+                return function(*args, **kwargs)
+            return None  # a command that is not shared out is the first rank's alone
         except UsageError as problem:
             _fail(problem, 2)
         except SurgeryError as problem:
@@ -241,6 +250,6 @@ def _interrupted(*_: object) -> None:
 
 
 def _fail(problem: SurgeryError, status: int) -> None:
-    line = " ".join(str(problem).split())
-    click.echo(f"lorasurgery: {line}", err=True)
+    line, here = " ".join(str(problem).split()), os.environ.get("RANK", "0")
+    click.echo(f"lorasurgery{f' (rank {here})' if here != '0' else ''}: {line}", err=True)
     sys.exit(status)

@@ -16,6 +16,7 @@ from lorasurgery.cli.ending import Ending
 @options.familiar
 @options.PLOT
 @click.option("--dtype", type=options.DTYPE, help="Dtype of what is written. [default: the adapter's own]")
+@options.RESUME
 @options.common
 @options.guarded
 def command(adapter: str, out: str, dry_run: bool, **chosen: Any) -> None:

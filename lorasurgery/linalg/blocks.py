@@ -103,7 +103,11 @@ def over_rows(matrix: Blocks, work: Callable[[Tensor, slice], object]) -> None:
     for first, span in matrix.spans():
         stop = first + span.shape[0]
         pieces = [slice(start, min(start + step, stop)) for start in range(first, stop, step)]
-        each(lambda rows, first=first, span=span: work(span[rows.start - first : rows.stop - first], rows), pieces)
+
+        def on_block(rows: slice, first: int = first, span: Tensor = span) -> None:
+            work(span[rows.start - first : rows.stop - first], rows)
+
+        each(on_block, pieces)
 
 
 def times(matrix: Blocks, x: Tensor) -> Tensor:

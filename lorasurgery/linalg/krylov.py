@@ -109,7 +109,8 @@ def _cholesky_q(y: Tensor) -> Tensor | None:
         return None
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return y @ inverse.mT.to(y)
+    q: Tensor = y @ inverse.mT.to(y)
+    return q
 
 
 def _mixed(parts: list[Tensor], mix: Tensor) -> Tensor:

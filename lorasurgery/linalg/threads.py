@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -59,11 +60,11 @@ def each(work: Callable[[T], Any], pieces: Iterable[T]) -> None:
         Exception: the first that a piece raised, when all have ended.
     """
     items = list(pieces)
-    if _team is None or len(items) < 2:
+    if _team is None or _team._max_workers == 1 or len(items) < 2:
         for item in items:
             work(item)
         return
-    ask(_team, [lambda item=item: work(item) for item in items])
+    ask(_team, [partial(work, item) for item in items])
 
 
 def ask(pool: ThreadPoolExecutor, tasks: list[Callable[[], Any]]) -> list[Any]:
@@ -76,6 +77,23 @@ def ask(pool: ThreadPoolExecutor, tasks: list[Callable[[], Any]]) -> list[Any]:
 def _inferring(task: Callable[[], T]) -> T:
     with torch.inference_mode():  # it belongs to a thread, so every one must ask for it
         return task()
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU, let this thread queue its work apart from others': copies of one overlap with products of another.
+
+    At the end it waits for its own, so that what it hands on is there.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    streams = _own.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
+    with torch.cuda.stream(streams[device]):
+        yield
+        streams[device].synchronize()
 
 
 def scratch(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:

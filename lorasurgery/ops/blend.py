@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.header import DTYPE_BITS
-from lorasurgery.checkpoint.output import check_output
+from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.linalg.methods import ELEMENTWISE, METHODS, Method
 from lorasurgery.linalg.rank import RankChoice
@@ -21,7 +21,9 @@ from lorasurgery.ops.extract_report import total_error, worst
 from lorasurgery.ops.layout import check_name
 from lorasurgery.ops.merge import check_weights
 from lorasurgery.ops.references import on_references
+from lorasurgery.ops.resume import start_run
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
+from lorasurgery.ranks import ranks
 from lorasurgery.report import ModuleReport, Progress, Report
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ def blend(
     *,
     device: str = "auto",
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -111,6 +114,7 @@ def blend(
     Args:
         adapters: Adapter folders; they may differ in ranks, scaling, dtypes and modules.
         out: Folder for the new PEFT adapter.
+        resume: Go on with what an interrupted run of the same inputs and options left; the result is the same.
         dry_run: Settle everything from headers, write nothing (torch is not imported).
 
     Raises:
@@ -123,7 +127,7 @@ def blend(
     strengths = options.strengths(len(adapters))
     opened = [open_adapter(a) for a in adapters]
     check_name(out, loose=opened[0].format != "peft")
-    check_output(out, [Path(a) for a in adapters], overwrite)
+    check_output(out, [Path(a) for a in adapters], overwrite, resume=resume)
     report = Report(options.command, [str(a) for a in adapters], str(out), dry_run=dry_run)
     used = [(a, w) for a, w in zip(opened, strengths, strict=True) if w]
     if not used:
@@ -136,7 +140,7 @@ def blend(
     if not dry_run:
         whole = list(whole_tensors(sources, weights, average=options.average_replaced))
         _warn_alone(report, sources, whole)
-        _run(report, sources, weights, joints, whole, options, blocks, device, out, overwrite, progress)
+        _run(report, sources, weights, joints, whole, options, blocks, device, out, overwrite, resume, progress)
     return clock.stamp(report)
 
 
@@ -151,9 +155,10 @@ def _check_tokens(sources: Sequence[Adapter]) -> None:
 
 def _run(
     report: Report, sources: list[Adapter], weights: list[float], joints: list[Joint], whole: list[Whole],
-    options: BlendOptions, blocks: Blocks | None, device: str, out: Path, overwrite: bool, progress: Progress | None,
+    options: BlendOptions, blocks: Blocks | None, device: str, out: Path, overwrite: bool, resume: bool,
+    progress: Progress | None,
 ) -> None:  # fmt: skip
-    from lorasurgery.ops.compose_write import Composed, first_keys
+    from lorasurgery.ops.compose_write import Composed
     from lorasurgery.ops.composition import Composition  # imports torch
 
     chosen = resolve_device(device)
@@ -163,17 +168,34 @@ def _run(
     )
     choice = options.choice
     budget = choice.budget.bytes_of(_bytes(sources)) if choice and choice.budget else None
-    Composition(joints, options, draft, chosen).run(budget, progress)
+    if budget:
+        report.totals["budget"] = budget
+    job = start_run(options.command, out, [a.path for a in sources], options, chosen, resume=resume, ranks=ranks())
+    job.ranks.wait()  # until all have seen the output as it was
+    with Output(out, overwrite=overwrite, run=job) as output:
+        Composition(joints, options, draft, chosen).run(budget, progress, job)
+        if job.ranks.first:
+            _finish(draft, options, budget, output)
+    job.ranks.wait()
+    report.bytes_written = output.bytes_written
+    report.bytes_read = sum(a.weights.bytes_read for a in sources)
+    if job.resumed:
+        report.totals["resumed"] = job.resumed
+    if job.ranks.first:
+        _summarise(report, draft, options)
+
+
+def _finish(draft: Composed, options: BlendOptions, budget: int | None, output: Output) -> None:
+    """Cut and pad the modules when all of them are known, and write them."""
+    from lorasurgery.ops.compose_write import first_keys
+
     if budget:
         draft.spend(budget, uniform=options.uniform_rank)
-        report.totals["budget"] = budget
     if options.uniform_rank:
         draft.pad()
-    if not draft.modules and not whole and not first_keys(sources):
+    if not draft.modules and not draft.whole and not first_keys(draft.sources):
         raise MismatchError(f"the {options.command} is zero in every module, so there is nothing to write")
-    report.bytes_written = draft.write(out, overwrite)
-    report.bytes_read = sum(a.weights.bytes_read for a in sources)
-    _summarise(report, draft, options)
+    draft.write(output)
 
 
 def _plan(

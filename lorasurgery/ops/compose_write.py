@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.loose_write import LooseFile
 from lorasurgery.adapters.module import Module
 from lorasurgery.adapters.naming import module_of
+from lorasurgery.checkpoint.output import Output
 from lorasurgery.ops.block_weight import Blocks
 from lorasurgery.ops.carry import tokenizer_files
 from lorasurgery.ops.compose import Joint, Whole
@@ -110,9 +110,9 @@ class Composed:
             value = total.to(value.dtype)
         return value
 
-    def write(self, out: Path, overwrite: bool) -> int:
-        """Write weights, tokenizer files and, last, what makes the folder complete; returns the bytes written."""
-        return write_layout(self.layout(), out, overwrite, tokenizer_files(self.sources))
+    def write(self, output: Output) -> None:
+        """Write weights, tokenizer files and, last, what makes the folder complete."""
+        write_layout(self.layout(), output, tokenizer_files(self.sources))
 
 
 def first_keys(sources: Sequence[Adapter]) -> dict[str, str]:

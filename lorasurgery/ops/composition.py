@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from threading import Lock
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorasurgery.checkpoint.dtypes import torch_dtype
+from lorasurgery.checkpoint.flow import Flow
+from lorasurgery.checkpoint.journal import Run
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.core import Core, distance, inner, recompress
 from lorasurgery.linalg.elementwise import combine, sum_of
@@ -23,15 +24,19 @@ from lorasurgery.linalg.norms import residual_norm
 from lorasurgery.linalg.rank import EVERYTHING, RankChoice
 from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE
+from lorasurgery.linalg.threads import team
 from lorasurgery.lowrank import LowRank, Update
 from lorasurgery.ops.blend import BlendOptions
 from lorasurgery.ops.compose import Joint, Term
 from lorasurgery.ops.compose_write import Composed
 from lorasurgery.ops.factored import Factored, brought, unit_scale
+from lorasurgery.ops.spill import spill
+from lorasurgery.ops.workload import Workload
 from lorasurgery.report import ModuleReport, Progress
 
 _EXACT = 1e-14  # sums of σ² in float64 agree to this
-_AT_ONCE = 4  # more would only add memory: the modules share one reader and the same cores
+_AT_ONCE = 8  # modules at a time, memory permitting
+_COPIES, _LEAST = 8, 64 << 20  # factors in float64, their products and what they become, beside the file's bytes
 
 
 class Composition:
@@ -46,29 +51,40 @@ class Composition:
         self.dtype = torch_dtype(draft.dtype)
         self.alone = len(draft.sources) == 1
         self.choice = options.choice
-        self._reading = Lock()
+        self.budget: int | None = None
 
-    def run(self, budget: int | None, progress: Progress | None) -> None:
-        """Go through the modules in file order; a budget is spent when all of them are known."""
+    def run(self, budget: int | None, progress: Progress | None, run: Run | None = None) -> None:
+        """Go through the modules in file order; a budget is spent when all of them are known.
+
+        Args:
+            run: The journal of a long run, shared by several ranks; without one the modules are done here and now.
+        """
+        self.budget = budget
         if budget and self.options.method in ELEMENTWISE:
             costs = [sum(j.shape) * self.dtype.itemsize for j in self.joints]
             self.choice = brought(budget, costs, self.choice.max_rank if self.choice else None)
-        total, done = sum(j.nbytes for j in self.joints), 0
-        with _workers(self._count(), self.device) as pool:
-            for joint, found in zip(self.joints, pool.map(self._guarded, self.joints), strict=True):
-                self.draft.add(joint, found)
-                if budget:
-                    self.draft.hold(budget, uniform=self.options.uniform_rank)
-                done += joint.nbytes
-                if progress:
-                    progress(joint.path, done, total)
+        with team() as threads:
+            if run is None:
+                for joint in self.joints:
+                    self._accept(joint, self.take(joint))
+                return
+            with spill(run) as factors:
+                names, sizes = [j.path for j in self.joints], [j.nbytes for j in self.joints]
+                load = Workload(
+                    run, self.joints, names, sizes, factors.put, factors.get, self._accept, factors.sync, progress
+                )
+                work = [_Work(self, j) for j in self.joints]
+                room = max(2 * max((w.cost for w in work), default=0), _LEAST)
+                load.work(Flow(room, (1, min(_AT_ONCE, threads), 1)), partial(_Work, self))
 
-    def _count(self) -> int:
-        """Modules at a time: small factorizations gain little from threads of their own; a dense result stays alone."""
-        return 1 if self.options.method in ELEMENTWISE else min(_AT_ONCE, torch.get_num_threads(), len(self.joints))
+    def _accept(self, joint: Joint, found: Factored) -> None:
+        self.draft.add(joint, found)
+        if self.budget:
+            self.draft.hold(self.budget, uniform=self.options.uniform_rank)
 
     @torch.inference_mode()
-    def _guarded(self, joint: Joint) -> Factored:
+    def take(self, joint: Joint) -> Factored:
+        """One module of the new adapter."""
         try:
             return self._take(joint)
         except SurgeryError as problem:
@@ -87,14 +103,11 @@ class Composition:
         return replace(found, bias=self._bias(joint, bias)) if bias else found
 
     def _load(self, term: Term) -> LowRank:
-        with self._reading:  # a checkpoint's file has one position
-            update = term.load()
+        update = term.load()
         return LowRank(update.up.to(self.device), update.down.to(self.device), update.scale)
 
     def _load_update(self, term: Term) -> Update:
-        with self._reading:
-            update = term.load_update()
-        return update.to(self.device)
+        return term.load_update().to(self.device)
 
     def _factored(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
         choice = self.choice or EVERYTHING
@@ -158,8 +171,7 @@ class Composition:
 
     def _bias(self, joint: Joint, terms: list[Term]) -> Tensor:
         """What is added to the layer's bias: a vector, blended by the same rule as the matrix."""
-        with self._reading:
-            updates, weights = [t.load_bias() for t in terms], [t.weight for t in terms]
+        updates, weights = [t.load_bias() for t in terms], [t.weight for t in terms]
         if self.options.method in ("linear", "cat"):
             total = sum(u.times(w).dense() for u, w in zip(updates, weights, strict=True))
         else:
@@ -187,18 +199,21 @@ def _finite(update: Update) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in update.tensors)
 
 
-@contextmanager
-def _workers(count: int, device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """A pool that shares torch's threads among its workers, and is left at once when something fails."""
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(max(1, count), "compose")
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, before // max(1, count)))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
+class _Work:
+    """One module's way through the stages; its factors are read where they are used, for they are small."""
+
+    def __init__(self, job: Composition, joint: Joint) -> None:
+        self.job, self.joint = job, joint
+        self.result: Any = None
+        dense = job.options.method in ELEMENTWISE or not joint.is_thin
+        self.cost = 4 * math.prod(joint.shape) if dense else _COPIES * joint.nbytes
+
+    def read(self) -> None:
+        """Nothing."""
+
+    def compute(self) -> None:
+        """Make the module."""
+        self.result = self.job.take(self.joint)
 
 
 def _choose(choice: RankChoice, core: Core) -> int:

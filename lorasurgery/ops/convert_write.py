@@ -15,6 +15,7 @@ from lorasurgery.adapters.loose_write import LooseFile
 from lorasurgery.adapters.module import Module
 from lorasurgery.adapters.peft_write import PeftLayout
 from lorasurgery.checkpoint.dtypes import torch_dtype
+from lorasurgery.checkpoint.output import Output
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.core import distance
 from lorasurgery.linalg.rank import RankChoice
@@ -29,7 +30,7 @@ from lorasurgery.ops.convert_dora import plain_lora
 from lorasurgery.ops.convert_modules import Assembly, is_zero, join_vectors, portable
 from lorasurgery.ops.extract_report import total_error
 from lorasurgery.ops.factored import Factored
-from lorasurgery.ops.layout import Layout, by_part, loose_layout, peft_folder, peft_layout, write_layout
+from lorasurgery.ops.layout import Layout, by_part, check_name, loose_layout, peft_folder, peft_layout, write_layout
 from lorasurgery.report import ModuleReport, Progress, Report
 
 
@@ -39,7 +40,10 @@ def carry_out(plan: Conversion, report: Report, out: Path, overwrite: bool, prog
     modules, report.modules = _modules(plan, torch.device(report.device), progress)
     layout, unseen = _layout(plan, modules)
     copies = tokenizer_files([plan.adapter]) if plan.options.to == "peft" else {}
-    report.bytes_written = write_layout(layout, out, overwrite, copies)
+    check_name(out, loose=layout.loose)
+    with Output(out, overwrite=overwrite) as output:
+        write_layout(layout, output, copies)
+    report.bytes_written = output.bytes_written
     report.bytes_read = plan.adapter.weights.bytes_read
     total_error(report)
     _tell(plan, report, unseen)

@@ -69,7 +69,8 @@ class Difference:
         """
         rows, columns, dtype = sum(p.size[0] for p in pieces), pieces[0].size[1], _wide(pieces)
         delta = self._take(rows * columns, dtype).view(rows, columns)
-        if not any([self._fill(part, p) for part, p in zip(_split(delta, pieces), pieces, strict=True)]):
+        differs = [self._fill(part, p) for part, p in zip(_split(delta, pieces), pieces, strict=True)]
+        if not any(differs):
             self.give(delta)
             return None
         return delta

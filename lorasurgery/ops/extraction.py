@@ -12,10 +12,10 @@ from lorasurgery.checkpoint.journal import Run
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError
 from lorasurgery.linalg.threads import team
+from lorasurgery.ops.difference import Difference
 from lorasurgery.ops.extract import ExtractOptions
 from lorasurgery.ops.extract_report import LeftOut
 from lorasurgery.ops.extract_write import AdapterDraft
-from lorasurgery.ops.difference import Difference
 from lorasurgery.ops.factored import brought
 from lorasurgery.ops.pair_work import Outcome, PairWork, difference_bytes, packed, unpacked
 from lorasurgery.ops.pairs import FACTORED, Pair
@@ -62,7 +62,7 @@ class Extraction:
                 self.job, wanted, [p.name for p in wanted], [p.nbytes for p in wanted], partial(packed, factors),
                 partial(unpacked, factors), self._accept, factors.sync, progress,
             )  # fmt: skip
-            load.work(Flow(self._room(wanted), (1, max(2, min(_LANES, threads)), 1)), partial(PairWork, self))
+            load.work(Flow(self._room(wanted), _lanes(threads)), partial(PairWork, self))
         if self.job.ranks.first:
             self._complete()
         return self.draft
@@ -121,3 +121,8 @@ class Extraction:
         costs = [p.count * sum(p.matrix) * self.draft.factor_dtype(p).itemsize for p in matrices]
         self.choice = brought(budget, costs, choice.max_rank)
         return budget
+
+
+def _lanes(threads: int) -> tuple[int, int, int]:
+    """Readers, pairs decomposed at a time and writers; one thread is kept to itself, with nothing beside it."""
+    return (1, min(_LANES, threads), 1) if threads > 1 else (0, 1, 1)

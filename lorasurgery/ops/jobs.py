@@ -20,6 +20,7 @@ from lorasurgery.checkpoint.writer import TensorFile, as_bytes
 from lorasurgery.errors import FormatError, SurgeryError
 from lorasurgery.linalg.norms import block_height
 from lorasurgery.linalg.rounding import Merger, Survival
+from lorasurgery.linalg.threads import own_stream
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.compute import apply_edit, placed
 from lorasurgery.ops.edits import Edit
@@ -169,7 +170,8 @@ class RowsJob:
     def _start(self) -> int:
         """Where the rows begin in the tensor as it is written, in bytes."""
         rows, columns = self.work.matrix
-        return (self.expert * rows + self.rows.start) * columns * self.work.dtype.itemsize
+        place: int = (self.expert * rows + self.rows.start) * columns * self.work.dtype.itemsize
+        return place
 
     def write(self) -> None:
         """Write the rows to their place."""
@@ -216,14 +218,12 @@ class WholeJob:
 
 
 def _on_device(merger: Merger, weight: Tensor, out: Tensor, first: int, device: torch.device) -> Survival:
-    """The same on a GPU: on this thread's own stream, so that copies of one piece overlap with the work of another."""
-    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else torch.device(device):
+    """The same on a GPU, from and to pinned memory."""
+    with own_stream(device):
         here = weight.to(device, non_blocking=True)
         result = torch.empty(out.shape, dtype=out.dtype, device=device)
         survival = merger.rows(here, result, first)
         out.copy_(result, non_blocking=True)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
     return survival
 
 

@@ -119,27 +119,23 @@ def loose_layout(file: LooseFile) -> Layout:
     return Layout((file.plan(SINGLE, tensors),), tensors, loose=True)
 
 
-def write_layout(layout: Layout, out: Path, overwrite: bool, copies: Mapping[str, Path]) -> int:
-    """Write a layout to a folder, or to a file where the format is one; returns the bytes written.
+def write_layout(layout: Layout, output: Output, copies: Mapping[str, Path]) -> None:
+    """Write a layout to a folder, or to a file where the format is one.
 
     Args:
         copies: Files that go along: name in the output -> source.
     """
-    check_name(out, loose=layout.loose)
-    single = out.suffix == ".safetensors"
-    files = [replace(f, name=out.name) for f in layout.files] if single else layout.files
-    with Output(out, overwrite=overwrite) as output:
-        for file in files:
-            with output.tensor_file(file) as writer:
-                for item in file.tensors:
-                    writer.write(item.name, layout.tensors[item.name])
-        if not single:
-            for name, source in copies.items():
-                output.copy_file(name, source)
-            for name, data in layout.beside.items():
-                output.write_bytes(name, data)
-        output.commit(last=next(iter(layout.beside), files[0].name))
-        return output.bytes_written
+    files = [replace(f, name=output.name) for f in layout.files] if output.single else layout.files
+    for file in files:
+        with output.tensor_file(file) as writer:
+            for item in file.tensors:
+                writer.write(item.name, layout.tensors[item.name])
+    if not output.single:
+        for name, source in copies.items():
+            output.copy_file(name, source)
+        for name, data in layout.beside.items():
+            output.write_bytes(name, data)
+    output.commit(last=next(iter(layout.beside), files[0].name))
 
 
 def check_name(out: Path, *, loose: bool) -> None:

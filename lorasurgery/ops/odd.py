@@ -9,8 +9,8 @@ from pathlib import Path
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.naming import BaseNames, is_head, module_of
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES
-from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.checkpoint.journal import PARTIAL
+from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import some
 from lorasurgery.ops.parameters import commonest_dtype

@@ -13,6 +13,7 @@ from lorasurgery.checkpoint.header import FLOAT_DTYPES
 from lorasurgery.linalg.blocks import Streamed
 from lorasurgery.linalg.norms import residual_norm, squared_norm
 from lorasurgery.linalg.svd import truncated_svd
+from lorasurgery.linalg.threads import own_stream
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.difference import Piece
 from lorasurgery.ops.expert_extraction import ExpertWork
@@ -51,6 +52,16 @@ class PairWork:
     @torch.inference_mode()
     def read(self) -> None:
         """Read and subtract both sides, where they can be compared."""
+        with own_stream(self.job.device):
+            self._read()
+
+    @torch.inference_mode()
+    def compute(self) -> None:
+        """Decompose the difference, or measure it."""
+        with own_stream(self.job.device):
+            self._compute()
+
+    def _read(self) -> None:
         pair, difference = self.pair, self.job.difference
         comparable = pair.base is not None and pair.base.shape == pair.tuned.shape
         if isinstance(pair, ExpertPair):
@@ -65,9 +76,7 @@ class PairWork:
             self._delta = difference.streamed(piece, (limit or 0) // 4) if large else difference.read(piece)
             self.result = Outcome(unchanged=1) if self._delta is None else None
 
-    @torch.inference_mode()
-    def compute(self) -> None:
-        """Decompose the difference, or measure it."""
+    def _compute(self) -> None:
         if isinstance(self.pair, ExpertPair):
             self.result = self._experts(self.pair)
         elif self.result is None:
@@ -93,9 +102,11 @@ class PairWork:
         if rank == 0:  # the bytes differ but the values do not (a signed zero)
             return Outcome(unchanged=1)
         alpha, scale = options.scaling(rank)
-        root = (found.s / scale).sqrt().to(delta.dtype)
+        root = (found.s / scale).sqrt().to(found.u)
         dtype = self.job.draft.factor_dtype(pair)
-        update = LowRank((found.u * root.to(found.u)).to(dtype), (root.to(found.vt)[:, None] * found.vt).to(dtype), scale)
+        update = LowRank(
+            (found.u * root.to(found.u)).to(dtype), (root.to(found.vt)[:, None] * found.vt).to(dtype), scale
+        )
         error = residual_norm(delta, update) / norm
         report = ModuleReport(
             pair.name.removesuffix(".weight"), (delta.shape[0], delta.shape[1]), kind=pair.treatment, rank=rank,

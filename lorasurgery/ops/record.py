@@ -21,7 +21,7 @@ from lorasurgery.errors import OutputError, SurgeryError
 from lorasurgery.hub.reference import cached_reference
 from lorasurgery.report import RECORD_NAME, Report, Source
 
-_HASHED_WHOLE = 10**9  # bytes of one input: more would cost a large operation a second reading
+_HASHED_WHOLE = 256 * 10**6  # bytes of one input: more would cost a large operation a second reading
 _KEPT = ("totals", "modules", "full", "left_out", "warnings")
 
 

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import UsageError
+from lorasurgery.ranks import ranks
 from lorasurgery.report import Report
 
 if TYPE_CHECKING:
@@ -25,8 +26,16 @@ def resolve_device(name: str) -> torch.device:
     import torch
 
     check_device_name(name)
+    here, count = ranks(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cuda" and count > 1 and here.size == 1:
+        raise UsageError(
+            f"--device cuda: this machine has {count} GPUs; `torchrun --nproc-per-node {count} -m lorasurgery …` uses "
+            "all of them, --device cuda:0 one"
+        )
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if count else "cpu"
+    if name == "cuda" and count:
+        name = f"cuda:{here.local % count}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from math import prod
 
 import torch
 
@@ -17,6 +16,7 @@ from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.linalg.rounding import Survival
 from lorasurgery.linalg.threads import team
 from lorasurgery.ops.apply import Recipe
+from lorasurgery.ops.edits import Edit
 from lorasurgery.ops.finish import describe, finish
 from lorasurgery.ops.jobs import CopyJob, Files, Rows, RowsJob, WholeJob, is_by_rows
 from lorasurgery.report import Progress, Report
@@ -87,21 +87,25 @@ class _Work:
         for tensor in tensors:
             edit = edits.get(tensor.name)
             as_is = edit is None and recipe.base.tensors[tensor.name].dtype == tensor.dtype
-            if copied and not (as_is and places[tensor.name] == places[copied[-1].name] + 1 and _follows(recipe, copied, tensor)):
+            if copied and not (
+                as_is and places[tensor.name] == places[copied[-1].name] + 1 and _follows(recipe, copied, tensor)
+            ):
                 yield CopyJob(recipe.base, copied, file, self.done)
                 copied = []
             if as_is:
                 copied.append(tensor)
-            elif is_by_rows(edit) and prod(tensor.shape):
+            elif is_by_rows(edit) and tensor.nbytes:
                 rows = Rows(recipe, edit, tensor, self.device, file, self.done)
                 yield from (RowsJob(rows, i, self.buffers) for i in range(len(rows.pieces)))
             else:
-                assert edit is not None or not prod(tensor.shape)
-                yield WholeJob(recipe, edit, tensor, self.device, file, self.done) if edit else CopyJob(
-                    recipe.base, [tensor], file, self.done
-                )
+                yield self._whole(edit, tensor, file)
         if copied:
             yield CopyJob(recipe.base, copied, file, self.done)
+
+    def _whole(self, edit: Edit | None, tensor: PlannedTensor, file: Files) -> Job:
+        if edit is None:  # a cast of nothing
+            return CopyJob(self.recipe.base, [tensor], file, self.done)
+        return WholeJob(self.recipe, edit, tensor, self.device, file, self.done)
 
     def file(self, planned: PlannedFile) -> TensorFile:
         """The output file, opened when the first of its tensors is written."""
