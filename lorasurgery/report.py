@@ -155,7 +155,8 @@ class Report:
     """What one command did: the same object feeds `--json`, the terminal and the tests.
 
     Over a folder of adapters, `adapters` holds a report for each, and `error` says why one of them failed. `sources`
-    are the inputs of what was written, `pushed` says where it was published.
+    are the inputs of what was written, `pushed` says where it was published, `resumed` how many tensors or modules an
+    interrupted run had finished already.
 
     >>> Report("merge", ["base", "adapter"], "out").to_dict()["command"]
     'merge'
@@ -171,6 +172,7 @@ class Report:
     bytes_read: int = 0
     bytes_written: int = 0
     peak_memory_bytes: int = 0
+    resumed: int = 0
     totals: dict[str, Any] = field(default_factory=dict)
     modules: list[ModuleReport] = field(default_factory=list)
     full: list[ModuleReport] = field(default_factory=list)

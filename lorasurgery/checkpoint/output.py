@@ -191,8 +191,9 @@ class Output:
     def _make(self, folder: Path) -> None:
         missing = [p for p in [folder, *folder.parents] if not p.exists()]
         for path in reversed(missing):
-            path.mkdir()
-            self._made.append(path)
+            with suppress(FileExistsError):  # another rank was faster
+                path.mkdir()
+                self._made.append(path)
 
     def _count(self, written: int) -> None:
         with self._lock:

@@ -79,24 +79,51 @@ def truncated_svd(
         Directions with σ above the rounding noise only, so the rank can be lower than asked for, even 0.
     """
     matrix = blocked(delta)
-    total = squared_norm(matrix)
-    if not math.isfinite(total):
-        raise SurgeryError("the difference is not finite: one of the two checkpoints holds NaN or infinity here")
+    total = finite(squared_norm(matrix))
     if total == 0:
-        return _nothing(matrix)
+        return nothing(matrix.shape, matrix.dtype, matrix.device)
     found = None
     if method != "exact" and (method == "randomized" or min(matrix.shape) > _SMALL):
         found = randomized_svd(matrix, choice, total, seed=seed, gain=gain)
     if found is None:
         found = exact_svd(dense(matrix), total)
-    chosen = choice.choose(found.s.square().tolist(), found.total)
-    rank = len(found.s) if chosen is None else chosen
-    noise = numerical_rank(found.s.tolist(), max(matrix.shape), torch.finfo(matrix.dtype).eps)
+    return chosen(found, choice)
+
+
+def finite(total: float) -> float:
+    """‖ΔW‖² as it is, or the reason why there can be no decomposition.
+
+    >>> finite(4.0)
+    4.0
+
+    Raises:
+        SurgeryError: it is NaN or infinite.
+    """
+    if not math.isfinite(total):
+        raise SurgeryError("the difference is not finite: one of the two checkpoints holds NaN or infinity here")
+    return total
+
+
+def chosen(found: TruncatedSVD, choice: RankChoice) -> TruncatedSVD:
+    """The directions that `choice` asks for, as far as they stand above the rounding noise of U's dtype.
+
+    >>> len(chosen(exact_svd(torch.diag(torch.tensor([2.0, 1.0, 1e-9]))), RankChoice(rank=3)).s)
+    2
+    """
+    wanted = choice.choose(found.s.square().tolist(), found.total)
+    rank = len(found.s) if wanted is None else wanted
+    size = max(found.u.shape[0], found.vt.shape[1])
+    noise = numerical_rank(found.s.tolist(), size, torch.finfo(found.u.dtype).eps)
     return found.truncate(min(rank, noise))
 
 
-def _nothing(matrix: Blocks) -> TruncatedSVD:
-    u, v = (torch.empty(side, 0, dtype=matrix.dtype, device=matrix.device) for side in matrix.shape)
+def nothing(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> TruncatedSVD:
+    """The decomposition of zero: no directions.
+
+    >>> nothing((2, 3), torch.float32, torch.device("cpu")).error
+    0.0
+    """
+    u, v = (torch.empty(side, 0, dtype=dtype, device=device) for side in shape)
     return TruncatedSVD(u, torch.zeros(0, dtype=torch.float64), v.mT, 0.0)
 
 

@@ -179,8 +179,7 @@ def _run(
     job.ranks.wait()
     report.bytes_written = output.bytes_written
     report.bytes_read = sum(a.weights.bytes_read for a in sources)
-    if job.resumed:
-        report.totals["resumed"] = job.resumed
+    report.resumed = job.resumed
     if job.ranks.first:
         _summarise(report, draft, options)
 

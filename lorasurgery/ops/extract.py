@@ -138,6 +138,5 @@ def _carry_out(
             write_adapter(draft, tuned, output)
         report.bytes_written = output.bytes_written
     run.ranks.wait()
-    if run.resumed:
-        report.totals["resumed"] = run.resumed
+    report.resumed = run.resumed
     return job

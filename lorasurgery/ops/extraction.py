@@ -17,7 +17,8 @@ from lorasurgery.ops.extract import ExtractOptions
 from lorasurgery.ops.extract_report import LeftOut
 from lorasurgery.ops.extract_write import AdapterDraft
 from lorasurgery.ops.factored import brought
-from lorasurgery.ops.pair_work import Outcome, PairWork, difference_bytes, packed, unpacked
+from lorasurgery.ops.pair_groups import plan_groups, work_cost, work_on
+from lorasurgery.ops.pair_work import Outcome, packed, unpacked
 from lorasurgery.ops.pairs import FACTORED, Pair
 from lorasurgery.ops.spill import spill
 from lorasurgery.ops.workload import Workload
@@ -62,7 +63,9 @@ class Extraction:
                 self.job, wanted, [p.name for p in wanted], [p.nbytes for p in wanted], partial(packed, factors),
                 partial(unpacked, factors), self._accept, factors.sync, progress,
             )  # fmt: skip
-            load.work(Flow(self._room(wanted), _lanes(threads)), partial(PairWork, self))
+            groups = plan_groups(wanted, self.device, self.options.svd, self.limit)
+            room = self._room([work_cost([wanted[i] for i in g]) for g in groups])
+            load.work(Flow(room, _lanes(threads)), partial(work_on, self), groups)
         if self.job.ranks.first:
             self._complete()
         return self.draft
@@ -77,9 +80,9 @@ class Extraction:
         if self.options.uniform_rank:
             self.draft.pad()
 
-    def _room(self, pairs: Sequence[Pair]) -> int:
+    def _room(self, costs: Sequence[int]) -> int:
         """Two of the largest differences: one is read while the other is decomposed; of small ones, more."""
-        return self.limit or max(2 * max((difference_bytes(p) for p in pairs), default=0), _LEAST)
+        return self.limit or max(2 * max(costs, default=0), _LEAST)
 
     def _accept(self, pair: Pair, outcome: Outcome) -> None:
         """Take what one pair gave, in the order of the pairs."""

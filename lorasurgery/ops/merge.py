@@ -84,7 +84,8 @@ def merge(
         report.device = str(chosen)
         options = {"block_weights": tuple(block_weights), "max_shard_size": max_shard_size}
         carry_out(recipe, report, options, chosen, progress, resume=resume)
-        judge_retention(report, recipe)
+        if ranks().first:
+            judge_retention(report, recipe)
     return clock.stamp(report)
 
 
@@ -103,8 +104,7 @@ def carry_out(
     options["weights"] = report.totals["weights"]
     job = start_run(report.command, recipe.out, report.inputs, options, device, resume=resume, ranks=ranks())
     run(recipe, job, report, device, progress)
-    if job.resumed:
-        report.totals["resumed"] = job.resumed
+    report.resumed = job.resumed
 
 
 def check_weights(weights: Sequence[float], adapters: int) -> list[float]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorasurgery.checkpoint.header import FLOAT_DTYPES
 from lorasurgery.linalg.blocks import Streamed
 from lorasurgery.linalg.norms import residual_norm, squared_norm
-from lorasurgery.linalg.svd import truncated_svd
+from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.linalg.threads import own_stream
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.difference import Piece
@@ -95,26 +95,29 @@ class PairWork:
         return Outcome(found, unchanged=len(pair.members) - (len(found.shares) if found else 0))
 
     def _factor(self, delta: Tensor | Streamed) -> Outcome:
-        pair, options = self.pair, self.job.options
-        found = truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed)
-        rank = len(found.s)
-        norm = math.sqrt(found.total)
-        if rank == 0:  # the bytes differ but the values do not (a signed zero)
-            return Outcome(unchanged=1)
-        alpha, scale = options.scaling(rank)
-        root = (found.s / scale).sqrt().to(found.u)
-        dtype = self.job.draft.factor_dtype(pair)
-        update = LowRank(
-            (found.u * root.to(found.u)).to(dtype), (root.to(found.vt)[:, None] * found.vt).to(dtype), scale
+        options = self.job.options
+        return factored(
+            self.job, self.pair, delta, truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed)
         )
-        error = residual_norm(delta, update) / norm
-        report = ModuleReport(
-            pair.name.removesuffix(".weight"), (delta.shape[0], delta.shape[1]), kind=pair.treatment, rank=rank,
-            alpha=alpha, delta_norm=norm, error=error, energy=1 - error**2,
-        )  # fmt: skip
-        kept = update.transposed if pair.treatment in ("conv1d", "embedding") else update
-        kept = LowRank(kept.up.cpu().contiguous(), kept.down.cpu().contiguous(), kept.scale)
-        return Outcome(Factored(report, kept, found.s.square().tolist()))
+
+
+def factored(job: Extraction, pair: Pair, delta: Tensor | Streamed, found: TruncatedSVD) -> Outcome:
+    """The factors of a decomposed pair as they will be written, with the error measured on them."""
+    rank, norm = len(found.s), math.sqrt(found.total)
+    if rank == 0:  # the bytes differ but the values do not (a signed zero)
+        return Outcome(unchanged=1)
+    alpha, scale = job.options.scaling(rank)
+    root = (found.s / scale).sqrt().to(found.u)
+    dtype = job.draft.factor_dtype(pair)
+    update = LowRank((found.u * root).to(dtype), (root[:, None] * found.vt).to(dtype), scale)
+    error = residual_norm(delta, update) / norm
+    report = ModuleReport(
+        pair.name.removesuffix(".weight"), (delta.shape[0], delta.shape[1]), kind=pair.treatment, rank=rank,
+        alpha=alpha, delta_norm=norm, error=error, energy=1 - error**2,
+    )  # fmt: skip
+    kept = update.transposed if pair.treatment in ("conv1d", "embedding") else update
+    kept = LowRank(kept.up.cpu().contiguous(), kept.down.cpu().contiguous(), kept.scale)
+    return Outcome(Factored(report, kept, found.s.square().tolist()))
 
 
 def difference_bytes(pair: Pair) -> int:

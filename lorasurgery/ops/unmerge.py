@@ -17,6 +17,7 @@ from lorasurgery.ops.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.merge import carry_out, check_weights, start_report
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
+from lorasurgery.ranks import ranks
 from lorasurgery.report import ModuleReport, Progress, Report
 
 
@@ -79,7 +80,8 @@ def unmerge(
         report.device = str(chosen)
         options = {"block_weights": tuple(block_weights), "max_shard_size": max_shard_size}
         carry_out(recipe, report, options, chosen, progress, resume=resume)
-        _summarise(report)
+        if ranks().first:
+            _summarise(report)
     return clock.stamp(report)
 
 

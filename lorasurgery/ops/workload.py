@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,10 +18,10 @@ R = TypeVar("R")
 
 
 class Step(Protocol):
-    """The work on one module.
+    """The work on one module, or on several that are taken together.
 
     Attributes:
-        cost: Bytes of memory that it holds. result: What came out, after compute().
+        cost: Bytes of memory that it holds. result: What came out, after compute(); of several modules, a list.
     """
 
     cost: int
@@ -61,16 +62,24 @@ class Workload(Generic[T, R]):
     _done: int = 0
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def work(self, flow: Flow, step: Callable[[T], Step]) -> None:
+    def work(self, flow: Flow, step: Callable[..., Step], groups: Sequence[Sequence[int]] | None = None) -> None:
         """Do this rank's share of what is missing, wait for the others, and take all results on the first rank.
+
+        Args:
+            step: Given an item, or all those of a group, the work on it.
+            groups: Which items are taken together, by their places; each is in one group. A group of which anything
+                is missing is done whole, so that its results are those of a run without a break.
 
         Raises:
             SurgeryError: naming the module that failed.
         """
-        todo = [i for i, name in enumerate(self.names) if name not in self.run.done]
-        mine = self.run.ranks.mine(todo, [self.sizes[i] for i in todo])
-        self._total = sum(self.sizes[i] for i in mine)
-        flow.run(_Job(self, i, step(self.items[i])) for i in mine)
+        groups = [(i,) for i in range(len(self.items))] if groups is None else groups
+        missing = {i for i, name in enumerate(self.names) if name not in self.run.done}
+        todo = [g for g in groups if not missing.isdisjoint(g)]
+        sizes = [sum(self.sizes[i] for i in g if i in missing) for g in todo]
+        mine = self.run.ranks.mine(list(range(len(todo))), sizes)
+        self._total = sum(sizes[n] for n in mine)
+        flow.run(_Job(self, todo[n], missing, step(*(self.items[i] for i in todo[n]))) for n in mine)
         self.run.synced(self.sync)
         done = self.run.gather()
         if self.run.ranks.first:
@@ -103,10 +112,10 @@ class Workload(Generic[T, R]):
 
 
 class _Job:
-    """One module on its way through the stages."""
+    """One module, or a group of them, on its way through the stages."""
 
-    def __init__(self, load: Workload[Any, Any], index: int, step: Step) -> None:
-        self.load, self.index, self.step, self.cost = load, index, step, step.cost
+    def __init__(self, load: Workload[Any, Any], group: Sequence[int], missing: set[int], step: Step) -> None:
+        self.load, self.group, self.missing, self.step, self.cost = load, group, missing, step, step.cost
 
     def read(self) -> None:
         """The step's own."""
@@ -117,12 +126,31 @@ class _Job:
         self._named(self.step.compute)
 
     def write(self) -> None:
-        """Hand the result on."""
-        self.load.finish(self.index, self.step.result)
+        """Hand the results on that were missing."""
+        results = [self.step.result] if len(self.group) == 1 else self.step.result
+        for index, result in zip(self.group, results, strict=True):
+            if index in self.missing:
+                self.load.finish(index, result)
         self.step.result = None
 
     def _named(self, work: Callable[[], None]) -> None:
-        try:
+        """Name the module that fails; of several, the step itself says which."""
+        if len(self.group) == 1:
+            with named(self.load.names[self.group[0]]):
+                work()
+        else:
             work()
-        except SurgeryError as problem:
-            raise type(problem)(f"{self.load.names[self.index]}: {problem}") from None
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put a module's name before the message of what fails.
+
+    Example:
+        with named("lm_head.weight"):
+            decompose()
+    """
+    try:
+        yield
+    except SurgeryError as problem:
+        raise type(problem)(f"{name}: {problem}") from None
