@@ -28,7 +28,7 @@ from torch import Tensor
 if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from benchmarks import page
-from benchmarks.measure import Run, run
+from benchmarks.measure import run
 from benchmarks.options import Options
 from lorasurgery.checkpoint.reader import Checkpoint
 
@@ -115,7 +115,7 @@ def fastsafetensors_bounded(path: Path) -> Iterator[int]:
 
     loader = ParallelLoader(
         None, [str(f) for f in files(path)], device="cpu", nogds=True, queue_size=-1, use_tqdm_on_load=False,
-        max_batch_bytes=largest(path), accumulate_resident=False, borrowed_tensors=True,
+        max_batch_bytes=max(sizes(path)), accumulate_resident=False, borrowed_tensors=True,
     )  # fmt: skip
     yield from (use(tensor) for _, tensor in loader.iterate_weights())
     loader.close()
@@ -131,6 +131,8 @@ def runai(path: Path, owned: bool = True) -> Iterator[int]:
 
 
 FAST, RUNAI = "fastsafetensors", "runai-model-streamer"
+CACHED = {"FASTSAFETENSORS_ODIRECT": "0"}
+SMALL = {"RUNAI_STREAMER_MEMORY_LIMIT": "0", "RUNAI_STREAMER_FS_STRATEGY": "sync_buffered"}
 READERS = (
     Reader("plain reads of 16 MB, the limit", plain),
     Reader("ours, 8 MB pieces, 1 thread", lambda p: in_pieces(p, 1)),
@@ -138,15 +140,10 @@ READERS = (
     Reader("ours, whole tensors in new memory", whole),
     Reader("safetensors, get_tensor", safetensors, "safetensors"),
     Reader("fastsafetensors, its defaults, a file at a time", fastsafetensors, FAST),
-    Reader(
-        "fastsafetensors, least memory, page cache", fastsafetensors_bounded, FAST, {"FASTSAFETENSORS_ODIRECT": "0"}
-    ),
+    Reader("fastsafetensors, least memory, page cache", fastsafetensors_bounded, FAST, CACHED),
     Reader("runai-model-streamer, its defaults", runai, RUNAI),
-    Reader(
-        "runai-model-streamer, least memory, page cache", lambda p: runai(p, owned=False), RUNAI,
-        {"RUNAI_STREAMER_MEMORY_LIMIT": "0", "RUNAI_STREAMER_FS_STRATEGY": "sync_buffered"},
-    ),
-)  # fmt: skip
+    Reader("runai-model-streamer, least memory, page cache", lambda p: runai(p, owned=False), RUNAI, SMALL),
+)
 
 
 def files(path: Path) -> list[Path]:
@@ -154,14 +151,9 @@ def files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
-def data_bytes(path: Path) -> int:
-    """Bytes of all tensors."""
-    return Checkpoint.open(path).nbytes
-
-
-def largest(path: Path) -> int:
-    """Bytes of its largest tensor."""
-    return max(info.nbytes for info in Checkpoint.open(path).tensors.values())
+def sizes(path: Path) -> list[int]:
+    """Bytes of every tensor."""
+    return [info.nbytes for info in Checkpoint.open(path).tensors.values()]
 
 
 def installed(package: str) -> str | None:
@@ -172,26 +164,24 @@ def installed(package: str) -> str | None:
         return None
 
 
-def forget(path: Path) -> None:
-    """Ask the system to drop the files from its page cache."""
-    for file in files(path):
+def prepare(path: Path, cache: str) -> None:
+    """Bring the files into the page cache, or ask the system to drop them from it."""
+    for _ in plain(path) if cache == "warm" else ():
+        pass
+    for file in files(path) if cache == "cold" else ():
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
-def measure(path: Path, cache: str, runs: int, logs: Path) -> Iterator[list[str]]:
+def measure(path: Path, cache: str, runs: int, logs: Path) -> list[list[str]]:
     """Rows of the table: a reader, its speed and its memory, or that it isn't there."""
-    there = [r for r in READERS if installed(r.package)]
-    found: dict[str, list[tuple[float, Run]]] = {r.name: [] for r in there}
-    size, sums = data_bytes(path), set()
+    there = {i: r for i, r in enumerate(READERS) if installed(r.package)}
+    speeds, peaks, sums = {i: [0.0] * 0 for i in there}, {i: [0] * 0 for i in there}, set()
     for _ in range(runs):
-        for _ in plain(path):
-            pass
-        for reader in there:
-            if cache == "cold":
-                forget(path)
-            me = [sys.executable, "-m", "benchmarks.readers", str(path), "--only", str(READERS.index(reader))]
+        for i, reader in there.items():
+            prepare(path, cache)
+            me = [sys.executable, "-m", "benchmarks.readers", str(path), "--only", str(i)]
             done = run(me, logs / "readers", reader.env)
             if done.status:
                 raise SystemExit(f"{reader.name}: {done.output}")
@@ -199,20 +189,31 @@ def measure(path: Path, cache: str, runs: int, logs: Path) -> Iterator[list[str]
             sums.add(told["sum"])
             if len(sums) > 1:
                 raise SystemExit(f"{reader.name}: read other bytes than the readers before it")
-            found[reader.name].append((size / told["seconds"] / 1e9, done))
-            print(f"{reader.name}: {found[reader.name][-1][0]:.2f} GB/s", file=sys.stderr)
-    for reader in READERS:
-        speeds = [speed for speed, _ in found.get(reader.name, [])]
-        if speeds:
-            peak = max(r.peak_bytes for _, r in found[reader.name])
-            span = f"{min(speeds):.2f}–{max(speeds):.2f}"
-            yield [reader.name, f"{statistics.median(speeds):.2f}", span, page.megabytes(peak)]
-        else:
-            yield [reader.name, "not installed", "", ""]
+            speeds[i].append(sum(sizes(path)) / told["seconds"] / 1e9)
+            peaks[i].append(done.peak_bytes)
+            print(f"{reader.name}: {speeds[i][-1]:.2f} GB/s", file=sys.stderr)
+    return [_row(reader.name, speeds.get(i, []), peaks.get(i, [])) for i, reader in enumerate(READERS)]
+
+
+def _row(name: str, speeds: list[float], peaks: list[int]) -> list[str]:
+    if not speeds:
+        return [name, "not installed", "", ""]
+    span = f"{min(speeds):.2f}–{max(speeds):.2f}"
+    return [name, f"{statistics.median(speeds):.2f}", span, page.megabytes(max(peaks))]
+
+
+def only(reader: Reader, path: Path) -> None:
+    """Read once and print seconds and the sum."""
+    if reader.package != "lorasurgery":
+        __import__(reader.package.replace("-", "_"))
+    torch.set_num_threads(1)  # adding up takes the same everywhere
+    start = time.perf_counter()
+    found = sum(reader.read(path)) & MASK
+    print(json.dumps({"seconds": time.perf_counter() - start, "sum": found}))
 
 
 def main() -> None:
-    """Measure and print a table of Markdown, or read once and print seconds and the sum."""
+    """Measure and print a table of Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm")
@@ -221,19 +222,15 @@ def main() -> None:
     args = parser.parse_args()
     path = args.checkpoint.resolve()
     if args.only is not None:
-        reader = READERS[args.only]
-        if reader.package != "lorasurgery":
-            __import__(reader.package.replace("-", "_"))
-        torch.set_num_threads(1)  # adding up takes the same everywhere
-        start = time.perf_counter()
-        found = sum(reader.read(path)) & MASK
-        print(json.dumps({"seconds": time.perf_counter() - start, "sum": found}))
+        only(READERS[args.only], path)
         return
-    rows = list(measure(path, args.cache, args.runs, Options.work / "logs"))
+    rows, tensors = measure(path, args.cache, args.runs, Options.work / "logs"), sizes(path)
     print("\n".join(page.table([f"{args.cache} page cache", "GB/s", "min–max", "peak MB"], rows)))
     versions = {p: installed(p) for p in ("lorasurgery", "torch", "safetensors", FAST, RUNAI)}
-    print(f"\n{data_bytes(path) / 1e9:.2f} GB in {len(files(path))} files, largest tensor {page.megabytes(largest(path))} MB; "
-          + ", ".join(f"{name} {found}" for name, found in versions.items() if found))  # fmt: skip
+    print(
+        f"\n{sum(tensors) / 1e9:.2f} GB in {len(files(path))} files, largest tensor {page.megabytes(max(tensors))} MB; "
+        + ", ".join(f"{name} {found}" for name, found in versions.items() if found)
+    )
 
 
 if __name__ == "__main__":

@@ -61,11 +61,12 @@ def _by_gram(a: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         v, s, u = _by_gram(a.mT, count)
         return u, s, v
     gram = a @ a.mT  # (B, m, n) @ (B, n, m) -> (B, m, m)
-    x = torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :count]
+    x = torch.linalg.eigh(gram).eigenvectors[..., -count:].flip(-1)
     del gram
     z = a.mT @ x  # (B, n, m) @ (B, m, count) -> (B, n, count)
     s, order = torch.linalg.vector_norm(z, dim=1).sort(dim=1, descending=True)  # among equals, rounding may turn them
-    x, z = (side.take_along_dim(order[:, None], dim=2) for side in (x, z))
+    x = x.take_along_dim(order[:, None], dim=2)
+    z = z.take_along_dim(order[:, None], dim=2)
     return x, s, z.mul_(torch.where(s > 0, 1 / s, 0.0)[:, None])
 
 

@@ -186,7 +186,7 @@ def add_updates(
 
 
 def set_values(
-    weight: Tensor, values: Tensor, dtype: torch.dtype, *, rounding: Rounding = "nearest", seed: int = 0
+    weight: Tensor, values: Tensor, dtype: torch.dtype, *, rounding: Rounding = "nearest", seed: int = 0, first: int = 0
 ) -> tuple[Tensor, Survival]:
     """round(values), and what survives of the update values − weight: for merges that are more than a sum.
 
@@ -195,11 +195,12 @@ def set_values(
 
     Args:
         weight: W (m, n), any floating dtype. values: (m, n), float32 or float64.
+        first: Which row of the whole weight they begin with, where a block begins.
     """
-    generator = draws(weight.device, seed) if rounding == "stochastic" else None
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     survival = Survival(0.0, 0.0, 0.0)
     for rows in row_blocks(weight):
+        generator = draws(weight.device, seed, first + rows.start) if rounding == "stochastic" else None
         old = weight[rows].to(values.dtype)
         out[rows] = round_to(values[rows], dtype, generator)
         survival = survival + _survived(old, values[rows] - old, out[rows].to(old.dtype, copy=True))

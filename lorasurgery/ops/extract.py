@@ -17,7 +17,7 @@ from lorasurgery.ops.extract_report import plan_report, summarise
 from lorasurgery.ops.pairs import Pair, Selection, plan_pairs
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
-from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
+from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.ranks import ranks
 from lorasurgery.report import Progress, Report
 
@@ -99,6 +99,7 @@ def extract(
     clock, options = Clock(), options or ExtractOptions()
     options.check()
     check_device_name(device)
+    check_memory_limit(memory_limit)
     out = Path(out)
     if out.suffix == ".safetensors":
         raise UsageError(f"{out}: an adapter is a folder (config and weights); give a folder name")

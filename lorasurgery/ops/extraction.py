@@ -82,7 +82,9 @@ class Extraction:
 
     def _room(self, costs: Sequence[int]) -> int:
         """Two of the largest differences: one is read while the other is decomposed; of small ones, more."""
-        return self.limit or max(2 * max(costs, default=0), _LEAST)
+        if self.limit:
+            return self.limit // 2
+        return max(2 * max(costs, default=0), _LEAST)
 
     def _accept(self, pair: Pair, outcome: Outcome) -> None:
         """Take what one pair gave, in the order of the pairs."""

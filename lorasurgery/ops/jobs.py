@@ -6,6 +6,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from lorasurgery.linalg.threads import own_stream
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.compute import apply_edit, placed
 from lorasurgery.ops.edits import Edit
+from lorasurgery.ops.turns import Turns, is_by_row
 
 PIECE = 8 << 20  # bytes of a weight that are read, merged and written together
 Files = Callable[[], TensorFile]
@@ -69,10 +71,14 @@ class Rows:
         self.recipe, self.edit, self.tensor, self.device, self.file, self.done = (
             recipe, edit, tensor, device, file, done
         )  # fmt: skip
-        self.info: TensorInfo = recipe.base.tensors[edit.source.name if edit and edit.source else tensor.name]
+        self.weights, name = recipe.base, edit.source.name if edit and edit.source else tensor.name
+        if edit and edit.replacement:
+            held = edit.replacement.adapter
+            self.weights, name = held.weights, held.replaced[edit.replacement.name]
+        self.info: TensorInfo = self.weights.tensors[name]
         self.source, self.dtype = torch_dtype(self.info.dtype), torch_dtype(tensor.dtype)
         self.stacked = edit is not None and any(c.stacked for c in edit.contributions)
-        self._mergers: dict[int, Merger] = {}
+        self._mergers: dict[int, Merger | Turns] = {}
         self._found: dict[int, Survival] = {}
         self._lock = threading.Lock()
         self.pieces = list(self._pieces())
@@ -92,24 +98,27 @@ class Rows:
             for start in range(0, rows, many):
                 yield expert, slice(start, min(start + many, rows))
 
-    def merger(self, expert: int) -> Merger:
+    def merger(self, expert: int) -> Merger | Turns:
         """What is added to one matrix; the factors are read when the first piece needs them."""
         with self._lock:
             if expert not in self._mergers:
                 self._mergers[expert] = self._load(expert)
             return self._mergers[expert]
 
-    def _load(self, expert: int) -> Merger:
+    def _load(self, expert: int) -> Merger | Turns:
         contributions = self.edit.contributions if self.edit else []
+        seed = self.recipe.seed ^ zlib.crc32(self.tensor.name.encode())
+        how: dict[str, Any] = {"rounding": self.recipe.rounding, "seed": seed + expert}
+        if self.edit and any(c.decomposes for c in contributions):
+            return Turns(self.edit, self.matrix[0], self.source, self.dtype, self.device, **how)
         if self.stacked:
             updates = [c.load(expert) for c in contributions]
         else:
             updates = [placed(c, self.matrix[0]) for c in contributions]
-        seed = self.recipe.seed ^ zlib.crc32(self.tensor.name.encode())
         on_device = [u.to(self.device) for u in updates]
         if self.device.type == "cuda":  # others use them on streams of their own
             torch.cuda.current_stream(self.device).synchronize()
-        return Merger(self.source, on_device, self.dtype, rounding=self.recipe.rounding, seed=seed + expert)
+        return Merger(self.source, on_device, self.dtype, **how)
 
     def finish(self, piece: int, survival: Survival) -> None:
         """Count a piece as written; after the last one the tensor is done."""
@@ -138,7 +147,7 @@ class RowsJob:
         size = self.count * self.work.source.itemsize
         self._in = self.buffers.take(size)
         start = (self.expert * self.work.matrix[0] + self.rows.start) * self.work.matrix[1] * self.work.source.itemsize
-        self.work.recipe.base.fill(self.work.info.name, as_bytes(self._in[:size]), start)
+        self.work.weights.fill(self.work.info.name, as_bytes(self._in[:size]), start)
 
     @torch.inference_mode()
     def compute(self) -> None:
@@ -184,7 +193,7 @@ class RowsJob:
 
 
 class WholeJob:
-    """A tensor that only makes sense as a whole: DoRA, rows that are replaced, a tensor that is stored whole."""
+    """A tensor that only makes sense as a whole: with rows that are replaced, or norms of columns."""
 
     def __init__(
         self, recipe: Recipe, edit: Edit, tensor: PlannedTensor, device: torch.device, file: Files, done: Done
@@ -192,7 +201,7 @@ class WholeJob:
         self.recipe, self.edit, self.tensor, self.device, self.file, self.done = (
             recipe, edit, tensor, device, file, done
         )  # fmt: skip
-        self.cost = tensor.nbytes + 8 * prod(tensor.shape)  # the weight as stored and twice in float32
+        self.cost = whole_bytes(tensor)
 
     def read(self) -> None:
         """Nothing: what must be read is known when it is computed."""
@@ -217,7 +226,7 @@ class WholeJob:
         self.done(self.tensor.name, self.survival if self.edit.contributions else None)
 
 
-def _on_device(merger: Merger, weight: Tensor, out: Tensor, first: int, device: torch.device) -> Survival:
+def _on_device(merger: Merger | Turns, weight: Tensor, out: Tensor, first: int, device: torch.device) -> Survival:
     """The same on a GPU, from and to pinned memory."""
     with own_stream(device):
         here = weight.to(device, non_blocking=True)
@@ -227,13 +236,22 @@ def _on_device(merger: Merger, weight: Tensor, out: Tensor, first: int, device: 
     return survival
 
 
+def whole_bytes(tensor: PlannedTensor) -> int:
+    """Memory that a tensor taken as a whole needs: as it is stored, and twice in float32."""
+    return tensor.nbytes + 8 * prod(tensor.shape)
+
+
 def is_by_rows(edit: Edit | None) -> bool:
-    """Whether rows can be merged on their own: nothing but sums, and no tensor in the weight's place."""
+    """Whether rows can be merged on their own, whatever is in the others."""
     if edit is None:
         return True
-    plain = edit.replacement is None and not edit.rows and edit.source is not None and edit.source.shape == edit.shape
+    new = edit.replacement
+    start = edit.source if new is None else new.info if new.weight == 1 else None
     return (
-        plain
-        and not any(c.decomposes for c in edit.contributions)
+        start is not None
+        and start.shape == edit.shape
+        and start.is_float
+        and not edit.rows
+        and all(is_by_row(c) for c in edit.contributions)
         and len({c.stacked for c in edit.contributions}) <= 1  # one and all experts of a tensor: the whole tensor
     )

@@ -15,7 +15,7 @@ from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
-from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
+from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.ranks import ranks
 from lorasurgery.report import Progress, Report
 
@@ -69,6 +69,7 @@ def merge(
     clock = Clock()
     strengths = check_weights(weights, len(adapters))
     check_device_name(device)
+    check_memory_limit(memory_limit)
     checkpoint, opened = Checkpoint.open(base), [open_adapter(a) for a in adapters]
     check_output(Path(out), [Path(base), *map(Path, adapters)], overwrite, resume=resume)
     plan = weighed_plan(checkpoint, opened, strengths, block_weights)

@@ -15,7 +15,7 @@ from lorasurgery.linalg.norms import squared_norm
 from lorasurgery.linalg.svd import TruncatedSVD, finite
 from lorasurgery.linalg.threads import own_stream
 from lorasurgery.ops.difference import Piece
-from lorasurgery.ops.pair_work import Outcome, PairWork, difference_bytes, factored
+from lorasurgery.ops.pair_work import Outcome, PairWork, difference_bytes, outcome_of
 from lorasurgery.ops.pairs import FACTORED, Pair
 from lorasurgery.ops.workload import Step, named
 
@@ -107,7 +107,7 @@ class GroupWork:
         assert self._delta is not None
         stack = self._delta.view(len(self.pairs), *self.pairs[0].matrix)
         return [
-            factored(self.job, pair, delta, found)
+            outcome_of(self.job, pair, delta, found)
             for pair, delta, found in zip(self.pairs, stack, self._decomposed(stack), strict=True)
         ]
 

@@ -72,7 +72,7 @@ class PairWork:
             self.result = Outcome(unchanged=int(difference.same_bytes(pair.base, pair.tuned)))
         else:
             piece, limit = Piece(pair.base, pair.tuned), self.job.limit
-            large = limit is not None and self.cost > limit // 2
+            large = limit is not None and self.cost > limit // 4
             self._delta = difference.streamed(piece, (limit or 0) // 4) if large else difference.read(piece)
             self.result = Outcome(unchanged=1) if self._delta is None else None
 
@@ -96,12 +96,12 @@ class PairWork:
 
     def _factor(self, delta: Tensor | Streamed) -> Outcome:
         options = self.job.options
-        return factored(
+        return outcome_of(
             self.job, self.pair, delta, truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed)
         )
 
 
-def factored(job: Extraction, pair: Pair, delta: Tensor | Streamed, found: TruncatedSVD) -> Outcome:
+def outcome_of(job: Extraction, pair: Pair, delta: Tensor | Streamed, found: TruncatedSVD) -> Outcome:
     """The factors of a decomposed pair as they will be written, with the error measured on them."""
     rank, norm = len(found.s), math.sqrt(found.total)
     if rank == 0:  # the bytes differ but the values do not (a signed zero)

@@ -14,6 +14,7 @@ from lorasurgery.report import Report
 if TYPE_CHECKING:
     import torch
 
+LEAST_MEMORY = 64 * 10**6
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -50,6 +51,12 @@ def check_device_name(name: str) -> None:
     """Refuse a device name that no machine has, without importing torch."""
     if not DEVICE.fullmatch(name):
         raise UsageError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+
+
+def check_memory_limit(limit: int | None) -> None:
+    """Refuse a limit that leaves no room to work in."""
+    if limit is not None and limit < LEAST_MEMORY:
+        raise UsageError(f"--memory-limit: {limit:,} bytes are too few to work in; give at least 64MB")
 
 
 def peak_memory() -> int:

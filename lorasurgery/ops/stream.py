@@ -13,12 +13,13 @@ from lorasurgery.checkpoint.journal import Run
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.writer import TensorFile
+from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rounding import Survival
 from lorasurgery.linalg.threads import team
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.edits import Edit
 from lorasurgery.ops.finish import describe, finish
-from lorasurgery.ops.jobs import CopyJob, Files, Rows, RowsJob, WholeJob, is_by_rows
+from lorasurgery.ops.jobs import CopyJob, Files, Rows, RowsJob, WholeJob, is_by_rows, whole_bytes
 from lorasurgery.report import Progress, Report
 
 ROOM = 96 << 20  # bytes of weights on their way
@@ -28,12 +29,13 @@ _RUN = 256 << 20  # bytes that are copied in one go
 
 def run(recipe: Recipe, journal: Run, report: Report, device: torch.device, progress: Progress | None) -> None:
     """Stream the checkpoint through the recipe into the output, which appears whole or not at all."""
+    _check_limit(recipe)
     journal.ranks.wait()  # until all have seen the output as it was
     with Output(recipe.out, overwrite=recipe.overwrite, run=journal) as output:
         work = _Work(recipe, journal, output, device, progress)
         try:
             with team(min(_TEAM, torch.get_num_threads())):
-                Flow(recipe.memory_limit or ROOM).run(work.jobs())
+                Flow(min(ROOM, recipe.memory_limit // 2) if recipe.memory_limit else ROOM).run(work.jobs())
             work.settle()
         finally:
             work.close()
@@ -170,6 +172,18 @@ class _FileJob:
         base.count(self.work.output.copy_file(self.planned.name, base.folder / self.planned.name))
         for tensor in self.planned.tensors:
             self.work.done(tensor.name, None)
+
+
+def _check_limit(recipe: Recipe) -> None:
+    """Refuse a limit that a tensor can't be merged within, before anything is written."""
+    edits, limit = recipe.edits.edits, recipe.memory_limit
+    for tensor in (t for f in recipe.files for t in f.tensors if t.name in edits and limit):
+        needed = whole_bytes(tensor)
+        if limit and needed > limit and not is_by_rows(edits[tensor.name]):
+            raise UsageError(
+                f"--memory-limit: {tensor.name} has rows that are replaced or norms of columns, so it is merged as a "
+                f"whole and takes {needed:,} bytes; give at least that"
+            )
 
 
 def _share(recipe: Recipe, journal: Run) -> dict[str, list[PlannedTensor]]:

@@ -16,7 +16,7 @@ from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.merge import carry_out, check_weights, start_report
 from lorasurgery.ops.references import on_references
-from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
+from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.ranks import ranks
 from lorasurgery.report import ModuleReport, Progress, Report
 
@@ -59,6 +59,7 @@ def unmerge(
     clock = Clock()
     strengths = check_weights(weights, len(adapters))
     check_device_name(device)
+    check_memory_limit(memory_limit)
     checkpoint, opened = Checkpoint.open(merged), [open_adapter(a) for a in adapters]
     original = Checkpoint.open(base) if base is not None else None
     inputs = [str(merged), *map(str, adapters), *([str(base)] if base is not None else [])]
