@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 BATCHED_DEVICES: tuple[str, ...] = ("cuda",)  # kinds of device on which small pairs are taken together
 _MOST = 64  # pairs of a group
-_NUMEL, _SIDE = 1 << 20, 1 << 10  # what is small: elements, and rows or columns, whichever are fewer
+_NUMEL, _SIDE = 1 << 20, 192  # what is small: elements, and rows or columns; beyond, a Krylov basis is less work
 _BYTES = 64 << 20  # of the differences of a group
 _SPAN = 1 << 30  # bytes of the checkpoint that a group reaches over: results wait for those of the pairs before them
 

@@ -7,6 +7,7 @@ Facts: ComfyUI's QUANTIZATION.md for `_quantization_metadata` and `.weight_scale
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 
 from lorasurgery.adapters.naming import module_of
 from lorasurgery.checkpoint.header import TensorInfo
@@ -48,14 +49,20 @@ def scale_of(base: Checkpoint, info: TensorInfo) -> str | None:
     if found or info.name not in base.file_of:
         return found
     narrow = is_narrow(info.dtype)
-    marker = next((n for n in base.tensors if n.rpartition(".")[2] == MARKER), None)
-    if narrow and marker:
+    marker = _marker(base) if narrow else None
+    if marker:
         return marker
     file = base.file_of[info.name]
     layers = _layers(base.files[file].metadata.get(KEY))
     named = layers is not None and any(stem == layer or stem.endswith(f".{layer}") for layer in layers)
     unknown = narrow and layers == []
     return f"{KEY} in the header of {file}" if named or unknown else None
+
+
+@lru_cache(maxsize=8)
+def _marker(base: Checkpoint) -> str | None:
+    """The tensor that says that all 8-bit weights have scales; looked for once, for there may be 10⁵ names."""
+    return next((n for n in base.tensors if n.rpartition(".")[2] == MARKER), None)
 
 
 def _layers(text: str | None) -> list[str] | None:

@@ -52,7 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def peak(*command: str) -> int:
     """The peak resident memory of a process, in bytes."""
-    done = subprocess.run([sys.executable, "-S", "-c", MEASURE, sys.executable, *command], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", MEASURE, sys.executable, *command], capture_output=True, text=True
+    )
     size, status = done.stderr.split()[-2:]
     assert status == "0", done.stderr
     return int(size)

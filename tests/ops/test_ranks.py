@@ -91,7 +91,9 @@ def test_commands_that_are_not_shared_out(folder: Path) -> None:
 
 def test_one_line_when_the_input_is_wrong(folder: Path, tmp_path: Path) -> None:
     """An error that all ranks meet: exit status not 0, and no rank hangs."""
-    done = torchrun(2, ["merge", str(folder / "nowhere.safetensors"), str(folder / "adapter"), "-o", str(tmp_path / "o")])
+    done = torchrun(
+        2, ["merge", str(folder / "nowhere.safetensors"), str(folder / "adapter"), "-o", str(tmp_path / "o")]
+    )
     assert done.returncode != 0
     assert "nowhere" in done.stderr
     assert not (tmp_path / "o").exists()

@@ -145,9 +145,7 @@ def test_damaged_factors_are_noticed(folder: Path, tmp_path: Path) -> None:
         operation("extract", folder, out, resume=True)
 
 
-def test_small_remains_go_and_large_ones_stay(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_remains_go_and_large_ones_stay(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that fails early leaves nothing; one that worked long keeps what it has for --resume."""
     for kept, expected in ((10**9, False), (1, True)):
         out = tmp_path / str(kept)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,21 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-
-from lorasurgery.adapters.formats import open_adapter
-from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.ops.apply import Recipe, plan_files
-from lorasurgery.ops.block_weight import weighed_plan
-from lorasurgery.ops.edits import EditPlan
-from lorasurgery.ops.expert_pairs import group_experts
-from lorasurgery.ops.pairs import Selection, plan_pairs
-from lorasurgery.ops.stream import _share
-from lorasurgery.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="neither sparse files nor peak memory as here")
 
@@ -161,7 +148,10 @@ def adapter(folder: Path, name: str) -> Path:
         if ".experts." not in path:
             factors |= {f"{path}.lora_A.weight": (RANK, into), f"{path}.lora_B.weight": (out, RANK)}
         elif leaf != "up_proj" and stem.endswith(".0"):
-            fused[f"{stem[:-2]}.{leaf.replace('gate_proj', 'gate_up_proj')}"] = (2 * out if leaf == "gate_proj" else out, into)
+            fused[f"{stem[:-2]}.{leaf.replace('gate_proj', 'gate_up_proj')}"] = (
+                2 * out if leaf == "gate_proj" else out,
+                into,
+            )
     for path, (out, into) in fused.items():  # PEFT wraps one parameter in the other's wrapper
         place = path.rpartition(".")[0] + (".base_layer" if path.endswith("gate_up_proj") else "")
         factors |= {f"{place}.lora_A.weight": (256 * RANK, into), f"{place}.lora_B.weight": (out, 256 * RANK)}
@@ -187,7 +177,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
     return made
 
 
-_SMALL = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"  # a child starts with its parent's peak
+_SMALL = (
+    "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"  # a child starts with its parent's peak
+)
 _BEGIN = """
 import json, resource, sys
 def peak():
