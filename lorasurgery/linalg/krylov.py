@@ -35,22 +35,24 @@ class BlockKrylov:
     @property
     def width(self) -> int:
         """Columns of the basis so far."""
-        return self.block * len(self._q)
+        return sum(q.shape[1] for q in self._q)
 
     def step(self) -> bool:
         """Add one block; True when the old basis already held all of A's range, to rounding."""
         last = self._z[-1] if self._z else self._start.to(self.a.device, self.a.dtype)
         y = transposed_times(self.a, last) if self.tall else times(self.a, last)  # A @ (n, b) -> (m, b)
-        size = torch.linalg.vector_norm(y)
+        size = float(torch.linalg.vector_norm(y))
         y = self._deflate(y)
-        left = torch.linalg.vector_norm(y)
-        q = self._orthonormal(y)
+        left = float(torch.linalg.vector_norm(y))
+        q = self._orthonormal(y, size)
+        self.passes += 1
+        if not q.shape[1]:
+            return True
         z = times(self.a, q) if self.tall else transposed_times(self.a, q)  # Aᵀ @ (m, b) -> (n, b)
         self._z.append(z)
         self._q.append(q)
-        self.passes += 1
         self._grow(z)
-        return bool(left <= 1e-6 * size)
+        return left <= self._noise * size
 
     def squares(self) -> list[float]:
         """The Ritz values σ̂² of the basis, falling; each is at most its σ²."""
@@ -75,50 +77,58 @@ class BlockKrylov:
             y = y - q @ (q.mT @ y)  # (m, b) @ ((b, m) @ (m, b)) -> (m, b)
         return y
 
-    def _orthonormal(self, y: Tensor) -> Tensor:
-        """An orthonormal basis of y's columns, and orthogonal to the blocks before: "twice is enough".
+    @property
+    def _noise(self) -> float:
+        """What rounding leaves of a block that the basis holds already, beside the block."""
+        return 8 * torch.finfo(self.a.dtype).eps
 
-        By Cholesky factors of Gram matrices (CholeskyQR2: Fukaya et al. 2014), all products; blocks that are close
-        to dependent, as late ones of a low-rank matrix are, by Householder.
+    def _orthonormal(self, y: Tensor, size: float) -> Tensor:
+        """An orthonormal basis of what y adds to the blocks before, and orthogonal to them: "twice is enough".
+
+        By Cholesky factors of Gram matrices (CholeskyQR2: Fukaya et al. 2014), all products. Of a block whose columns
+        depend on each other or on those before, as late ones of a low-rank matrix do, only directions above rounding
+        stay; the others would be noise within the space that is there already.
+
+        Args:
+            size: ‖y‖ before the blocks before were taken out.
         """
-        q = _cholesky_q(y)
-        if q is not None:
-            q = _cholesky_q(self._deflate(q))
-        if q is None:
-            q = torch.linalg.qr(y).Q
-            q = torch.linalg.qr(self._deflate(q)).Q if self._q else q
-        return q
+        q = _independent(y, self._noise * size)
+        return _independent(self._deflate(q), 0.5) if q.shape[1] else q
 
     def _grow(self, z: Tensor) -> None:
         """Extend the Gram matrix ZᵀZ by one block, in float64 so that small σ² beside σ₁² are not lost."""
         new = _products(self._z, z).cpu()
-        width = self._gram.shape[0]
-        gram = torch.empty(width + self.block, width + self.block, dtype=torch.float64)
-        gram[:width, :width] = self._gram
-        gram[:, width:] = new
-        gram[width:, :] = new.mT
+        old, width = self._gram.shape[0], self._gram.shape[0] + z.shape[1]
+        gram = torch.empty(width, width, dtype=torch.float64)
+        gram[:old, :old] = self._gram
+        gram[:, old:] = new
+        gram[old:, :] = new.mT
         self._gram = gram
 
 
-def _cholesky_q(y: Tensor) -> Tensor | None:
-    """y·R⁻¹ with RᵀR = yᵀy in float64; None where columns are too close to dependent for that."""
+def _independent(y: Tensor, floor: float) -> Tensor:
+    """Orthonormal columns that span y's, but for directions in which y is no longer than `floor`."""
     gram = _products([y], y)
     lower, failed = torch.linalg.cholesky_ex(gram)
-    kept = lower.diagonal() > _DEPENDENT * gram.diagonal().sqrt()
-    if int(failed) or not bool(kept.all()):
-        return None
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    q: Tensor = y @ inverse.mT.to(y)
+    pivots = lower.diagonal()
+    safe = (pivots > floor) & (pivots > _DEPENDENT * gram.diagonal().sqrt())
+    if not int(failed) and bool(safe.all()):
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        mix = torch.linalg.solve_triangular(lower, identity, upper=False).mT
+    else:
+        values, vectors = torch.linalg.eigh(gram)
+        kept = values > max(floor, _DEPENDENT * float(values[-1].clamp(min=0)) ** 0.5) ** 2
+        mix = vectors[:, kept] / values[kept].sqrt()
+    q: Tensor = y @ mix.to(y)
     return q
 
 
 def _mixed(parts: list[Tensor], mix: Tensor) -> Tensor:
     """[parts] @ mix, part by part: (m, w) @ (w, r) -> (m, r)."""
-    block = parts[0].shape[1]
-    out = parts[0] @ mix[:block].to(parts[0])
-    for i, part in enumerate(parts[1:], 1):
-        out.addmm_(part, mix[i * block : (i + 1) * block].to(part))
+    rows = torch.split(mix, [part.shape[1] for part in parts])
+    out = parts[0] @ rows[0].to(parts[0])
+    for part, some in zip(parts[1:], rows[1:], strict=True):
+        out.addmm_(part, some.to(part))
     return out
 
 

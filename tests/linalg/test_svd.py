@@ -210,3 +210,25 @@ def test_senseless_choices_are_usage_errors(bad: dict[str, float]) -> None:
     """No rule, two rules or a value out of range is refused before any work."""
     with pytest.raises(UsageError):
         RankChoice(**bad)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 20, 40, 100])
+@pytest.mark.parametrize("rank", [4, 8, 30])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_few_rows_that_changed(rows: int, rank: int, turned: bool) -> None:
+    """A difference in a few rows only, as of an embedding with new tokens: the basis stays orthonormal, the error true.
+
+    Once the basis holds all of those rows, what a pass adds is rounding within the same rows: nothing to keep.
+    """
+    generator = torch.Generator().manual_seed(rows)
+    delta = torch.zeros(600, 2048)
+    delta[torch.randperm(600, generator=generator)[:rows]] = torch.randn(rows, 2048, generator=generator)
+    delta = delta.mT.contiguous() if turned else delta
+    found = truncated_svd(delta, RankChoice(rank=rank), method="randomized")
+    assert len(found.s) == min(rank, rows)
+    u = found.u.double()
+    assert (u.mT @ u - torch.eye(len(found.s))).abs().max() < 1e-5
+    best = torch.linalg.svdvals(delta.double())[rank:].square().sum().sqrt() / delta.double().norm()
+    rest = (delta.double() - u * found.s @ found.vt.double()).norm() / delta.double().norm()
+    assert abs(found.error - rest) < 5e-4  # of √(float32's precision), where the error is 0
+    assert rest <= best * 1.0005 + 1e-6
