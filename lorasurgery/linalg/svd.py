@@ -69,7 +69,7 @@ def truncated_svd(
         delta: (m, n), float32 or float64, finite, on any device; in blocks where memory can't hold it.
         method: `exact` is LAPACK or cuSOLVER on the whole matrix; `randomized` is block Krylov iteration
             (Musco & Musco 2015, algorithm 2); `auto` takes the exact one where the sketch would not be smaller.
-        seed: For the random start; the same seed, device and thread count give the same bits.
+        seed: For the random start; the same seed and kind of device give the same bits.
         gain: Randomized passes go on until one lowers the squared error by less than this share.
 
     Raises:

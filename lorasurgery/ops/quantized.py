@@ -7,7 +7,7 @@ Facts: ComfyUI's QUANTIZATION.md for `_quantization_metadata` and `.weight_scale
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 from lorasurgery.adapters.naming import module_of
 from lorasurgery.checkpoint.header import TensorInfo
@@ -16,6 +16,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 KEY, MARKER = "_quantization_metadata", "scaled_fp8"
 _BESIDE = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "scale_weight", "scale_input",
            "input_scale", "pre_quant_scale", "comfy_quant")  # fmt: skip
+_markers: WeakKeyDictionary[Checkpoint, str | None] = WeakKeyDictionary()
 _AFTER = ("_scale", "_scale_inv")  # of parameters without a module: `experts.down_proj_scale`
 
 
@@ -59,10 +60,11 @@ def scale_of(base: Checkpoint, info: TensorInfo) -> str | None:
     return f"{KEY} in the header of {file}" if named or unknown else None
 
 
-@lru_cache(maxsize=8)
 def _marker(base: Checkpoint) -> str | None:
     """The tensor that says that all 8-bit weights have scales; looked for once, for there may be 10⁵ names."""
-    return next((n for n in base.tensors if n.rpartition(".")[2] == MARKER), None)
+    if base not in _markers:
+        _markers[base] = next((n for n in base.tensors if n.rpartition(".")[2] == MARKER), None)
+    return _markers[base]
 
 
 def _layers(text: str | None) -> list[str] | None:

@@ -53,7 +53,10 @@ def without_call(folder: Path) -> dict[str, str]:
     return {name: found for name, found in hashes(folder).items() if name != "lorasurgery.json"}
 
 
-@pytest.mark.parametrize(("name", "count"), [("merge", 2), ("merge", 4), ("extract", 2), ("extract", 4), ("blend", 2)])
+FOUR = [pytest.param(name, 4, marks=pytest.mark.slow) for name in ("merge", "extract", "blend")]
+
+
+@pytest.mark.parametrize(("name", "count"), [("merge", 2), ("extract", 2), ("blend", 2), *FOUR])
 def test_the_bytes_of_one_process(name: str, count: int, folder: Path, tmp_path: Path) -> None:
     """Two and four ranks: the files of one process, one report on stdout, no remains."""
     operation(name, folder, tmp_path / "one")

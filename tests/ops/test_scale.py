@@ -33,6 +33,7 @@ Shapes = dict[str, tuple[int, ...]]
 Array = np.ndarray[Any, Any]
 MB = 10**6
 RANK = 16
+SIZES = (2, 8, 64)  # of a job, in ranks
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -265,45 +266,41 @@ def test_plans_from_headers_alone(name: str, folders: Callable[[str], tuple[Path
     assert not found["torch"]
 
 
-@pytest.mark.parametrize("size", [2, 8, 64])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_tensor_of_a_merge_is_one_ranks(
-    name: str, size: int, folders: Callable[[str], tuple[Path, Path]]
-) -> None:
+def test_every_tensor_of_a_merge_is_one_ranks(name: str, folders: Callable[[str], tuple[Path, Path]]) -> None:
     """Ranks share the output's shards, or its tensors where shards are too few: all, once, even to within a unit."""
-    recipe = merging(name, *folders(name))
-    whole = len(recipe.files) >= size
-    assert whole == (name != "70B" or size < 64)
-    units = [nbytes(f.tensors) for f in recipe.files] if whole else [t.nbytes for f in recipe.files for t in f.tensors]
-    given, sizes = shared(recipe, size, set())
-    assert sorted(given) == sorted(shapes_of(name))
-    _even(sizes, max(units))
+    recipe = merging(*folders(name))
+    for size in SIZES:
+        whole = len(recipe.files) >= size
+        assert whole == (name != "70B" or size < 64)
+        units = [nbytes(f.tensors) if whole else max(t.nbytes for t in f.tensors) for f in recipe.files]
+        given, sizes = shared(recipe, size, set())
+        assert sorted(given) == sorted(shapes_of(name))
+        _even(sizes, max(units))
 
 
 def test_what_is_done_is_nobodys(folders: Callable[[str], tuple[Path, Path]]) -> None:
     """After an interruption the ranks share what is left, all of it and once, though it all lies in one half."""
-    recipe = merging("405B", *folders("405B"))
+    recipe = merging(*folders("405B"))
     names = list(shapes_of("405B"))
     given, sizes = shared(recipe, 8, set(names[: len(names) // 2]))
     assert sorted(given) == sorted(names[len(names) // 2 :])
     _even(sizes, max(nbytes(f.tensors) for f in recipe.files))
 
 
-@pytest.mark.parametrize("size", [2, 8, 64])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_pair_of_an_extract_is_one_ranks(
-    name: str, size: int, folders: Callable[[str], tuple[Path, Path]]
-) -> None:
+def test_every_pair_of_an_extract_is_one_ranks(name: str, folders: Callable[[str], tuple[Path, Path]]) -> None:
     """Ranks share the matrices to be factored, all experts of a parameter as one: all, once, even to within a unit."""
-    costs = sizes_of_pairs(folders(name)[0])
-    found = [Ranks(r, size).mine(range(len(costs)), costs) for r in range(size)]
-    assert [i for mine in found for i in mine] == list(range(len(costs)))
+    model = Checkpoint.open(folders(name)[0])
+    costs = [p.nbytes for p in group_experts(plan_pairs(model, model, Selection()), model.config)]
     assert sum(costs) == 2 * MODELS[name].parameters
-    _even([sum(costs[i] for i in mine) for mine in found], max(costs))
+    for size in SIZES:
+        found = [Ranks(r, size).mine(range(len(costs)), costs) for r in range(size)]
+        assert [i for mine in found for i in mine] == list(range(len(costs)))
+        _even([sum(costs[i] for i in mine) for mine in found], max(costs))
 
 
-@cache
-def merging(name: str, base: Path, lora: Path) -> Recipe:
+def merging(base: Path, lora: Path) -> Recipe:
     """A merge, planned."""
     opened, model = open_adapter(lora), Checkpoint.open(base)
     recipe = Recipe(model, [opened], weighed_plan(model, [opened], [1.0], []), base.parent / "never")
@@ -321,13 +318,6 @@ def shared(recipe: Recipe, size: int, done: set[str]) -> tuple[list[str], list[i
 def nbytes(tensors: Iterable[PlannedTensor]) -> int:
     """Bytes of all of them."""
     return sum(t.nbytes for t in tensors)
-
-
-@cache
-def sizes_of_pairs(base: Path) -> list[int]:
-    """The bytes of each pair that an extract of everything looks at."""
-    model = Checkpoint.open(base)
-    return [p.nbytes for p in group_experts(plan_pairs(model, model, Selection()), model.config)]
 
 
 def _even(shares: list[int], unit: int) -> None:
