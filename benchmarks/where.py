@@ -31,7 +31,7 @@ KINDS = {
     "merging: W + scale·B·A, rounded, measured": ("linalg/rounding.py", "lowrank.py"),
     "writing": ("checkpoint/files.py", "checkpoint/writer.py"),
     "other decomposition": ("linalg/svd.py", "ops/pair_work.py"),
-    "interpreter and imports": ("importlib", "<frozen", "site-packages", "lib/python3"),
+    "interpreter, imports, waiting": ("importlib", "<frozen", "site-packages", "lib/python3"),
 }  # fmt: skip
 
 
@@ -40,7 +40,8 @@ def samples(command: list[str]) -> tuple[Counter[str], float]:
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw"
         start = time.monotonic()
-        spy = ["py-spy", "record", "-r", "200", "-f", "raw", "-o", str(raw), "--", sys.executable, *command]
+        spy = ["py-spy", "record", "--nonblocking", "-r", "50", "-f", "raw", "-o", str(raw)]
+        spy += ["--", sys.executable, *command]
         subprocess.run(spy, check=True, capture_output=True)
         seconds, found = time.monotonic() - start, Counter[str]()
         for line in raw.read_text().splitlines():
@@ -54,9 +55,9 @@ def _kind(stack: str) -> str:
     frames = stack.split(";")[::-1]
     for frame in frames:
         for kind, marks in KINDS.items():
-            if any(mark in frame for mark in marks) and kind != "interpreter and imports":
+            if any(mark in frame for mark in marks) and kind != "interpreter, imports, waiting":
                 return kind
-    return "interpreter and imports"
+    return "interpreter, imports, waiting"
 
 
 def rates() -> dict[str, float]:
@@ -122,7 +123,7 @@ def main() -> None:
     )
     print("| part | share of busy thread time | seconds of it |\n|---|---:|---:|")
     for kind, count in found.most_common():
-        print(f"| {kind} | {count / found.total():.0%} | {count / 200:.1f} |")
+        print(f"| {kind} | {count / found.total():.0%} | {count / 50:.1f} |")
     print("| floor | | seconds on all cores |\n|---|---:|---:|")
     for kind, floor in floors(args.operation, Checkpoint.open(args.inputs[0]), speed).items():
         print(f"| {kind} | | {floor:.2f} |")
