@@ -156,7 +156,8 @@ class Output:
         try:
             if self.run is not None:
                 self.run.committing(list(self._staged))
-            if self.overwrite and not self.single:
+            # a resumed run may have begun with --overwrite; without it the folder was empty then
+            if not self.single and (self.overwrite or (self.run is not None and self.run.resume)):
                 self._retire()
             order = [n for n in self._staged if n != last] + [last]
             for name in order:

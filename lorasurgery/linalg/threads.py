@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -64,19 +63,15 @@ def each(work: Callable[[T], Any], pieces: Iterable[T]) -> None:
         for item in items:
             work(item)
         return
-    ask(_team, [partial(work, item) for item in items])
-
-
-def ask(pool: ThreadPoolExecutor, tasks: list[Callable[[], Any]]) -> list[Any]:
-    """Run tasks on a pool in inference mode and wait for all of them; their results in order."""
-    futures: list[Future[Any]] = [pool.submit(_inferring, task) for task in tasks]
+    futures = [_team.submit(_inferring, work, item) for item in items]
     wait(futures)
-    return [f.result() for f in futures]
+    for future in futures:
+        future.result()
 
 
-def _inferring(task: Callable[[], T]) -> T:
+def _inferring(work: Callable[[T], Any], item: T) -> None:
     with torch.inference_mode():  # it belongs to a thread, so every one must ask for it
-        return task()
+        work(item)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 from lorasurgery import __version__
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
+from lorasurgery.checkpoint.journal import partial_of
 from lorasurgery.checkpoint.locate import load_object, locate
 from lorasurgery.errors import OutputError, SurgeryError
 from lorasurgery.hub.reference import cached_reference
@@ -126,7 +127,7 @@ def record(report: Report, call: str) -> None:
     sources = [source.to_dict() for source in report.sources or ()]
     table = {"command": report.command, "call": call, "version": __version__, "sources": sources, **kept}
     data = (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    partial = out / f".{RECORD_NAME}.lorasurgery-partial"
+    partial = partial_of(out / RECORD_NAME)
     try:
         partial.write_bytes(data)
         partial.replace(out / RECORD_NAME)

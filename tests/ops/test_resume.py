@@ -159,3 +159,14 @@ def test_small_remains_go_and_large_ones_stay(folder: Path, tmp_path: Path, monk
             operation("merge", folder, out, progress=stop)
         assert bool(out.exists() and journals(out)) == expected
     assert operation("merge", folder, tmp_path / "1", resume=True).resumed
+
+
+def test_what_overwrite_was_to_replace_goes(folder: Path, whole: dict[str, dict[str, str]], tmp_path: Path) -> None:
+    """A run that began with --overwrite and is resumed without it still retires the old output's index and shards."""
+    out = tmp_path / "out"
+    operation("unmerge", folder, out)  # another number of shards
+    old = {p.name for p in out.glob("*.safetensors")}
+    assert kill_after("merge", folder, out, 5, 0.0, overwrite=True)
+    assert {p.name for p in out.glob("*.safetensors")} == old  # nothing is touched before the end
+    operation("merge", folder, out, resume=True)
+    assert hashes(out) == whole["merge"]
