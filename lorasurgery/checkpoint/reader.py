@@ -7,7 +7,6 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from math import prod
@@ -185,14 +184,6 @@ class Checkpoint:
         self.fill(name, memoryview(raw), 0)
         raw = bytearray(2) + raw if info.dtype == "BF16" else raw  # a bfloat16 is the upper half of a float32
         return float(struct.unpack(f"<{kind}", raw)[0])
-
-    def prefetch(self, name: str) -> None:
-        """Ask the system to read a tensor into its cache while we compute; does nothing where it can't be asked."""
-        advise = getattr(os, "posix_fadvise", None)
-        if advise is not None:
-            info = self.tensors[name]
-            with suppress(OSError):
-                advise(self.file(self.file_of[name]).fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def file(self, name: str) -> ReadFile:
         """A shard, open for reading from any thread; it closes when nobody holds it any more."""

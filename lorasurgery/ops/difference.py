@@ -118,12 +118,6 @@ class Difference:
         each(compare, range(len(starts)))
         return all(same)
 
-    def prefetch(self, old: TensorInfo | None, new: TensorInfo) -> None:
-        """Let the system read a pair that will be wanted soon."""
-        if old is not None:
-            self.base.prefetch(old.name)
-        self.tuned.prefetch(new.name)
-
     def _fill(self, delta: Tensor, piece: Piece, first: int = 0) -> bool:
         """Write one piece's difference, its rows from `first` on; False when all their bytes are equal."""
         rows, columns = piece.size
