@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -131,10 +130,3 @@ def test_limits_that_are_refused(tmp_path: Path) -> None:
     """Too little to work in is wrong usage, said before anything is read."""
     with pytest.raises(UsageError, match="64MB"):
         merge(tmp_path, [tmp_path], tmp_path / "out", memory_limit=1000)
-
-
-def test_this_process_is_measured() -> None:
-    """The peak that reports name is the system's own figure."""
-    from lorasurgery.ops.runtime import peak_memory
-
-    assert peak_memory() == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
