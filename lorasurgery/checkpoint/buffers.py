@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STEP = 1 << 20
+_PART = 2 << 20  # parts begin where a large page does
 _LOOSE = 1.5  # times what is asked for: a buffer much larger than that is better given up
 
 
@@ -47,3 +50,68 @@ class Buffers:
         if buffer is not None:
             with self._lock:
                 self._free.append(buffer)
+
+
+class Arena:
+    """One stretch of memory, lent in parts of any size: large matrices and small ones take turns in the same pages.
+
+    The system is asked for large pages, where it has them: products with a matrix look up fewer addresses.
+
+    >>> arena = Arena(1 << 20)
+    >>> part = arena.take(5)
+    >>> part.numel()
+    5
+    >>> arena.give(part)
+
+    Args:
+        room: Bytes; they become real when they are first written to.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = -(-room // _PART) * _PART
+        self._free = [(0, self._room)]  # (first byte, byte after the last), in order
+        self._lent: dict[int, tuple[int, int]] = {}  # address -> its place
+        self._lock = threading.Lock()
+        self._whole: Tensor | None = None
+
+    def take(self, size: int) -> Tensor:
+        """A uint8 tensor of `size` bytes; where no gap is as wide as that, memory of its own."""
+        import torch
+
+        wanted = max(1, -(-size // _PART)) * _PART
+        with self._lock, torch.inference_mode(False):
+            gap = next((gap for gap in self._free if gap[1] - gap[0] >= wanted), None)
+            if gap is None:
+                return _large_pages(wanted)[:size]
+            i, (first, end) = self._free.index(gap), gap
+            self._free[i : i + 1] = [(first + wanted, end)] if end - first > wanted else []
+            if self._whole is None:
+                self._whole = _large_pages(self._room)
+            part = self._whole[first : first + size]
+            self._lent[part.data_ptr()] = first, first + wanted
+            return part
+
+    def give(self, part: Tensor) -> None:
+        """Take a part back: the tensor that was lent, or a view of all of it."""
+        with self._lock:
+            place = self._lent.pop(part.data_ptr(), None)
+            if place is None:
+                return
+            joined: list[tuple[int, int]] = []
+            for first, end in sorted([*self._free, place]):
+                if joined and joined[-1][1] == first:
+                    joined[-1] = joined[-1][0], end
+                else:
+                    joined.append((first, end))
+            self._free = joined
+
+
+def _large_pages(size: int) -> Tensor:
+    import torch
+
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # pages that are shared stay small
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -48,6 +48,12 @@ class ReadFile(FileIO):
             done += got
         return done
 
+    def expect(self, place: int, size: int) -> None:
+        """Say that these bytes will be read soon."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(self.fileno(), place, size, os.POSIX_FADV_WILLNEED)
+
 
 class WriteFile(FileIO):
     """A file open for writing at any place; what is there already stays, for others may write to it too.

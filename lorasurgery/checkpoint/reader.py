@@ -165,6 +165,11 @@ class Checkpoint:
             raise FormatError(f"{self._where(name)}: only the header of this file was fetched, not its tensors")
         return self.file(self.file_of[name])
 
+    def expect(self, name: str) -> None:
+        """Let the system read a tensor into its cache while we do something else, where it takes such advice."""
+        info = self.tensors[name]
+        self.readable(name).expect(info.start, info.nbytes)
+
     def count(self, done: int) -> None:
         """Count bytes of tensors that were read, here or by the system for us."""
         with self._lock:

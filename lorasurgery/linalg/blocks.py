@@ -41,10 +41,11 @@ class InMemory:
 
     Args:
         matrix: (m, n), float32 or float64, on any device.
+        total: ‖M‖_F², where it was summed up already while the matrix was made.
     """
 
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
+    def __init__(self, matrix: Tensor, total: float | None = None) -> None:
+        self.matrix, self.total = matrix, total
         self.shape, self.dtype, self.device = (matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device
 
     def spans(self) -> Iterator[tuple[int, Tensor]]:

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from lorasurgery.linalg.blocks import Blocks, blocked, times, transposed_times
-
-_FEW = 1024  # rows of thin matrices that are widened at once
-_DEPENDENT = 1e-6  # a column this much shorter once the others' part is taken out: Gram matrices lose its direction
+from lorasurgery.linalg.columns import independent, mixed, products, without
 
 
 class BlockKrylov:
@@ -42,7 +40,7 @@ class BlockKrylov:
         last = self._z[-1] if self._z else self._start.to(self.a.device, self.a.dtype)
         y = transposed_times(self.a, last) if self.tall else times(self.a, last)  # A @ (n, b) -> (m, b)
         size = float(torch.linalg.vector_norm(y))
-        y = self._deflate(y)
+        y = without(y, self._q)
         left = float(torch.linalg.vector_norm(y))
         q = self._orthonormal(y, size)
         self.passes += 1
@@ -70,12 +68,7 @@ class BlockKrylov:
         s = squares[:rank].sqrt()
         mix = vectors[:, :rank]
         shrink = torch.where(s > 0, 1 / s, 0.0)
-        return _mixed(self._q, mix), s, _mixed(self._z, mix * shrink)
-
-    def _deflate(self, y: Tensor) -> Tensor:
-        for q in self._q:
-            y = y - q @ (q.mT @ y)  # (m, b) @ ((b, m) @ (m, b)) -> (m, b)
-        return y
+        return mixed(self._q, mix), s, mixed(self._z, mix * shrink)
 
     @property
     def _noise(self) -> float:
@@ -92,58 +85,18 @@ class BlockKrylov:
         Args:
             size: ‖y‖ before the blocks before were taken out.
         """
-        q = _independent(y, self._noise * size)
-        return _independent(self._deflate(q), 0.5) if q.shape[1] else q
+        q = independent(y, self._noise * size)
+        return independent(without(q, self._q), 0.5) if q.shape[1] else q
 
     def _grow(self, z: Tensor) -> None:
         """Extend the Gram matrix ZᵀZ by one block, in float64 so that small σ² beside σ₁² are not lost."""
-        new = _products(self._z, z).cpu()
+        new = products(self._z, z).cpu()
         old, width = self._gram.shape[0], self._gram.shape[0] + z.shape[1]
         gram = torch.empty(width, width, dtype=torch.float64)
         gram[:old, :old] = self._gram
         gram[:, old:] = new
         gram[old:, :] = new.mT
         self._gram = gram
-
-
-def _independent(y: Tensor, floor: float) -> Tensor:
-    """Orthonormal columns that span y's, but for directions in which y is no longer than `floor`."""
-    gram = _products([y], y)
-    lower, failed = torch.linalg.cholesky_ex(gram)
-    pivots = lower.diagonal()
-    safe = (pivots > floor) & (pivots > _DEPENDENT * gram.diagonal().sqrt())
-    if not int(failed) and bool(safe.all()):
-        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        mix = torch.linalg.solve_triangular(lower, identity, upper=False).mT
-    else:
-        values, vectors = torch.linalg.eigh(gram)
-        kept = values > max(floor, _DEPENDENT * float(values[-1].clamp(min=0)) ** 0.5) ** 2
-        mix = vectors[:, kept] / values[kept].sqrt()
-    q: Tensor = y @ mix.to(y)
-    return q
-
-
-def _mixed(parts: list[Tensor], mix: Tensor) -> Tensor:
-    """[parts] @ mix, part by part: (m, w) @ (w, r) -> (m, r)."""
-    rows = torch.split(mix, [part.shape[1] for part in parts])
-    out = parts[0] @ rows[0].to(parts[0])
-    for part, some in zip(parts[1:], rows[1:], strict=True):
-        out.addmm_(part, some.to(part))
-    return out
-
-
-def _products(left: list[Tensor], right: Tensor) -> Tensor:
-    """[left]ᵀ @ right in float64, a few rows at a time so that no wider copy ever leaves the cache."""
-    if right.device.type == "mps":  # has no float64
-        left, right = [x.cpu() for x in left], right.cpu()
-    step = _FEW if right.device.type == "cpu" else right.shape[0]
-    total = right.new_zeros(sum(x.shape[1] for x in left), right.shape[1], dtype=torch.float64)
-    for start in range(0, right.shape[0], step):
-        rows = slice(start, start + step)
-        wide = right[rows].to(torch.float64)
-        many = torch.cat([wide if x is right else x[rows].to(torch.float64) for x in left], 1)
-        total.addmm_(many.mT, wide)  # (w, f) @ (f, b) -> (w, b)
-    return total
 
 
 @lru_cache(maxsize=4)

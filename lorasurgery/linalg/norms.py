@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lorasurgery.linalg.blocks import Blocks, blocked, over_rows
+from lorasurgery.linalg.blocks import Blocks, InMemory, blocked, over_rows
 from lorasurgery.lowrank import LowRank
 
 _BLOCK_BYTES = 2 << 20  # a block and its product stay in a core's cache
@@ -43,9 +43,11 @@ def squared_norm(matrix: Tensor | Blocks) -> float:
     25.0
     """
     found = blocked(matrix)
+    if isinstance(found, InMemory) and found.total is not None:
+        return found.total
     norms = torch.empty(found.shape[0], dtype=found.dtype, device=found.device)
     over_rows(found, lambda part, rows: torch.linalg.vector_norm(part, dim=-1, out=norms[rows]))
-    return _squares(norms)
+    return summed(norms)
 
 
 def residual_norm(delta: Tensor | Blocks, update: LowRank) -> float:
@@ -71,8 +73,13 @@ def residual_norm(delta: Tensor | Blocks, update: LowRank) -> float:
             torch.linalg.vector_norm(rest, dim=-1, out=norms[here])
 
     over_rows(matrix, measure)
-    return math.sqrt(_squares(norms))
+    return math.sqrt(summed(norms))
 
 
-def _squares(norms: Tensor) -> float:
+def summed(norms: Tensor) -> float:
+    """‖M‖_F² from the norms of its rows.
+
+    >>> summed(torch.tensor([3.0, 4.0]))
+    25.0
+    """
     return float(norms.cpu().to(torch.float64).square().sum())

@@ -57,8 +57,9 @@ class TruncatedSVD:
 
 
 def truncated_svd(
-    delta: Tensor | Blocks, choice: RankChoice, *, method: Method = "auto", seed: int = 0, gain: float = GAIN
-) -> TruncatedSVD:
+    delta: Tensor | Blocks, choice: RankChoice, *, method: Method = "auto", seed: int = 0, gain: float = GAIN,
+    to_come: float = 0.0,
+) -> TruncatedSVD:  # fmt: skip
     """The leading singular directions of ΔW, as many as `choice` asks for and ΔW has.
 
     >>> found = truncated_svd(torch.diag(torch.tensor([2.0, 1.0, 0.0])), RankChoice(rank=3))
@@ -71,6 +72,7 @@ def truncated_svd(
             (Musco & Musco 2015, algorithm 2); `auto` takes the exact one where the sketch would not be smaller.
         seed: For the random start; the same seed and kind of device give the same bits.
         gain: Randomized passes go on until one lowers the squared error by less than this share.
+        to_come: Passes that the caller adds, to be counted on: half a one where the factors are `fitted`.
 
     Raises:
         SurgeryError: ΔW holds NaN or infinity.
@@ -84,7 +86,7 @@ def truncated_svd(
         return nothing(matrix.shape, matrix.dtype, matrix.device)
     found = None
     if method != "exact" and (method == "randomized" or min(matrix.shape) > _SMALL):
-        found = randomized_svd(matrix, choice, total, seed=seed, gain=gain)
+        found = randomized_svd(matrix, choice, total, seed=seed, gain=gain, to_come=to_come)
     if found is None:
         found = exact_svd(dense(matrix), total)
     return chosen(found, choice)
@@ -138,8 +140,9 @@ def exact_svd(delta: Tensor, total: float | None = None) -> TruncatedSVD:
 
 
 def randomized_svd(
-    delta: Tensor | Blocks, choice: RankChoice, total: float, *, seed: int = 0, gain: float = GAIN, max_passes: int = 60
-) -> TruncatedSVD | None:
+    delta: Tensor | Blocks, choice: RankChoice, total: float, *, seed: int = 0, gain: float = GAIN,
+    to_come: float = 0.0, max_passes: int = 60,
+) -> TruncatedSVD | None:  # fmt: skip
     """Block Krylov iteration with its stopping rule; None where the sketch would grow to the matrix itself.
 
     Args:
@@ -157,15 +160,15 @@ def randomized_svd(
         rank = choice.choose(history[-1], total)
         if exhausted and rank is None:
             return None  # the asked-for energy lies beyond what float32 can tell
-        if exhausted or (rank is not None and _settled(history, rank, total, gain)):
+        if exhausted or (rank is not None and _settled(history, rank, total, gain, to_come)):
             break
     u, s, w = krylov.ritz(rank if rank is not None else krylov.width)
     u, vt = (w, u.mT) if krylov.tall else (u, w.mT)
     return TruncatedSVD(u, s, vt, total, krylov.passes)
 
 
-def _settled(history: list[list[float]], rank: int, total: float, gain: float) -> bool:
-    """Whether another pass would add less than `gain` of the squared error at this rank.
+def _settled(history: list[list[float]], rank: int, total: float, gain: float, to_come: float) -> bool:
+    """Whether another pass, after those to come, would add less than `gain` of the squared error at this rank.
 
     The last pass's gain bounds the next one's; from three passes on, their ratio foretells all that is left,
     with room to spare, for Krylov spaces converge faster than geometrically.
@@ -182,11 +185,14 @@ def _settled(history: list[list[float]], rank: int, total: float, gain: float) -
     if len(energies) < 3 or energies[-2] <= energies[-3]:
         return False
     ratio = last / (energies[-2] - energies[-3])
-    return ratio < 1 and last * ratio / (1 - ratio) <= gain * rest
+    return ratio < 1 and last * ratio ** (1 + to_come) / (1 - ratio) <= gain * rest
 
 
 def _block_size(choice: RankChoice, shorter: int) -> int:
-    """A block a little wider than the rank asked for; 64 where the rank is not known beforehand."""
+    """As wide as the rank asked for (Musco & Musco 2015, theorem 1); 64 where the rank is not known beforehand.
+
+    Up to 32 columns a product takes the time of reading A; GEMMs like multiples of 16.
+    """
     rank = choice.directions()
-    wide = 64 if rank is None else min(rank, shorter) + 8
-    return -(-wide // 8) * 8  # GEMMs like multiples of 8
+    wide = 64 if rank is None else max(32, min(rank, shorter))
+    return -(-wide // 16) * 16

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorasurgery.checkpoint.buffers import Buffers
+from lorasurgery.checkpoint.buffers import Arena, Buffers
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import TensorInfo
-from lorasurgery.linalg.blocks import Streamed
-from lorasurgery.linalg.threads import each
+from lorasurgery.linalg.blocks import InMemory, Streamed
+from lorasurgery.linalg.norms import summed
+from lorasurgery.linalg.threads import each, scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,26 +55,32 @@ class Difference:
     Args:
         base, tuned: The two checkpoints.
         device: Where the difference is wanted.
+        room: Bytes that all differences under way take together; beyond them, each gets memory of its own.
     """
 
-    def __init__(self, base: Checkpoint, tuned: Checkpoint, device: torch.device) -> None:
+    def __init__(self, base: Checkpoint, tuned: Checkpoint, device: torch.device, room: int = 0) -> None:
         self.base, self.tuned, self.device = base, tuned, device
-        self._memory = Buffers(torch.device("cpu"))  # of differences
+        self._memory = Arena(room)  # of differences
         self._bytes = Buffers(device)  # of what is on its way to a GPU
 
-    def read(self, *pieces: Piece) -> Tensor | None:
+    def read(self, *pieces: Piece) -> InMemory | None:
         """ΔW = new − old in float32 (float64 when either side is), tensors of equal width one above the other.
 
         Returns:
-            (all rows, columns) on the device, to be given back when done with; None when no byte differs in any.
+            (all rows, columns) on the device with its norm, to be given back when done with; None when no byte differs
+            in any.
         """
         rows, columns, dtype = sum(p.size[0] for p in pieces), pieces[0].size[1], _wide(pieces)
         delta = self._take(rows * columns, dtype).view(rows, columns)
-        differs = [self._fill(part, p) for part, p in zip(_split(delta, pieces), pieces, strict=True)]
-        if not any(differs):
+        norms = torch.zeros(rows, dtype=dtype, device=self.device)
+        parts = zip(_split(delta, pieces), _split(norms, pieces), pieces, strict=True)
+        equal = [found for part, own, p in parts for found in self._fill(part, own, p)]
+        if sum(part.shape[0] for part in equal) == rows:
             self.give(delta)
             return None
-        return delta
+        for part in equal:
+            part.zero_()
+        return InMemory(delta, summed(norms))
 
     def streamed(self, piece: Piece, room: int) -> Streamed | None:
         """The same for a tensor that is too large for the memory allowed: read anew for every pass over it.
@@ -92,15 +99,22 @@ class Difference:
             if held.numel() < size:
                 held = torch.empty(size, dtype=dtype, device=self.device)
             part = held[:size].view(-1, columns)
-            self._fill(part, piece, wanted.start)
+            for equal in self._fill(part, None, piece, wanted.start):
+                equal.zero_()
             return part
 
         return Streamed(make, (rows, columns), dtype, self.device, room)
 
-    def give(self, delta: Tensor | None) -> None:
+    def expect(self, old: TensorInfo, new: TensorInfo) -> None:
+        """Say that both sides of a tensor will be read soon."""
+        self.base.expect(old.name)
+        self.tuned.expect(new.name)
+
+    def give(self, delta: InMemory | Tensor | None) -> None:
         """Take the memory of a difference back."""
-        if delta is not None and delta.device.type == "cpu":
-            self._memory.give(delta.view(-1).view(torch.uint8))
+        matrix = delta.matrix if isinstance(delta, InMemory) else delta
+        if matrix is not None and matrix.device.type == "cpu":
+            self._memory.give(matrix)
 
     def same_bytes(self, old: TensorInfo, new: TensorInfo) -> bool:
         """Whether two tensors of any dtype are the same, byte for byte."""
@@ -118,33 +132,38 @@ class Difference:
         each(compare, range(len(starts)))
         return all(same)
 
-    def _fill(self, delta: Tensor, piece: Piece, first: int = 0) -> bool:
-        """Write one piece's difference, its rows from `first` on; False when all their bytes are equal."""
+    def _fill(self, delta: Tensor, norms: Tensor | None, piece: Piece, first: int = 0) -> list[Tensor]:
+        """Write one piece's difference, its rows from `first` on, and the norms of the rows.
+
+        Returns:
+            The parts where all bytes are equal: they are not written to, for memory that is not used costs nothing.
+        """
         rows, columns = piece.size
         first += (piece.expert or 0) * rows
         limit = _BLOCK if self.device.type == "cpu" else _PINNED
         step = max(1, limit // max(1, columns * max(_itemsize(piece.old), _itemsize(piece.new))))
-        starts = range(0, delta.shape[0], step)
-        differs = [False] * len(starts)
+        equal: list[Tensor] = []
 
-        def work(i: int) -> None:
-            part = delta[starts[i] : starts[i] + step]
-            differs[i] = self._block(part, piece, first + starts[i], columns)
+        def work(start: int) -> None:
+            part = delta[start : start + step]
+            if not self._block(part, piece, first + start, columns):
+                equal.append(part)
+            elif norms is not None:
+                torch.linalg.vector_norm(part, dim=-1, out=norms[start : start + step])
 
-        each(work, range(len(starts)))
-        return any(differs)
+        each(work, range(0, delta.shape[0], step))
+        return equal
 
     def _block(self, out: Tensor, piece: Piece, first: int, columns: int) -> bool:
-        """Some rows of both sides, subtracted; zeros, and False, where all bytes are equal."""
+        """Some rows of both sides, subtracted; False, and nothing written, where all bytes are equal."""
         start, count, shape = first * columns, out.numel(), out.shape
         old, new = ((info, start * _itemsize(info), count * _itemsize(info)) for info in (piece.old, piece.new))
         with self._both(old, new) as (before, after):
             if piece.old.dtype == piece.new.dtype and _same(before, after):
-                out.zero_()
                 return False
             lower = before.view(torch_dtype(piece.old.dtype)).view(shape).to(out.device, non_blocking=True)
             upper = after.view(torch_dtype(piece.new.dtype)).view(shape).to(out.device, non_blocking=True)
-            torch.sub(out.copy_(upper), lower.to(out.dtype), out=out)
+            out.copy_(upper).sub_(scratch(out, out.dtype, 1)[0].copy_(lower))
             if out.device.type == "cuda":
                 torch.cuda.current_stream(out.device).synchronize()  # before the pinned memory is lent again
         return True
@@ -164,7 +183,7 @@ class Difference:
     def _take(self, size: int, dtype: torch.dtype) -> Tensor:
         if self.device.type != "cpu":
             return torch.empty(size, dtype=dtype, device=self.device)
-        return self._memory.take(size * dtype.itemsize)[: size * dtype.itemsize].view(dtype)
+        return self._memory.take(size * dtype.itemsize).view(dtype)
 
 
 def _wide(pieces: tuple[Piece, ...]) -> torch.dtype:
@@ -172,8 +191,8 @@ def _wide(pieces: tuple[Piece, ...]) -> torch.dtype:
     return torch.float64 if "F64" in dtypes else torch.float32
 
 
-def _split(delta: Tensor, pieces: tuple[Piece, ...]) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = torch.split(delta, [p.size[0] for p in pieces])
+def _split(whole: Tensor, pieces: tuple[Piece, ...]) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = torch.split(whole, [p.size[0] for p in pieces])
     return found
 
 

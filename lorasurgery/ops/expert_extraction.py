@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lorasurgery.linalg.fit import fitted
 from lorasurgery.linalg.norms import residual_norm, squared_norm
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
@@ -65,17 +66,16 @@ class _Parameter:
             if delta is None:
                 continue
             options = self.job.options
-            found = truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed)
+            found = truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed, to_come=0.5)
             if len(found.s):
-                self._keep(expert, delta, found)
+                self._keep(expert, delta.matrix, found)
             self.job.difference.give(delta)
 
     def _keep(self, expert: int, delta: Tensor, found: TruncatedSVD) -> None:
-        root = (found.s / self.scale).sqrt().to(delta.dtype)
-        update = LowRank((found.u * root).to(self.job.dtype), (root[:, None] * found.vt).to(self.job.dtype), self.scale)
-        squares = found.s.square().cpu()
+        fit = fitted(delta, found, self.scale, self.job.dtype)
+        update, squares = fit.update, torch.tensor(fit.squares, dtype=torch.float64)
         for member, rows in _rows(self.pair.of(expert), delta.shape[0]):
-            part = squares * found.u[rows].to(torch.float64).square().sum(0).cpu()
+            part = squares * _shares(update.up, rows)
             lost = residual_norm(delta[rows], update.part(rows)) ** 2
             self.shares[member.name].add(squared_norm(delta[rows]), lost, part.tolist())
         self.squares = added(self.squares, squares.tolist())
@@ -98,6 +98,12 @@ def _pieces(pair: ExpertPair, expert: int) -> Iterator[Piece]:
     for member in pair.of(expert):
         assert member.base is not None
         yield Piece(member.base, member.tuned, expert if pair.is_stack else None)
+
+
+def _shares(up: Tensor, rows: slice) -> Tensor:
+    """How much of each direction lies in some of the rows."""
+    squares = up.to(torch.float64).square().cpu()
+    return torch.nan_to_num(squares[rows].sum(0) / squares.sum(0))
 
 
 def _rows(members: tuple[Pair, ...], height: int) -> Iterator[tuple[Pair, slice]]:

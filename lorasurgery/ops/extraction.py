@@ -29,11 +29,11 @@ _LEAST = 64 << 20
 
 
 class Extraction:
-    """One run over all pairs: factors go to the draft, numbers to the reports; memory holds two differences.
+    """One run over all pairs: factors go to the draft, numbers to the reports; memory holds the largest difference.
 
     Args:
         run: Knows what is finished already, and which of the pairs are this rank's.
-        limit: Bytes that differences may take together (--memory-limit); None for two of the largest.
+        limit: Bytes that differences may take together (--memory-limit); None for the largest and a quarter.
     """
 
     def __init__(
@@ -42,7 +42,6 @@ class Extraction:
     ) -> None:  # fmt: skip
         self.base, self.tuned, self.options, self.device = base, tuned, options, device
         self.job, self.limit = run, limit
-        self.difference = Difference(base, tuned, device)
         self.draft = AdapterDraft(base, tuned, options.rslora, options.dtype)
         self.choice = options.choice
         self.full: list[ModuleReport] = []
@@ -65,6 +64,7 @@ class Extraction:
             )  # fmt: skip
             groups = plan_groups(wanted, self.device, self.options.svd, self.limit)
             room = self._room([work_cost([wanted[i] for i in g]) for g in groups])
+            self.difference = Difference(self.base, self.tuned, self.device, room)
             load.work(Flow(room, _lanes(threads)), partial(work_on, self), groups)
         if self.job.ranks.first:
             self._complete()
@@ -81,10 +81,14 @@ class Extraction:
             self.draft.pad()
 
     def _room(self, costs: Sequence[int]) -> int:
-        """Two of the largest differences: one is read while the other is decomposed; of small ones, more."""
+        """The largest difference and a small one beside it; of small ones, several at a time.
+
+        Two of the largest would be twice the memory and no faster: all threads work on one, and what comes next is read
+        into the system's cache meanwhile.
+        """
         if self.limit:
             return self.limit // 2
-        return max(2 * max(costs, default=0), _LEAST)
+        return max(5 * max(costs, default=0) // 4, _LEAST)
 
     def _accept(self, pair: Pair, outcome: Outcome) -> None:
         """Take what one pair gave, in the order of the pairs."""

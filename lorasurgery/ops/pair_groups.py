@@ -11,6 +11,7 @@ from torch import Tensor
 from lorasurgery.checkpoint.header import FLOAT_DTYPES
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.batched import WORKSPACE, batched_svd
+from lorasurgery.linalg.blocks import InMemory
 from lorasurgery.linalg.norms import squared_norm
 from lorasurgery.linalg.svd import TruncatedSVD, finite
 from lorasurgery.linalg.threads import own_stream
@@ -87,7 +88,7 @@ class GroupWork:
         self.job, self.pairs = job, pairs
         self.result: Any = None
         self.cost = work_cost(pairs)
-        self._delta: Tensor | None = None
+        self._delta: InMemory | None = None
 
     @torch.inference_mode()
     def read(self) -> None:
@@ -105,9 +106,9 @@ class GroupWork:
 
     def _factor(self) -> list[Outcome]:
         assert self._delta is not None
-        stack = self._delta.view(len(self.pairs), *self.pairs[0].matrix)
+        stack = self._delta.matrix.view(len(self.pairs), *self.pairs[0].matrix)
         return [
-            outcome_of(self.job, pair, delta, found)
+            outcome_of(self.job, pair, InMemory(delta), found)
             for pair, delta, found in zip(self.pairs, stack, self._decomposed(stack), strict=True)
         ]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from lorasurgery.checkpoint.header import FLOAT_DTYPES
-from lorasurgery.linalg.blocks import Streamed
-from lorasurgery.linalg.norms import residual_norm, squared_norm
+from lorasurgery.linalg.blocks import Blocks, InMemory, Streamed
+from lorasurgery.linalg.fit import fitted
+from lorasurgery.linalg.norms import squared_norm
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.linalg.threads import own_stream
 from lorasurgery.lowrank import LowRank
@@ -47,7 +47,9 @@ class PairWork:
         self.job, self.pair = job, pair
         self.result: Any = None
         self.cost = difference_bytes(pair)
-        self._delta: Tensor | Streamed | None = None
+        self._delta: InMemory | Streamed | None = None
+        if pair.base is not None and not isinstance(pair, ExpertPair):
+            job.difference.expect(pair.base, pair.tuned)  # while this waits for memory, the disk can work
 
     @torch.inference_mode()
     def read(self) -> None:
@@ -85,7 +87,7 @@ class PairWork:
                 self.result = self._factor(self._delta)
             else:
                 self.result = Outcome(norm=math.sqrt(squared_norm(self._delta)))
-            if isinstance(self._delta, Tensor):
+            if isinstance(self._delta, InMemory):
                 self.job.difference.give(self._delta)
             self._delta = None
 
@@ -94,30 +96,29 @@ class PairWork:
         found = ExpertWork(job.difference, job.options, job.choice, job.draft.factor_dtype(pair)).factor(pair)
         return Outcome(found, unchanged=len(pair.members) - (len(found.shares) if found else 0))
 
-    def _factor(self, delta: Tensor | Streamed) -> Outcome:
+    def _factor(self, delta: Blocks) -> Outcome:
         options = self.job.options
         return outcome_of(
-            self.job, self.pair, delta, truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed)
-        )
+            self.job, self.pair, delta,
+            truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed, to_come=0.5),
+        )  # fmt: skip
 
 
-def outcome_of(job: Extraction, pair: Pair, delta: Tensor | Streamed, found: TruncatedSVD) -> Outcome:
+def outcome_of(job: Extraction, pair: Pair, delta: Blocks, found: TruncatedSVD) -> Outcome:
     """The factors of a decomposed pair as they will be written, with the error measured on them."""
     rank, norm = len(found.s), math.sqrt(found.total)
     if rank == 0:  # the bytes differ but the values do not (a signed zero)
         return Outcome(unchanged=1)
     alpha, scale = job.options.scaling(rank)
-    root = (found.s / scale).sqrt().to(found.u)
-    dtype = job.draft.factor_dtype(pair)
-    update = LowRank((found.u * root).to(dtype), (root[:, None] * found.vt).to(dtype), scale)
-    error = residual_norm(delta, update) / norm
+    fit = fitted(delta, found, scale, job.draft.factor_dtype(pair))
+    error = fit.error / norm
     report = ModuleReport(
         pair.name.removesuffix(".weight"), (delta.shape[0], delta.shape[1]), kind=pair.treatment, rank=rank,
         alpha=alpha, delta_norm=norm, error=error, energy=1 - error**2,
     )  # fmt: skip
-    kept = update.transposed if pair.treatment in ("conv1d", "embedding") else update
+    kept = fit.update.transposed if pair.treatment in ("conv1d", "embedding") else fit.update
     kept = LowRank(kept.up.cpu().contiguous(), kept.down.cpu().contiguous(), kept.scale)
-    return Outcome(Factored(report, kept, found.s.square().tolist()))
+    return Outcome(Factored(report, kept, fit.squares))
 
 
 def difference_bytes(pair: Pair) -> int:
