@@ -17,6 +17,7 @@ from lorasurgery.lowrank import LowRank
 # Of less than this share of ‖ΔW‖², or with fewer entries over which float32's rounding evens out, what is left is too
 # close a difference of two sums: it is measured entry by entry.
 _TOLD_APART, _MANY = 0.01, 1 << 20
+FIT = 0.5  # passes that fitting is worth, for `truncated_svd` to count on
 
 
 @dataclass(frozen=True)

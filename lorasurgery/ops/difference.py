@@ -76,7 +76,7 @@ class Difference:
         parts = zip(_split(delta, pieces), _split(norms, pieces), pieces, strict=True)
         equal = [found for part, own, p in parts for found in self._fill(part, own, p)]
         if sum(part.shape[0] for part in equal) == rows:
-            self.give(delta)
+            self.give(InMemory(delta))
             return None
         for part in equal:
             part.zero_()
@@ -110,11 +110,10 @@ class Difference:
         self.base.expect(old.name)
         self.tuned.expect(new.name)
 
-    def give(self, delta: InMemory | Tensor | None) -> None:
+    def give(self, delta: InMemory | None) -> None:
         """Take the memory of a difference back."""
-        matrix = delta.matrix if isinstance(delta, InMemory) else delta
-        if matrix is not None and matrix.device.type == "cpu":
-            self._memory.give(matrix)
+        if delta is not None and delta.device.type == "cpu":
+            self._memory.give(delta.matrix)
 
     def same_bytes(self, old: TensorInfo, new: TensorInfo) -> bool:
         """Whether two tensors of any dtype are the same, byte for byte."""

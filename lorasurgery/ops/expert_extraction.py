@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorasurgery.linalg.fit import fitted
+from lorasurgery.linalg.fit import FIT, fitted
 from lorasurgery.linalg.norms import residual_norm, squared_norm
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
@@ -66,7 +66,7 @@ class _Parameter:
             if delta is None:
                 continue
             options = self.job.options
-            found = truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed, to_come=0.5)
+            found = truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed, to_come=FIT)
             if len(found.s):
                 self._keep(expert, delta.matrix, found)
             self.job.difference.give(delta)

@@ -10,7 +10,7 @@ import torch
 
 from lorasurgery.checkpoint.header import FLOAT_DTYPES
 from lorasurgery.linalg.blocks import Blocks, InMemory, Streamed
-from lorasurgery.linalg.fit import fitted
+from lorasurgery.linalg.fit import FIT, fitted
 from lorasurgery.linalg.norms import squared_norm
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.linalg.threads import own_stream
@@ -48,7 +48,7 @@ class PairWork:
         self.result: Any = None
         self.cost = difference_bytes(pair)
         self._delta: InMemory | Streamed | None = None
-        if pair.base is not None and not isinstance(pair, ExpertPair):
+        if pair.base is not None and pair.base.shape == pair.tuned.shape and not isinstance(pair, ExpertPair):
             job.difference.expect(pair.base, pair.tuned)  # while this waits for memory, the disk can work
 
     @torch.inference_mode()
@@ -100,7 +100,7 @@ class PairWork:
         options = self.job.options
         return outcome_of(
             self.job, self.pair, delta,
-            truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed, to_come=0.5),
+            truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed, to_come=FIT),
         )  # fmt: skip
 
 
