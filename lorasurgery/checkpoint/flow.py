@@ -61,8 +61,8 @@ class Flow:
             BaseException: what a step raised, or what interrupted the waiting.
         """
         readers, workers, writers = self.threads
-        computing = ThreadPoolExecutor(workers)
-        pools = [ThreadPoolExecutor(readers) if readers else computing, computing, ThreadPoolExecutor(writers)]
+        computing = _pool(workers)
+        pools = [_pool(readers) if readers else computing, computing, _pool(writers)]
         try:
             for job in jobs:
                 self._admit(job)
@@ -112,3 +112,10 @@ class Flow:
         with self._changed:
             self._failure = self._failure or problem
             self._changed.notify_all()
+
+
+def _pool(size: int) -> ThreadPoolExecutor:
+    """Threads in which LAPACK uses as many threads as torch was told to: it learns that when torch is first asked."""
+    import torch
+
+    return ThreadPoolExecutor(size, initializer=torch.get_num_threads)

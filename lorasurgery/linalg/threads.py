@@ -37,8 +37,9 @@ def team(size: int | None = None) -> Iterator[int]:
         return
     before = torch.get_num_threads()
     size = size or before
-    _team = ThreadPoolExecutor(size, "lorasurgery")
     torch.set_num_threads(1)
+    # LAPACK learns how many threads it may use when torch is first asked for the number in its thread.
+    _team = ThreadPoolExecutor(size, "lorasurgery", torch.get_num_threads)
     try:
         yield size
     finally:
