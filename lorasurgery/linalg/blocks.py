@@ -14,7 +14,7 @@ from torch import Tensor
 from lorasurgery.linalg.threads import each
 
 _BLOCK = 4 << 20  # elements: large enough that a product of it is worth a thread's while
-_COLUMNS = 1024
+_COLUMNS, _ROWS = 1024, 64  # of a tile of Mᵀ; blocks are whole multiples of its rows
 
 
 class Blocks(Protocol):
@@ -119,17 +119,21 @@ def times(matrix: Blocks, x: Tensor) -> Tensor:
 
 
 def transposed_times(matrix: Blocks, y: Tensor) -> Tensor:
-    """Mᵀ @ y for y (m, k): (n, k), summed block by block from the first row down."""
-    out = torch.zeros(matrix.shape[1], y.shape[1], dtype=matrix.dtype, device=matrix.device)
-    wide, step = _COLUMNS if matrix.device.type == "cpu" else matrix.shape[1], block_rows(matrix)
+    """Mᵀ @ y for y (m, k): (n, k), summed from the first row down, a few rows of some columns at a time.
+
+    Such a tile stays in a core's cache beside its sum, which lies the other way round: twice as fast as taller ones.
+    """
+    out = torch.zeros(y.shape[1], matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    on_cpu = matrix.device.type == "cpu"
+    wide, tall = (_COLUMNS, _ROWS) if on_cpu else (matrix.shape[1], matrix.shape[0])
     for first, span in matrix.spans():
 
         def add(left: int, first: int = first, span: Tensor = span) -> None:
             columns = slice(left, left + wide)
-            for start in range(0, span.shape[0], step):
-                part = span[start : start + step, columns]
+            for start in range(0, span.shape[0], max(1, tall)):
+                part = span[start : start + tall, columns]
                 rows = slice(first + start, first + start + part.shape[0])
-                out[columns].addmm_(part.mT, y[rows])  # (c, b) @ (b, k) -> (c, k)
+                out[:, columns].addmm_(y[rows].mT, part)  # (k, b) @ (b, c) -> (k, c)
 
         each(add, range(0, matrix.shape[1], max(1, wide)))
-    return out
+    return out.mT.contiguous()
