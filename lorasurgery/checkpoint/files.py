@@ -175,3 +175,13 @@ def _copied(target: WriteFile, place: int, source: ReadFile, start: int, size: i
         if problem.errno in _PLAIN:
             return None
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has a folder's names."""
+    if os.name == "posix":  # elsewhere a folder can't be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -21,7 +21,7 @@ from lorasurgery.errors import MismatchError
 from lorasurgery.ranks import Ranks
 
 PARTIAL = ".lorasurgery-partial"
-JOURNAL, FACTORS = ".journal-", ".factors-"
+JOURNAL, FACTORS, UNDO = ".journal-", ".factors-", ".undo-"
 KEPT = 10**9  # bytes worked through: less is done again sooner than anyone could wonder about the remains
 _SECONDS = 20.0  # between two syncs
 
@@ -130,7 +130,7 @@ class Run:
             self._file.close()
         kept = not committed and (self.ranks.size > 1 or self.resumed > 0 or self._size >= KEPT)
         if self.ranks.first and not kept:
-            for file in [*journals(self.out, FACTORS), *journals(self.out)]:
+            for file in [*journals(self.out, FACTORS), *journals(self.out, UNDO), *journals(self.out)]:
                 with suppress(OSError):
                     file.unlink()
         return kept

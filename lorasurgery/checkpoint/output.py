@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from lorasurgery.checkpoint.files import ReadFile, WriteFile, clone
+from lorasurgery.checkpoint.files import ReadFile, WriteFile, clone, sync_folder
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, Run, journals, partial_of
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, PIPELINE
@@ -164,7 +164,7 @@ class Output:
                 self._staged[name].replace(self.folder / name)
             self._committed = True
             for folder in {(self.folder / name).parent for name in order}:
-                _sync_folder(folder)
+                sync_folder(folder)
         except OSError as problem:
             raise self._failed(problem) from None
 
@@ -216,12 +216,3 @@ def _indexed(index: Path) -> Iterable[str]:
 
 def _sync(descriptor: int) -> None:
     os.fsync(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder can't be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            _sync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -17,6 +17,7 @@ from lorasurgery.checkpoint.files import ReadFile
 from lorasurgery.checkpoint.header import Header, TensorInfo, read_header, show
 from lorasurgery.checkpoint.locate import Located, load_object, locate
 from lorasurgery.checkpoint.stub import filled_in
+from lorasurgery.checkpoint.surgery import refuse_unfinished
 from lorasurgery.errors import FormatError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -57,15 +58,22 @@ class Checkpoint:
         self._place(located.weight_map)
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, *, unfinished: bool = False) -> Checkpoint:
         """Open a .safetensors file or a checkpoint folder; only headers are read.
 
+        Args:
+            unfinished: Open it even if an operation in place was interrupted there and some tensors are new, some old.
+
         Raises:
-            FormatError: missing or broken, in one line. UnsupportedError: pickle files.
+            FormatError: missing or broken, in one line. UnsupportedError: pickle files. MismatchError: an operation in
+                place is not finished.
         """
         path = Path(path)
         try:
-            return cls(path, locate(path))
+            located = locate(path)
+            if not unfinished:
+                refuse_unfinished(path)
+            return cls(path, located)
         except OSError as problem:
             raise FormatError(f"{show(str(path))}: {problem.strerror or problem}") from None
 

@@ -13,13 +13,17 @@ from lorasurgery.cli.ending import Ending
 @click.command("merge")
 @click.argument("base", metavar="BASE")
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
-@click.option("--allow-loss", is_flag=True,
-              help="Write the result even when rounding keeps less than half of the update.")  # fmt: skip
+@click.option(
+    "--undo/--no-undo",
+    default=None,
+    help="Keep beside the result what it takes to undo the merge to the bit.  [default: with --in-place]",
+)
+@options.ALLOW_LOSS
 @options.checkpoint
 @options.large
-@options.common
+@options.placed
 @options.guarded
-def command(base: str, adapters: tuple[str, ...], out: str, dry_run: bool, **chosen: Any) -> None:
+def command(base: str, adapters: tuple[str, ...], out: str | None, dry_run: bool, **chosen: Any) -> None:
     """Merge adapters into a checkpoint: W' = round(W + Σ weight·scale·B·A), one rounding from float32.
 
     BASE is a checkpoint folder or .safetensors file; each ADAPTER is a folder or file of any format. Untouched tensors,
@@ -32,6 +36,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, dry_run: bool, **cho
       lorasurgery merge sdxl style.safetensors -o merged --block-weight OUTALL --block-weight "lora_te*=0.5"
       lorasurgery merge llama style -o merged --dtype float32      # when rounding would swallow the update
       lorasurgery merge llama style -o merged --max-shard-size 5GB
+      lorasurgery merge llama style --in-place                     # `unmerge --in-place` gives every bit back
     """
     from lorasurgery.ops.merge import merge
 

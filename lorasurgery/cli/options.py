@@ -74,8 +74,13 @@ _READING = [
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
     *_TELLING,
 ]
+_OUT = click.option("-o", "--output", "out", required=True, metavar="OUT", help="Where the result goes.")
+_PLACED = [
+    click.option("-o", "--output", "out", metavar="OUT", help="Where the result goes."),
+    click.option("--in-place", is_flag=True,
+                 help="Change the tensors inside the checkpoint's own files; a kill loses nothing."),
+]  # fmt: skip
 _COMMON = [
-    click.option("-o", "--output", "out", required=True, metavar="OUT", help="Where the result goes."),
     click.option("--dry-run", is_flag=True, help="Say what would be done, from headers alone; write nothing."),
     click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
     click.option(
@@ -119,14 +124,20 @@ BLOCK_WEIGHT: Callable[[Any], Any] = click.option(
     help="Strength of the modules that a glob or a prefix of their path means, for all adapters or the N-th; or an LBW "
          "preset or list for SD and SDXL (docs/formats.md). Repeatable.",
 )  # fmt: skip
-_CHECKPOINT = [
+_STRENGTHS = [
     click.option("-w", "--weight", "weights", type=float, multiple=True,
                  help="Strength; the n-th belongs to the n-th adapter, the rest are 1. May be negative."),
     BLOCK_WEIGHT,
-    click.option("--dtype", type=DTYPE, help="Write floating tensors as float32, bfloat16, float16 or float8_e4m3fn."),
     click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", show_default=True,
                  help="stochastic is right on average; see --seed."),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of stochastic rounding."),
+]  # fmt: skip
+ALLOW_LOSS: Callable[[Any], Any] = click.option(
+    "--allow-loss", is_flag=True, help="Write the result even when rounding keeps less than half of the update."
+)
+_CHECKPOINT = [
+    *_STRENGTHS,
+    click.option("--dtype", type=DTYPE, help="Write floating tensors as float32, bfloat16, float16 or float8_e4m3fn."),
     click.option("--max-shard-size", type=SIZE, help="Split the output anew, e.g. 5GB; default: the base's layout."),
 ]  # fmt: skip
 
@@ -146,8 +157,14 @@ telling: Callable[[F], F] = _apply(_TELLING)
 reading: Callable[[F], F] = _apply(_READING)
 """--device and those of telling: every command that computes has them."""
 
-common: Callable[[F], F] = _apply(_COMMON)
+common: Callable[[F], F] = _apply([_OUT, *_COMMON])
 """-o, --dry-run, --overwrite and those of reading: every command that writes has them."""
+
+placed: Callable[[F], F] = _apply([*_PLACED, *_COMMON])
+"""The same, with --in-place instead of -o."""
+
+inside: Callable[[F], F] = _apply([_COMMON[0], *_READING])
+"""--dry-run and those of reading: for commands that work in place alone."""
 
 ranks: Callable[[F], F] = _apply(_RANKS)
 """--rank, --energy, --tolerance, --budget, --max-rank, --uniform-rank: every command that chooses ranks has them."""
@@ -157,6 +174,9 @@ familiar: Callable[[F], F] = _apply(_FAMILIAR)
 
 large: Callable[[F], F] = _apply(_LARGE)
 """--resume, --memory-limit: for commands that may run for hours."""
+
+strengths: Callable[[F], F] = _apply(_STRENGTHS)
+"""-w, --block-weight, --rounding, --seed: for commands that merge."""
 
 checkpoint: Callable[[F], F] = _apply(_CHECKPOINT)
 """-w, --block-weight, --dtype, --rounding, --seed, --max-shard-size: for commands that write a checkpoint."""

@@ -14,19 +14,25 @@ from lorasurgery.cli.ending import Ending
 @click.argument("merged", metavar="MERGED")
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @click.option("--base", metavar="BASE", help="Restore replaced tensors, config and tokenizer from this checkpoint.")
+@click.option("--undo-file", metavar="FILE", help="The record of the merge.  [default: the last one beside MERGED]")
+@click.option(
+    "--no-undo", "undo", flag_value=False, default=None, type=bool, help="Subtract and round, though there is a record."
+)
 @options.checkpoint
 @options.large
-@options.common
+@options.placed
 @options.guarded
-def command(merged: str, adapters: tuple[str, ...], out: str, dry_run: bool, **chosen: Any) -> None:
-    """Take adapters out of a checkpoint again: W = round(W' − Σ weight·scale·B·A).
+def command(merged: str, adapters: tuple[str, ...], out: str | None, dry_run: bool, **chosen: Any) -> None:
+    """Take adapters out of a checkpoint again: to the bit where the merge left a record (merge --undo, --in-place).
 
-    The inverse of merge up to rounding; give the weights that were merged. Tensors an adapter replaced whole
-    (modules_to_save, biases) come back only from --base; without it they are named and left as they are.
+    Without a record it is W = round(W' − Σ weight·scale·B·A), the inverse of merge up to rounding; give the weights
+    that were merged. Tensors an adapter replaced whole (modules_to_save, biases) come back only from the record or
+    --base; without them they are named and left as they are.
 
     \b
     Examples:
       lorasurgery unmerge merged style -o restored
+      lorasurgery unmerge llama style --in-place
       lorasurgery unmerge merged style topic -w 0.7 -w -0.3 -o restored --base llama
     """
     from lorasurgery.ops.unmerge import unmerge

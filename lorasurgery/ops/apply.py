@@ -16,6 +16,7 @@ from lorasurgery.errors import OutputError
 from lorasurgery.ops.edits import EditPlan
 from lorasurgery.ops.parameters import commonest_dtype
 from lorasurgery.ops.quantized import is_narrow, is_scale
+from lorasurgery.ops.undo_record import UndoRecord
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -29,6 +30,8 @@ class Recipe:
         config_from: The checkpoint whose config and other files go along.
         allow_loss: Write the result even when rounding swallows most of the update.
         memory_limit: Bytes that weights on their way may take; None for what is fastest.
+        undo: Keep what it takes to undo this to the bit: the record as far as it is known beforehand.
+        restored: The record whose merge is taken back by this; `base` then reads as it was before.
     """
 
     base: Checkpoint
@@ -44,6 +47,8 @@ class Recipe:
     config_from: Checkpoint | None = None
     allow_loss: bool = True
     memory_limit: int | None = None
+    undo: UndoRecord | None = None
+    restored: UndoRecord | None = None
     files: list[PlannedFile] = field(default_factory=list)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lorasurgery.checkpoint.locate import PIPELINE
@@ -15,6 +16,8 @@ from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.carry import CONFIG, carried_files, patched_config, write_carried
 from lorasurgery.ops.edits import Edit
 from lorasurgery.ops.quantized import is_narrow
+from lorasurgery.ops.recorder import kept
+from lorasurgery.ops.undo_record import FOLDER, next_name, planned_record, stack, undo_folder, write_planned
 from lorasurgery.report import ModuleReport, Report
 
 INDEX = "model.safetensors.index.json"
@@ -25,7 +28,7 @@ def describe(recipe: Recipe, done: Mapping[str, Any], report: Report) -> None:
     """Fill in the report, tensor by tensor in the order of the files.
 
     Args:
-        done: tensor -> its Survival as a list, for tensors that were computed.
+        done: tensor -> its Survival as a list (of those that were computed), and what its undoing needs.
 
     Raises:
         SurgeryError: rounding swallows most of the update and that was not allowed.
@@ -35,7 +38,7 @@ def describe(recipe: Recipe, done: Mapping[str, Any], report: Report) -> None:
         edit = recipe.edits.edits.get(tensor.name)
         if edit is None:
             continue
-        survival = Survival(*(done[tensor.name] or (0.0, 0.0, 0.0)))
+        survival = Survival(*(done[tensor.name]["survived"] or (0.0, 0.0, 0.0)))
         _describe(edit, survival, report)
         if edit.contributions:
             survived = survived + survival
@@ -79,9 +82,10 @@ def _describe(edit: Edit, survival: Survival, report: Report) -> None:
     )
 
 
-def finish(recipe: Recipe, output: Output) -> None:
+def finish(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
     """Write config and indexes and what goes along, and give every file its name."""
     last = recipe.files[-1].name
+    write_undo(recipe, output, done)
     if recipe.out.suffix != ".safetensors":
         source = recipe.config_from or recipe.base
         if not source.is_file:
@@ -90,12 +94,43 @@ def finish(recipe: Recipe, output: Output) -> None:
                 source.config, untied=recipe.edits.untied, vocab_size=recipe.edits.vocab_size, dtype=dtype
             )
             carried = carried_files(source.folder, recipe.adapters, parts=source.parts)
+            _put_back(recipe, output, carried)
             write_carried(output, carried, source.config, config, dtype)
         elif recipe.edits.untied:
             config = patched_config(source.config, untied=True)
             output.write_bytes(CONFIG, json.dumps(config, indent=2).encode())
         last = _write_indexes(recipe, output) or last
     output.commit(last=last)
+
+
+def write_undo(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
+    """The records of the merges that can be undone, this one's last."""
+    below = stack(recipe.base.path)
+    if recipe.restored is not None and recipe.restored.path in below:
+        below = below[: below.index(recipe.restored.path)]
+    if recipe.undo is None and recipe.restored is None:
+        return  # what the base's records speak of is no longer there
+    folder = undo_folder(recipe.out).name if output.single else FOLDER
+    for old in below:
+        output.copy_file(f"{folder}/{old.name}", old)
+    if recipe.undo is None:
+        return
+    edits = recipe.edits.edits
+    for tensor in (t for f in recipe.files for t in f.tensors if t.name in edits):
+        listed = done[tensor.name]["kept"]
+        recipe.undo.tensors[tensor.name] = kept(edits[tensor.name], tensor, recipe.base, listed)
+    assert output.run is not None
+    planned, about, places = planned_record(recipe.undo, f"{folder}/{next_name(len(below))}")
+    with output.tensor_file(planned) as file:
+        write_planned(file, about, places, output.run.path("0").parent)
+
+
+def _put_back(recipe: Recipe, output: Output, carried: dict[str, Path]) -> None:
+    """Files that the merge changed, as they were before."""
+    for name, data in (recipe.restored.files if recipe.restored else {}).items():
+        carried.pop(name, None)
+        if data is not None:
+            output.write_bytes(name, data)
 
 
 def _write_indexes(recipe: Recipe, output: Output) -> str | None:

@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.surgery import settle_first
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
+from lorasurgery.ops.record import describe
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
 from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
+from lorasurgery.ops.targets import check_in_place, check_target, in_place_call, record_file, settled
+from lorasurgery.ops.undo import about, before_in_place, begin_record, files_changed, files_in_place
 from lorasurgery.ranks import ranks
 from lorasurgery.report import Progress, Report
 
@@ -29,8 +34,10 @@ LOW_RETENTION = 0.9
 def merge(
     base: str | Path,
     adapters: Sequence[str | Path],
-    out: str | Path,
+    out: str | Path | None = None,
     *,
+    in_place: bool = False,
+    undo: bool | None = None,
     weights: Sequence[float] = (),
     block_weights: Sequence[str] = (),
     dtype: str | None = None,
@@ -49,9 +56,13 @@ def merge(
 
     Example:
         merge("llama", ["style", "topic"], "merged", weights=[0.7, -0.3])
+        merge("llama", ["style"], in_place=True)
 
     Args:
         base: Checkpoint folder or file.
+        out: Where the merged checkpoint goes; None with `in_place`.
+        in_place: Change the touched tensors inside the base's own files.
+        undo: Keep beside the result what it takes to undo the merge to the bit; None does so in place.
         weights: One strength per adapter, any finite number; the rest are 1.
         block_weights: `[N:]PATTERN=W`, an LBW preset or list: strengths by module, for all adapters or the N-th.
         dtype: safetensors name (BF16, F32 …) of floating tensors written, 8-bit ones only where an adapter
@@ -70,24 +81,54 @@ def merge(
     strengths = check_weights(weights, len(adapters))
     check_device_name(device)
     check_memory_limit(memory_limit)
-    checkpoint, opened = Checkpoint.open(base), [open_adapter(a) for a in adapters]
-    check_output(Path(out), [Path(base), *map(Path, adapters)], overwrite, resume=resume)
+    undo = in_place if undo is None else undo
+    target = check_target(base, out, in_place, dtype, max_shard_size, undo=undo)
+    if in_place and settle_first(target, resume=resume):
+        return clock.stamp(settled("merge", str(base)))
+    checkpoint, opened = Checkpoint.open(base, unfinished=in_place), [open_adapter(a) for a in adapters]
+    if not in_place:
+        check_output(target, [Path(base), *map(Path, adapters)], overwrite, resume=resume)
     plan = weighed_plan(checkpoint, opened, strengths, block_weights)
     recipe = Recipe(
         checkpoint, [a for a, w in zip(opened, strengths, strict=True) if w], plan,
-        Path(out), dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, overwrite=overwrite,
+        target, dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, overwrite=overwrite,
         allow_loss=allow_loss, memory_limit=memory_limit,
     )  # fmt: skip
     plan_files(recipe)
     report = start_report("merge", recipe, [str(base), *map(str, adapters)], strengths, dry_run)
+    if undo:
+        recipe.undo = begin_record(opened, [str(a) for a in adapters], strengths, block_weights)
+    if dry_run and in_place:
+        check_in_place(recipe)
     if not dry_run:
         chosen = resolve_device(device)
         report.device = str(chosen)
-        options = {"block_weights": tuple(block_weights), "max_shard_size": max_shard_size}
-        carry_out(recipe, report, options, chosen, progress, resume=resume)
+        options = {"block_weights": tuple(block_weights), "max_shard_size": max_shard_size, "undo": undo}
+        if in_place:
+            _inside(recipe, opened, options, report, chosen, progress, resume=resume)
+        else:
+            if recipe.undo is not None:
+                recipe.undo.files |= files_changed(recipe)
+            carry_out(recipe, report, options, chosen, progress, resume=resume)
         if ranks().first:
             judge_retention(report, recipe)
     return clock.stamp(report)
+
+
+def _inside(
+    recipe: Recipe, adapters: Sequence[Adapter], options: dict[str, Any], report: Report, device: torch.device,
+    progress: Progress | None, *, resume: bool,
+) -> None:  # fmt: skip
+    """Merge inside the base's own files."""
+    from lorasurgery.ops.in_place import run_in_place  # imports torch
+
+    report.sources = [source for path in report.inputs for source in describe(path)]
+    files = files_in_place(recipe)
+    if recipe.undo is not None:
+        recipe.undo.files |= before_in_place(recipe.base, list(files))
+    options |= {"rounding": recipe.rounding, "seed": recipe.seed, "weights": report.totals["weights"]}
+    identity = about(in_place_call(report), adapters, device.type, **options)
+    run_in_place(recipe, identity, lambda: files | record_file(report), report, device, progress, resume=resume)
 
 
 def carry_out(

@@ -121,12 +121,7 @@ def record(report: Report, call: str) -> None:
     out = Path(report.output)
     if not out.is_dir():
         return
-    found = report.to_dict()
-    kept = {key: found[key] for key in _KEPT if key in found}
-    kept["warnings"] = [without_folders(text) for text in report.warnings]
-    sources = [source.to_dict() for source in report.sources or ()]
-    table = {"command": report.command, "call": call, "version": __version__, "sources": sources, **kept}
-    data = (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    data = record_bytes(report, call)
     partial = partial_of(out / RECORD_NAME)
     try:
         partial.write_bytes(data)
@@ -135,6 +130,16 @@ def record(report: Report, call: str) -> None:
         where = out / RECORD_NAME
         raise OutputError(f"{where}: cannot be written ({problem.strerror}); the rest of {out} is whole") from None
     report.bytes_written += len(data)
+
+
+def record_bytes(report: Report, call: str) -> bytes:
+    """The record of an operation as it is written."""
+    found = report.to_dict()
+    kept = {key: found[key] for key in _KEPT if key in found}
+    kept["warnings"] = [without_folders(text) for text in report.warnings]
+    sources = [source.to_dict() for source in report.sources or ()]
+    table = {"command": report.command, "call": call, "version": __version__, "sources": sources, **kept}
+    return (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_record(folder: Path) -> dict[str, Any]:

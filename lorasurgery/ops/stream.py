@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
 from lorasurgery.checkpoint.buffers import Buffers
 from lorasurgery.checkpoint.flow import Flow, Job
-from lorasurgery.checkpoint.journal import Run
+from lorasurgery.checkpoint.heap import Heap
+from lorasurgery.checkpoint.journal import UNDO, Run, journals
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.writer import TensorFile
@@ -19,11 +20,13 @@ from lorasurgery.linalg.threads import team
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.edits import Edit
 from lorasurgery.ops.finish import describe, finish
-from lorasurgery.ops.jobs import CopyJob, Files, Rows, RowsJob, WholeJob, is_by_rows, whole_bytes
+from lorasurgery.ops.jobs import CopyJob, Files, Note, StretchJob, WholeJob, is_by_rows, whole_bytes
+from lorasurgery.ops.recorder import Recorder
+from lorasurgery.ops.row_jobs import Rows, RowsJob
 from lorasurgery.report import Progress, Report
 
 ROOM = 96 << 20  # bytes of weights on their way
-_TEAM = 16  # more threads than that only wait for memory, and each needs some of its own
+TEAM = 16  # more threads than that only wait for memory, and each needs some of its own
 _RUN = 256 << 20  # bytes that are copied in one go
 
 
@@ -34,8 +37,8 @@ def run(recipe: Recipe, journal: Run, report: Report, device: torch.device, prog
     with Output(recipe.out, overwrite=recipe.overwrite, run=journal) as output:
         work = _Work(recipe, journal, output, device, progress)
         try:
-            with team(min(_TEAM, torch.get_num_threads())):
-                Flow(min(ROOM, recipe.memory_limit // 2) if recipe.memory_limit else ROOM).run(work.jobs())
+            with team(min(TEAM, torch.get_num_threads())):
+                Flow(room(recipe)).run(work.jobs())
             work.settle()
         finally:
             work.close()
@@ -47,7 +50,7 @@ def run(recipe: Recipe, journal: Run, report: Report, device: torch.device, prog
                     with output.tensor_file(planned):
                         pass
             describe(recipe, done, report)
-            finish(recipe, output)
+            finish(recipe, output, done)
         report.bytes_written = output.bytes_written
     journal.ranks.wait()
     report.bytes_read = recipe.base.bytes_read + sum(a.weights.bytes_read for a in recipe.adapters)
@@ -68,6 +71,12 @@ class _Work:
         self._left = {name: len(tensors) for name, tensors in self._share.items()}
         self._home = {t.name: name for name, tensors in self._share.items() for t in tensors}
         self._total, self._bytes = sum(self._sizes.values()), 0
+        self._heap: Heap | None = None
+        self.recorder: Recorder | None = None
+        if recipe.undo is not None:
+            older = len(journals(journal.out, UNDO))
+            self._heap = Heap(journal.path(f"{journal.ranks.rank}-{older}", UNDO))
+            self.recorder = Recorder(self._heap, recipe.base, device)
 
     def jobs(self) -> Iterator[Job]:
         """What is to be done, in the order of the files."""
@@ -88,7 +97,8 @@ class _Work:
         copied: list[PlannedTensor] = []
         for tensor in tensors:
             edit = edits.get(tensor.name)
-            as_is = edit is None and recipe.base.tensors[tensor.name].dtype == tensor.dtype
+            back = recipe.restored.tensors.get(tensor.name) if recipe.restored and edit is None else None
+            as_is = edit is None and back is None and recipe.base.tensors[tensor.name].dtype == tensor.dtype
             if copied and not (
                 as_is and places[tensor.name] == places[copied[-1].name] + 1 and _follows(recipe, copied, tensor)
             ):
@@ -96,18 +106,24 @@ class _Work:
                 copied = []
             if as_is:
                 copied.append(tensor)
-            elif is_by_rows(edit) and tensor.nbytes:
-                rows = Rows(recipe, edit, tensor, self.device, file, self.done)
+            elif back is not None:
+                slot = _Slot(self, planned, tensor)
+                slot.expect(len(back.stretches))
+                pieces = enumerate(back.stretches)
+                yield from (StretchJob(recipe.base, tensor.name, i, s, slot) for i, s in pieces)
+            elif is_by_rows(edit, recorded=self.recorder is not None) and tensor.nbytes:
+                rows = Rows(recipe, edit, tensor, self.device, _Slot(self, planned, tensor), self.recorder)
                 yield from (RowsJob(rows, i, self.buffers) for i in range(len(rows.pieces)))
             else:
-                yield self._whole(edit, tensor, file)
+                yield self._whole(edit, planned, tensor, file)
         if copied:
             yield CopyJob(recipe.base, copied, file, self.done)
 
-    def _whole(self, edit: Edit | None, tensor: PlannedTensor, file: Files) -> Job:
+    def _whole(self, edit: Edit | None, planned: PlannedFile, tensor: PlannedTensor, file: Files) -> Job:
         if edit is None:  # a cast of nothing
             return CopyJob(self.recipe.base, [tensor], file, self.done)
-        return WholeJob(self.recipe, edit, tensor, self.device, file, self.done)
+        slot = _Slot(self, planned, tensor)
+        return WholeJob(self.recipe, edit, tensor, self.device, slot, self.recorder)
 
     def file(self, planned: PlannedFile) -> TensorFile:
         """The output file, opened when the first of its tensors is written."""
@@ -117,10 +133,9 @@ class _Work:
                 self._files[planned.name].open()
             return self._files[planned.name]
 
-    def done(self, name: str, survival: Survival | None) -> None:
+    def done(self, name: str, note: Note) -> None:
         """Note that a tensor is in its file; a file whose tensors are all there is synced and closed."""
-        found = [survival.dot, survival.update, survival.residue] if survival else None
-        self.journal.add(name, found, self._sizes[name])
+        self.journal.add(name, {"survived": listed(note.survival), "kept": note.kept}, self._sizes[name])
         with self._lock:
             self._bytes += self._sizes[name]
             if self.progress:
@@ -143,12 +158,42 @@ class _Work:
         """Close what is still open, after a failure."""
         for file in self._files.values():
             file.abandon()
+        if self._heap is not None:
+            self._heap.close()
 
     def _sync(self) -> None:
+        if self._heap is not None:
+            self._heap.sync()
         with self._lock:
             files = list(self._files.values())
         for file in files:
             file.sync()
+
+
+class _Slot:
+    """One tensor's place in an output file; when all of its pieces are there, it is done."""
+
+    def __init__(self, work: _Work, planned: PlannedFile, tensor: PlannedTensor) -> None:
+        self.work, self.planned, self.tensor = work, planned, tensor
+        self._notes: dict[int, Note] = {}
+        self._pieces, self._lock = 0, threading.Lock()
+
+    def expect(self, pieces: int) -> None:
+        """How many there will be."""
+        self._pieces = pieces
+
+    def place(self) -> int:
+        """Where the tensor begins."""
+        return self.work.file(self.planned).place(self.tensor.name)
+
+    def put(self, piece: int, start: int, data: memoryview, note: Note) -> None:
+        """Write a piece."""
+        self.work.file(self.planned).put(self.tensor.name, start, data)
+        with self._lock:
+            self._notes[piece] = note
+            if len(self._notes) < self._pieces:
+                return
+        self.work.done(self.tensor.name, joined(self._notes))
 
 
 class _FileJob:
@@ -171,7 +216,25 @@ class _FileJob:
         base.readable(self.planned.tensors[0].name)  # it must be there in full, and as long as it was
         base.count(self.work.output.copy_file(self.planned.name, base.folder / self.planned.name))
         for tensor in self.planned.tensors:
-            self.work.done(tensor.name, None)
+            self.work.done(tensor.name, Note())
+
+
+def joined(notes: Mapping[int, Note]) -> Note:
+    """What is known of a tensor from its pieces, in their order."""
+    ordered = [notes[i] for i in sorted(notes)]
+    survived = [n.survival for n in ordered if n.survival is not None]
+    whole = sum(survived, Survival(0.0, 0.0, 0.0)) if survived else None
+    return Note(whole, [stretch for n in ordered for stretch in n.kept])
+
+
+def listed(survival: Survival | None) -> list[float] | None:
+    """A survival as JSON."""
+    return [survival.dot, survival.update, survival.residue] if survival else None
+
+
+def room(recipe: Recipe) -> int:
+    """Bytes of weights that may be on their way."""
+    return min(ROOM, recipe.memory_limit // 2) if recipe.memory_limit else ROOM
 
 
 def _check_limit(recipe: Recipe) -> None:
@@ -179,7 +242,7 @@ def _check_limit(recipe: Recipe) -> None:
     edits, limit = recipe.edits.edits, recipe.memory_limit
     for tensor in (t for f in recipe.files for t in f.tensors if t.name in edits and limit):
         needed = whole_bytes(tensor)
-        if limit and needed > limit and not is_by_rows(edits[tensor.name]):
+        if limit and needed > limit and not is_by_rows(edits[tensor.name], recorded=recipe.undo is not None):
             raise UsageError(
                 f"--memory-limit: {tensor.name} has rows that are replaced or norms of columns, so it is merged as a "
                 f"whole and takes {needed:,} bytes; give at least that"
@@ -207,10 +270,12 @@ def _is_untouched(recipe: Recipe, planned: PlannedFile) -> bool:
         return False
     names = [planned.prefix + name for name in header.tensors]
     edits, tensors = recipe.edits.edits, recipe.base.tensors
+    back = recipe.restored.tensors if recipe.restored else {}
     return {t.name for t in planned.tensors} == set(names) and all(
-        t.name not in edits and recipe.base.file_of[t.name] == planned.name and tensors[t.name].dtype == t.dtype
+        t.name not in edits and t.name not in back
+        and recipe.base.file_of[t.name] == planned.name and tensors[t.name].dtype == t.dtype
         for t in planned.tensors
-    )
+    )  # fmt: skip
 
 
 def _follows(recipe: Recipe, before: list[PlannedTensor], tensor: PlannedTensor) -> bool:

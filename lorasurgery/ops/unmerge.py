@@ -10,13 +10,17 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.adapters.naming import BaseNames, module_of
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import MismatchError
+from lorasurgery.checkpoint.surgery import settle_first
+from lorasurgery.errors import MismatchError, UsageError
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.merge import carry_out, check_weights, start_report
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
+from lorasurgery.ops.targets import check_target, settled
+from lorasurgery.ops.undo import record_to_undo
+from lorasurgery.ops.undo_merge import undo_merge
 from lorasurgery.ranks import ranks
 from lorasurgery.report import ModuleReport, Progress, Report
 
@@ -25,8 +29,11 @@ from lorasurgery.report import ModuleReport, Progress, Report
 def unmerge(
     merged: str | Path,
     adapters: Sequence[str | Path],
-    out: str | Path,
+    out: str | Path | None = None,
     *,
+    in_place: bool = False,
+    undo: bool | None = None,
+    undo_file: str | Path | None = None,
     base: str | Path | None = None,
     weights: Sequence[float] = (),
     block_weights: Sequence[str] = (),
@@ -41,13 +48,17 @@ def unmerge(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Subtract adapters from a checkpoint they were merged into; the inverse of merge up to rounding.
+    """Take adapters out of a checkpoint again: to the bit where the merge left a record, else up to rounding.
 
     Example:
         unmerge("merged", ["style"], "restored", weights=[0.7], base="llama")
+        unmerge("llama", ["style"], in_place=True)
 
     Args:
         merged: Checkpoint the adapters were merged into, with the same weights as given here.
+        out: Where the restored checkpoint goes; None with `in_place`, which needs a record.
+        undo: False subtracts and rounds though there is a record.
+        undo_file: The record; None is that of the last merge, beside the checkpoint.
         block_weights: As they were merged.
         base: Where replaced tensors (modules_to_save, biases) are restored from; without it they stay as
             they are and the report names them. Deltas are subtracted either way.
@@ -60,16 +71,38 @@ def unmerge(
     strengths = check_weights(weights, len(adapters))
     check_device_name(device)
     check_memory_limit(memory_limit)
-    checkpoint, opened = Checkpoint.open(merged), [open_adapter(a) for a in adapters]
+    target = check_target(merged, out, in_place, dtype, max_shard_size)
+    if in_place and settle_first(target, resume=resume):
+        return clock.stamp(settled("unmerge", str(merged)))
+    checkpoint, opened = Checkpoint.open(merged, unfinished=in_place), [open_adapter(a) for a in adapters]
     original = Checkpoint.open(base) if base is not None else None
     inputs = [str(merged), *map(str, adapters), *([str(base)] if base is not None else [])]
-    check_output(Path(out), [Path(i) for i in inputs], overwrite, resume=resume)
+    if not in_place:
+        check_output(target, [Path(i) for i in inputs], overwrite, resume=resume)
+    found = None
+    if undo is not False:
+        found = record_to_undo(Path(merged), opened, undo_file, weights, block_weights)
+    if found is not None:
+        if dtype:
+            raise UsageError("--dtype: what comes back to the bit keeps its dtype; --no-undo subtracts and rounds")
+        record, ordered = found
+        recipe = Recipe(
+            checkpoint, [], EditPlan(), target, max_shard_size=max_shard_size, overwrite=overwrite,
+            memory_limit=memory_limit, restored=record,
+        )  # fmt: skip
+        report = undo_merge(recipe, ordered, inputs, device, progress, resume=resume, dry_run=dry_run)
+        return clock.stamp(report)
+    if in_place:
+        raise MismatchError(
+            f"{merged}: has no record of a merge, so nothing would give the bits back; -o OUT subtracts and rounds "
+            "into a new checkpoint"
+        )
     plan = weighed_plan(checkpoint, opened, [-w for w in strengths], block_weights, replaces=False)
     plan.untied, dropped = False, frozenset[str]()
     if original is not None:
         dropped = restore_from(original, checkpoint, plan)
     recipe = Recipe(
-        checkpoint, [], plan, Path(out), dtype=dtype, rounding=rounding, seed=seed,
+        checkpoint, [], plan, target, dtype=dtype, rounding=rounding, seed=seed,
         max_shard_size=max_shard_size, overwrite=overwrite, dropped=dropped, config_from=original,
         memory_limit=memory_limit,
     )  # fmt: skip

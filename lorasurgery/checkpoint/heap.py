@@ -1,0 +1,62 @@
+"""Stretches of bytes, put one behind the other into a file beside an output until it is known where they belong."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from pathlib import Path
+
+from lorasurgery.checkpoint.files import ReadFile, WriteFile
+from lorasurgery.errors import FormatError
+
+Place = list[object]
+"""Where a stretch lies: the file's name, the first byte, how many, and their CRC-32. JSON."""
+
+
+class Heap:
+    """Takes stretches from several threads; what lies in the file already stays.
+
+    >>> import tempfile
+    >>> heap = Heap(Path(tempfile.mkdtemp()) / "heap")
+    >>> read_back(heap.path.parent, heap.put(b"abc"))
+    b'abc'
+    >>> heap.close()
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = WriteFile(path)
+        self._end, self._lock = path.stat().st_size, threading.Lock()
+
+    def put(self, data: bytes | memoryview) -> Place:
+        """Write a stretch; the place is good once sync() was called after it."""
+        with self._lock:
+            start, self._end = self._end, self._end + len(data)
+        self._file.write_at(start, memoryview(data))
+        return [self.path.name, start, len(data), zlib.crc32(data)]
+
+    def sync(self) -> None:
+        """Wait until the disk has what was put."""
+        self._file.sync()
+
+    def close(self) -> None:
+        """Close; the file stays."""
+        self._file.close()
+
+
+def read_back(folder: Path, place: Place) -> bytes:
+    """A stretch that was put into a heap of this folder.
+
+    Raises:
+        FormatError: it is not what was put.
+    """
+    name, start, size, crc = place
+    assert isinstance(start, int)
+    assert isinstance(size, int)
+    data = bytearray(size)
+    path = folder / str(name)
+    with ReadFile(path) as file:
+        got = file.read_all(start, memoryview(data))
+    if got != size or zlib.crc32(data) != crc:
+        raise FormatError(f"{path}: is damaged, so --resume can't; --overwrite starts anew")
+    return bytes(data)

@@ -1,0 +1,213 @@
+"""merge, unmerge and switch inside a checkpoint's own files: only the tensors that change are read and written.
+
+Everything is computed twice: once without writing, so that nothing but a kill or the disk can stop it half-way, and
+once for good (checkpoint/surgery.py has how that survives a kill).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lorasurgery.checkpoint.buffers import Buffers
+from lorasurgery.checkpoint.flow import Flow, Job
+from lorasurgery.checkpoint.plan import PlannedTensor
+from lorasurgery.checkpoint.surgery import Surgery
+from lorasurgery.checkpoint.writer import TensorFile
+from lorasurgery.linalg.rounding import Survival
+from lorasurgery.linalg.threads import team
+from lorasurgery.ops.apply import Recipe
+from lorasurgery.ops.finish import describe
+from lorasurgery.ops.jobs import Note, Slot, StretchJob, WholeJob, is_by_rows
+from lorasurgery.ops.recorder import Recorder, kept
+from lorasurgery.ops.row_jobs import Rows, RowsJob
+from lorasurgery.ops.stream import TEAM, joined, listed, room
+from lorasurgery.ops.targets import check_in_place, is_touched, on_disk
+from lorasurgery.ops.undo_record import (
+    UndoRecord,
+    next_name,
+    planned_record,
+    stack,
+    undo_folder,
+    write_planned,
+)
+from lorasurgery.report import Progress, Report
+
+_RECORD = "record"
+
+
+def run_in_place(
+    recipe: Recipe, about: dict[str, Any], files: Callable[[], dict[str, bytes]], report: Report,
+    device: torch.device, progress: Progress | None, *, resume: bool,
+) -> None:  # fmt: skip
+    """Carry out a recipe inside the files of its base.
+
+    Args:
+        recipe: Whose `base` is the checkpoint, or Undone over it; names, dtypes, shapes and files stay as they are.
+        about: What decides the result; only the same goes on after a kill.
+        files: Called when all else is known: small files that change too, below the folder -> their new content.
+
+    Raises:
+        SurgeryError: as merge and unmerge; nothing was changed then, unless the message says so.
+    """
+    check_in_place(recipe)
+    with Surgery(recipe.base.path, about, resume=resume) as surgery, team(min(TEAM, torch.get_num_threads())):
+        work = _Work(recipe, surgery, device, progress)
+        if not surgery.checked:
+            notes = work.rehearse()
+            describe(recipe, notes, Report("", [], ""))
+            surgery.check_passed()
+        work.perform()
+        describe(recipe, work.notes(), report)
+        work.end(files())
+        report.bytes_written, report.resumed = surgery.bytes_written, surgery.resumed
+    report.bytes_read = recipe.base.bytes_read + sum(a.weights.bytes_read for a in recipe.adapters)
+
+
+class _Work:
+    """All pieces of one operation, first for trying and then for good."""
+
+    def __init__(self, recipe: Recipe, surgery: Surgery, device: torch.device, progress: Progress | None) -> None:
+        self.recipe, self.surgery, self.device, self.progress = recipe, surgery, device, progress
+        self.buffers = Buffers(device)
+        self.touched = [t for f in recipe.files for t in f.tensors if is_touched(recipe, t.name)]
+        self.total, self.bytes = sum(t.nbytes for t in self.touched), 0
+        self._lock = threading.Lock()
+
+    def rehearse(self) -> dict[str, Any]:
+        """Compute everything and write nothing; what is known of each tensor afterwards."""
+        slots = {t.name: _Dropped() for t in self.touched}
+        Flow(room(self.recipe)).run(job for t in self.touched for job in self._jobs(t, slots[t.name], None))
+        return {name: _record(joined(slot.notes)) for name, slot in slots.items()}
+
+    def perform(self) -> None:
+        """Compute and write what is not there yet."""
+        recorder = None
+        if self.recipe.undo is not None:
+            recorder = Recorder(self.surgery.heap, self.recipe.base, self.device)
+        Flow(room(self.recipe), (1, 2, 1)).run(
+            job for t in self.touched for job in self._jobs(t, _Placed(self, t), recorder)
+        )
+        self.surgery.flush()
+
+    def notes(self) -> dict[str, Any]:
+        """What is known of each tensor, from the journal."""
+        pieces: dict[str, dict[int, Note]] = defaultdict(dict)
+        for key, (survived, stretches) in self.surgery.done.items():
+            number, _, name = key.partition(" ")
+            pieces[name][int(number)] = Note(Survival(*survived) if survived else None, stretches)
+        return {t.name: _record(joined(pieces[t.name])) for t in self.touched}
+
+    def end(self, files: dict[str, bytes]) -> None:
+        """Put the records in order, and end."""
+        recipe, surgery = self.recipe, self.surgery
+        path = recipe.base.path
+        below = stack(path)
+        old = recipe.restored.path if recipe.restored and recipe.restored.path in below else None
+        removed = [f"{undo_folder(path).name}/{old.name}"] if old else []
+        staged = {}
+        if recipe.undo is not None:
+            notes = self.notes()
+            for t in self.touched:
+                edit = recipe.edits.edits.get(t.name)
+                if edit is not None:
+                    recipe.undo.tensors[t.name] = kept(edit, t, recipe.base, notes[t.name]["kept"])
+            _stage(recipe.undo, surgery)
+            name = old.name if old else next_name(len(below))
+            staged, removed = {f"{undo_folder(path).name}/{name}": _RECORD}, []
+        gone = [n for n, data in _files_before(recipe).items() if data is None and n not in files]
+        back = {n: data for n, data in _files_before(recipe).items() if data is not None} | files
+        surgery.finish(back, staged=staged, removed=[*removed, *gone])
+
+    def _jobs(self, tensor: PlannedTensor, slot: Slot, recorder: Recorder | None) -> Iterator[Job]:
+        recipe, edit = self.recipe, self.recipe.edits.edits.get(tensor.name)
+        done = self.surgery.done
+        recorded = recipe.undo is not None
+        jobs: Iterator[tuple[int, Any]]
+        if edit is None:
+            assert recipe.restored is not None
+            stretches = recipe.restored.tensors[tensor.name].stretches
+            slot.expect(len(stretches))
+            jobs = ((i, StretchJob(recipe.base, tensor.name, i, s, slot)) for i, s in enumerate(stretches))
+        elif is_by_rows(edit, recorded=recorded) and tensor.nbytes:
+            rows = Rows(recipe, edit, tensor, self.device, slot, recorder)
+            if not self._apart(rows):
+                whole = WholeJob(recipe, edit, tensor, self.device, slot, recorder)
+                return iter([whole] if f"0 {tensor.name}" not in done else [])
+            for i in range(len(rows.pieces)):
+                if f"{i} {tensor.name}" in done:
+                    rows.skip()
+            jobs = ((i, RowsJob(rows, i, self.buffers)) for i in range(len(rows.pieces)))
+        else:
+            jobs = iter([(0, WholeJob(recipe, edit, tensor, self.device, slot, recorder))])
+        return (job for i, job in jobs if f"{i} {tensor.name}" not in done)
+
+    def _apart(self, rows: Rows) -> bool:
+        """Whether a piece can be written while another is still to be read: each comes back from its own bytes."""
+        old = self.recipe.restored.tensors.get(rows.tensor.name) if self.recipe.restored else None
+        return old is None or [(s.start, s.size) for s in old.stretches] == rows.spans
+
+    def written(self, tensor: PlannedTensor, size: int) -> None:
+        """Tell how far it is."""
+        with self._lock:
+            self.bytes += size
+            if self.progress:
+                self.progress(tensor.name, self.bytes, self.total)
+
+
+class _Dropped:
+    """A slot that keeps what is known of the pieces and lets go of the bytes."""
+
+    def __init__(self) -> None:
+        self.notes: dict[int, Note] = {}
+
+    def expect(self, pieces: int) -> None:
+        """It does not matter here."""
+
+    def place(self) -> int:
+        """Anywhere."""
+        return 0
+
+    def put(self, piece: int, start: int, data: memoryview, note: Note) -> None:
+        """Keep the note."""
+        self.notes[piece] = note
+
+
+class _Placed:
+    """A tensor's own place in the checkpoint's files."""
+
+    def __init__(self, work: _Work, tensor: PlannedTensor) -> None:
+        self.work, self.tensor = work, tensor
+        disk = on_disk(work.recipe.base)
+        self.file, self.first = disk.file_of[tensor.name], disk.tensors[tensor.name].start
+
+    def expect(self, pieces: int) -> None:
+        """The journal counts them."""
+
+    def place(self) -> int:
+        """Where it begins in its file."""
+        return self.first
+
+    def put(self, piece: int, start: int, data: memoryview, note: Note) -> None:
+        """Hand a piece to the surgery."""
+        record = [listed(note.survival), note.kept]
+        self.work.surgery.put(f"{piece} {self.tensor.name}", self.file, self.first + start, data, record)
+        self.work.written(self.tensor, len(data))
+
+
+def _record(note: Note) -> dict[str, Any]:
+    return {"survived": listed(note.survival), "kept": note.kept}
+
+
+def _files_before(recipe: Recipe) -> dict[str, bytes | None]:
+    return recipe.restored.files if recipe.restored else {}
+
+
+def _stage(record: UndoRecord, surgery: Surgery) -> None:
+    planned, about, places = planned_record(record, _RECORD)
+    with TensorFile(surgery.staged(_RECORD), planned, lambda _: None) as file:
+        write_planned(file, about, places, surgery.folder)

@@ -1,0 +1,140 @@
+"""While a merge writes, what its undoing will need is found and put aside, stretch by stretch."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasurgery.checkpoint.dtypes import torch_dtype
+from lorasurgery.checkpoint.heap import Heap
+from lorasurgery.checkpoint.plan import PlannedTensor
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.writer import as_bytes
+from lorasurgery.linalg.threads import own_stream
+from lorasurgery.linalg.undo import Undoing
+from lorasurgery.ops.compute import placed
+from lorasurgery.ops.edits import Contribution, Edit
+from lorasurgery.ops.undo_pack import is_kept_as_steps, pack_corrections, pack_difference
+from lorasurgery.ops.undo_record import Kept, Stretch
+
+_PIECE = 8 << 20
+
+
+class Recorder:
+    """Keeps what was there; several threads may.
+
+    Args:
+        heap: Where the packed stretches go. base: What the weights were.
+        device: Where corrections are found; one without float64 leaves it to the CPU.
+    """
+
+    def __init__(self, heap: Heap, base: Checkpoint, device: torch.device) -> None:
+        self.heap, self.base = heap, base
+        self.device = torch.device("cpu") if device.type == "mps" else device
+        self._undoing: dict[tuple[str, int], Undoing] = {}
+        self._lock = threading.Lock()
+
+    def rows(
+        self, edit: Edit, tensor: PlannedTensor, expert: int, first: int, start: int, old: Tensor, new: Tensor
+    ) -> list[Any]:
+        """Keep some rows that were merged.
+
+        Args:
+            first: The row of the matrix (of the expert) they begin with. start: Their first byte in the tensor.
+            old, new: (b, n), on the CPU.
+        """
+        before, after = as_bytes(old), as_bytes(new)
+        steps = is_undone_by_steps(edit, old.dtype)
+        if steps:
+            with own_stream(self.device):
+                undoing = self._of(edit, expert, old)
+                found = undoing.corrections(old.to(self.device), new.to(self.device), first)
+            packed = pack_corrections(found, old.dtype.itemsize)
+        else:
+            packed = pack_difference(before, after, old.dtype.itemsize)
+        return [self._stretch(start, before, after, packed, "steps" if steps else "difference")]
+
+    def whole(self, edit: Edit, tensor: PlannedTensor, new: Tensor) -> list[Any]:
+        """Keep a tensor that was computed as a whole, piece by piece."""
+        if kind_of(edit, tensor, self.base) == "added":
+            return []
+        info, raw = self.base.tensors[tensor.name], as_bytes(new)
+        same = info.dtype == tensor.dtype and info.shape == tensor.shape
+        size = torch_dtype(info.dtype).itemsize
+        found: list[Any] = []
+        for start, piece in _chunks(self.base, tensor.name):
+            after = raw[start : start + len(piece)] if same else None
+            packed = pack_difference(piece, after, size)
+            found.append(self._stretch(start, piece, after, packed, "difference" if same else "whole"))
+        if not same:
+            found.append(hashlib.sha256(raw).hexdigest())
+        return found
+
+    def forget(self, tensor: str) -> None:
+        """Let go of a tensor's factors."""
+        with self._lock:
+            for key in [k for k in self._undoing if k[0] == tensor]:
+                del self._undoing[key]
+
+    def _of(self, edit: Edit, expert: int, old: Tensor) -> Undoing:
+        with self._lock:
+            key = edit.tensor, expert
+            if key not in self._undoing:
+                self._undoing[key] = undoing_of(edit, expert, old.dtype, self.device)
+            return self._undoing[key]
+
+    def _stretch(self, start: int, before: memoryview, after: memoryview | None, packed: bytes, how: str) -> list[Any]:
+        old, new = (hashlib.sha256(b).hexdigest() if b is not None else "" for b in (before, after))
+        return Stretch(start, len(before), self.heap.put(packed), len(packed), old, new, how).listed()
+
+
+def undoing_of(edit: Edit, expert: int, dtype: torch.dtype, device: torch.device) -> Undoing:
+    """The updates of one matrix, ready to be taken out of its rows."""
+    stacked = any(c.stacked for c in edit.contributions)
+    height = edit.shape[1 if stacked else 0] if edit.shape else 1
+    updates = [c.load(expert) if stacked else placed(c, height) for c in edit.contributions]
+    found = Undoing([u.to(device) for u in updates], dtype)
+    if device.type == "cuda":  # others use them on streams of their own
+        torch.cuda.current_stream(device).synchronize()
+    return found
+
+
+def kind_of(edit: Edit, tensor: PlannedTensor, base: Checkpoint) -> str:
+    """What became of a touched tensor; see Kept."""
+    info = base.tensors.get(tensor.name)
+    if info is None:
+        return "added"
+    return "changed" if (info.dtype, info.shape) == (tensor.dtype, tensor.shape) else "resized"
+
+
+def is_undone_by_steps(edit: Edit, dtype: torch.dtype) -> bool:
+    """Whether a tensor comes back from its merged values and the update, but for a few corrections."""
+    plain = edit.contributions and not (edit.replacement or edit.rows) and all(map(_is_stored, edit.contributions))
+    alike = len({c.stacked for c in edit.contributions}) == 1
+    return bool(plain) and alike and is_kept_as_steps(dtype)
+
+
+def _is_stored(c: Contribution) -> bool:
+    """Whether the update is what the file holds: what is computed from it first may differ from machine to machine."""
+    return not c.decomposes and (c.delta is None or c.delta.form == "lora")
+
+
+def kept(edit: Edit, tensor: PlannedTensor, base: Checkpoint, listed: list[Any]) -> Kept:
+    """The record of one tensor from what was kept of it."""
+    info = base.tensors.get(tensor.name)
+    shape, dtype = (info.shape, info.dtype) if info is not None else (tensor.shape, tensor.dtype)
+    stretches = sorted((Stretch(*s) for s in listed if isinstance(s, list)), key=lambda s: s.start)
+    after = next((s for s in listed if isinstance(s, str)), "")
+    return Kept(kind_of(edit, tensor, base), dtype, shape, tuple(stretches), after)
+
+
+def _chunks(base: Checkpoint, name: str) -> Iterator[tuple[int, memoryview]]:
+    start = 0
+    for piece in base.chunks(name, _PIECE):
+        yield start, piece
+        start += len(piece)

@@ -1,0 +1,192 @@
+"""Tensors that are merged row by row, a few megabytes at a time, so that the largest takes no more memory than any."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasurgery.checkpoint.buffers import Buffers
+from lorasurgery.checkpoint.dtypes import torch_dtype
+from lorasurgery.checkpoint.files import PAGE
+from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.checkpoint.plan import PlannedTensor
+from lorasurgery.checkpoint.writer import as_bytes
+from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg.norms import block_height
+from lorasurgery.linalg.rounding import Merger, Survival
+from lorasurgery.linalg.threads import own_stream
+from lorasurgery.ops.apply import Recipe
+from lorasurgery.ops.compute import placed
+from lorasurgery.ops.edits import Edit
+from lorasurgery.ops.jobs import Note, Slot
+from lorasurgery.ops.recorder import Recorder
+from lorasurgery.ops.turns import Turns
+
+PIECE = 8 << 20  # bytes of a weight that are read, merged and written together
+
+
+class Rows:
+    """One tensor that is merged row by row: its updates, read once, and how many of its pieces are still missing.
+
+    Args:
+        edit: None for a tensor that is only cast.
+    """
+
+    def __init__(
+        self, recipe: Recipe, edit: Edit | None, tensor: PlannedTensor, device: torch.device, slot: Slot,
+        recorder: Recorder | None = None,
+    ) -> None:  # fmt: skip
+        self.recipe, self.edit, self.tensor, self.device, self.slot = recipe, edit, tensor, device, slot
+        self.recorder = recorder if edit is not None else None
+        self.weights, name = recipe.base, edit.source.name if edit and edit.source else tensor.name
+        if edit and edit.replacement:
+            held = edit.replacement.adapter
+            self.weights, name = held.weights, held.replaced[edit.replacement.name]
+        self.info: TensorInfo = self.weights.tensors[name]
+        self.source, self.dtype = torch_dtype(self.info.dtype), torch_dtype(tensor.dtype)
+        self.stacked = edit is not None and any(c.stacked for c in edit.contributions)
+        self._mergers: dict[int, Merger | Turns] = {}
+        self._lock = threading.Lock()
+        self.pieces = list(self._pieces())
+        self._left = len(self.pieces)
+        slot.expect(len(self.pieces))
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) of one matrix: of each expert where there are several."""
+        shape = self.info.shape[1:] if self.stacked else self.info.shape
+        return (shape[0], prod(shape[1:])) if shape else (1, 1)
+
+    def _pieces(self) -> Iterator[tuple[int, slice]]:
+        """(expert, rows): whole blocks, as many as make up a piece."""
+        rows, columns = self.matrix
+        block = block_height(columns, self.device)
+        many = max(1, PIECE // max(1, block * columns * self.source.itemsize)) * block
+        for expert in range(self.info.shape[0] if self.stacked else 1):
+            for start in range(0, rows, many):
+                yield expert, slice(start, min(start + many, rows))
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """The first byte of each piece in the tensor as it is read, and how many."""
+        rows, columns = self.matrix
+        width = columns * self.source.itemsize
+        return [((e * rows + r.start) * width, (r.stop - r.start) * width) for e, r in self.pieces]
+
+    def merger(self, expert: int) -> Merger | Turns:
+        """What is added to one matrix; the factors are read when the first piece needs them."""
+        with self._lock:
+            if expert not in self._mergers:
+                self._mergers[expert] = self._load(expert)
+            return self._mergers[expert]
+
+    def _load(self, expert: int) -> Merger | Turns:
+        contributions = self.edit.contributions if self.edit else []
+        seed = self.recipe.seed ^ zlib.crc32(self.tensor.name.encode())
+        how: dict[str, Any] = {"rounding": self.recipe.rounding, "seed": seed + expert}
+        if self.edit and any(c.decomposes for c in contributions):
+            return Turns(self.edit, self.matrix[0], self.source, self.dtype, self.device, **how)
+        if self.stacked:
+            updates = [c.load(expert) for c in contributions]
+        else:
+            updates = [placed(c, self.matrix[0]) for c in contributions]
+        on_device = [u.to(self.device) for u in updates]
+        if self.device.type == "cuda":  # others use them on streams of their own
+            torch.cuda.current_stream(self.device).synchronize()
+        return Merger(self.source, on_device, self.dtype, **how)
+
+    def skip(self) -> None:
+        """Count a piece as done; after the last one the factors go."""
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return
+            self._mergers.clear()
+        if self.recorder is not None:
+            self.recorder.forget(self.tensor.name)
+
+    def put(self, piece: int, start: int, data: memoryview, note: Note) -> None:
+        """Write a piece."""
+        self.slot.put(piece, start, data, note)
+        self.skip()
+
+
+class RowsJob:
+    """Some rows of a tensor: read, merged and written."""
+
+    def __init__(self, work: Rows, piece: int, buffers: Buffers) -> None:
+        self.work, self.piece, self.buffers = work, piece, buffers
+        self.expert, self.rows = work.pieces[piece]
+        self.count = (self.rows.stop - self.rows.start) * work.matrix[1]
+        self.cost = self.count * (work.source.itemsize + work.dtype.itemsize)
+        self._in: Tensor | None = None
+        self._out: Tensor | None = None
+        self._kept: list[Any] = []
+
+    def read(self) -> None:
+        """Read the rows into memory that is used again."""
+        size = self.count * self.work.source.itemsize
+        self._in = self.buffers.take(size)
+        start = (self.expert * self.work.matrix[0] + self.rows.start) * self.work.matrix[1] * self.work.source.itemsize
+        self.work.weights.fill(self.work.info.name, as_bytes(self._in[:size]), start)
+
+    @torch.inference_mode()
+    def compute(self) -> None:
+        """Merge the rows on the device."""
+        work, shape = self.work, (self.rows.stop - self.rows.start, self.work.matrix[1])
+        assert self._in is not None
+        self._out = self._aligned(self.count * work.dtype.itemsize)
+        weight = self._in[: self.count * work.source.itemsize].view(work.source).view(shape)
+        out = self._out.view(work.dtype).view(shape)
+        try:
+            merger = work.merger(self.expert)
+            if work.device.type == "cpu":
+                self.survival = merger.rows(weight, out, self.rows.start)
+            else:
+                self.survival = _on_device(merger, weight, out, self.rows.start, work.device)
+        except SurgeryError as problem:
+            raise type(problem)(f"{work.recipe.base.path}: {work.tensor.name}: {problem}") from None
+        if work.recorder is not None:
+            assert work.edit is not None
+            self._kept = work.recorder.rows(
+                work.edit, work.tensor, self.expert, self.rows.start, self._start, weight, out
+            )
+        self.buffers.give(self._in)
+        self._in = None
+
+    def _aligned(self, size: int) -> Tensor:
+        """Memory for the result that lies to a page as the place in the file does: the system need not copy it."""
+        self._lent = self.buffers.take(size + PAGE)
+        place = self.work.slot.place() + self._start
+        skipped = (place - self._lent.data_ptr()) % PAGE
+        return self._lent[skipped : skipped + size]
+
+    @property
+    def _start(self) -> int:
+        """Where the rows begin in the tensor as it is written, in bytes."""
+        rows, columns = self.work.matrix
+        place: int = (self.expert * rows + self.rows.start) * columns * self.work.dtype.itemsize
+        return place
+
+    def write(self) -> None:
+        """Write the rows to their place."""
+        assert self._out is not None
+        self.work.put(self.piece, self._start, as_bytes(self._out), Note(self.survival, self._kept))
+        self._out = None
+        self.buffers.give(self._lent)
+
+
+def _on_device(merger: Merger | Turns, weight: Tensor, out: Tensor, first: int, device: torch.device) -> Survival:
+    """The same on a GPU, from and to pinned memory."""
+    with own_stream(device):
+        here = weight.to(device, non_blocking=True)
+        result = torch.empty(out.shape, dtype=out.dtype, device=device)
+        survival = merger.rows(here, result, first)
+        out.copy_(result, non_blocking=True)
+    return survival

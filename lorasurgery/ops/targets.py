@@ -1,0 +1,97 @@
+"""Where the result of merge, unmerge and switch goes: to a new place, or into the files that are there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import MismatchError, OutputError, UsageError
+from lorasurgery.ops.apply import Recipe
+from lorasurgery.ops.record import record_bytes
+from lorasurgery.ranks import ranks
+from lorasurgery.report import COMMAND_LINE, RECORD_NAME, Report
+
+
+def check_target(
+    base: str | Path, out: str | Path | None, in_place: bool, dtype: str | None, max_shard_size: int | None, *,
+    undo: bool = False,
+) -> Path:  # fmt: skip
+    """The output, or the checkpoint itself.
+
+    Raises:
+        UsageError: both, neither, or options that need a new place.
+    """
+    if in_place == (out is not None):
+        raise UsageError("give either -o OUT or --in-place")
+    if in_place and (dtype or max_shard_size):
+        raise UsageError("--in-place: dtypes and shards stay as they are; --dtype and --max-shard-size need -o OUT")
+    if undo and dtype:
+        raise UsageError("--undo: what --dtype rounds away can't be undone; leave one of them away")
+    return Path(base if out is None else out)
+
+
+def settled(command: str, checkpoint: str) -> Report:
+    """The report of a resumed operation of which only names were missing."""
+    return Report(
+        command, [checkpoint], checkpoint, sources=[], totals={"settled": True},
+        summary="all of it was there already; only names were missing, and they are given now",
+    )  # fmt: skip
+
+
+def in_place_call(report: Report) -> str:
+    """The operation as a person would name it."""
+    inputs = [Path(i).name for i in report.inputs]
+    return " ".join([report.command, *inputs, *(["--in-place"] if report.command != "switch" else [])])
+
+
+def record_file(report: Report) -> dict[str, bytes]:
+    """The record of an operation in place, by its name; a single file has none."""
+    if not Path(report.output).is_dir():
+        return {}
+    return {RECORD_NAME: record_bytes(report, COMMAND_LINE.get() or in_place_call(report))}
+
+
+def check_in_place(recipe: Recipe) -> None:
+    """Refuse what can't be done inside the files, before anything is touched.
+
+    Raises:
+        MismatchError: a tensor that is new, goes, or gets another shape or dtype. OutputError: files that must not or
+            can't be written to.
+    """
+    base = recipe.base
+    if ranks().size > 1:
+        raise UsageError("--in-place: is the work of one process; start it without torchrun")
+    if base.path.is_file() and base.path.is_symlink():
+        raise OutputError(f"{show(str(base.path))}: is a link; name the file itself")
+    touched = {t.name: t for f in recipe.files for t in f.tensors if is_touched(recipe, t.name)}
+    for name, tensor in touched.items():
+        info = on_disk(base).tensors.get(name)
+        if info is None or (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
+            raise MismatchError(
+                f"{show(str(base.path))}: {show(name)} would be {'new' if info is None else 'of another shape'}, so it "
+                "has no place in the files as they are; write a new checkpoint with -o OUT"
+            )
+    for file in sorted({base.file_of[name] for name in touched}):
+        _check_file(base.folder / file)
+
+
+def _check_file(path: Path) -> None:
+    where = show(str(path))
+    if path.is_symlink() or path.stat().st_nlink > 1:
+        raise OutputError(
+            f"{where}: is a link, so others would be changed too (the Hub's cache keeps files this way); "
+            "copy the checkpoint first, or write a new one with -o OUT"
+        )
+    if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{where}: may not be written to")
+
+
+def is_touched(recipe: Recipe, name: str) -> bool:
+    """Whether a tensor's bytes may change."""
+    return name in recipe.edits.edits or (recipe.restored is not None and name in recipe.restored.tensors)
+
+
+def on_disk(base: Checkpoint) -> Checkpoint:
+    return getattr(base, "merged", base)

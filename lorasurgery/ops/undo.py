@@ -1,0 +1,164 @@
+"""Which merge is to be undone, and by which adapters: the last one, with the very content that was merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import MismatchError, SurgeryError, UsageError
+from lorasurgery.ops.apply import Recipe
+from lorasurgery.ops.carry import CONFIG, carried_files, patched_config, tokenizer_files
+from lorasurgery.ops.undo_record import UndoRecord, digest, merged_adapter, read_record, stack
+from lorasurgery.report import RECORD_NAME
+
+NO_UNDO = "--no-undo subtracts and rounds instead"
+
+
+def begin_record(
+    adapters: Sequence[Adapter], given: Sequence[str], weights: Sequence[float], blocks: Sequence[str]
+) -> UndoRecord:
+    """The record of a merge as far as it is known beforehand.
+
+    Args:
+        adapters, given, weights: All that were named, with the paths they were given by.
+    """
+    merged = [merged_adapter(a, g, w) for a, g, w in zip(adapters, given, weights, strict=True) if w]
+    return UndoRecord(merged, list(blocks))
+
+
+def files_changed(recipe: Recipe) -> dict[str, bytes | None]:
+    """Config and tokenizer files that a merge into a new folder changes: name -> their bytes before."""
+    base = recipe.base
+    if base.is_file or recipe.out.suffix == ".safetensors":
+        return {}
+    before = carried_files(base.folder, parts=base.parts)
+    after = carried_files(base.folder, recipe.adapters, parts=base.parts)
+    found = {n: _bytes(before.get(n)) for n in {**before, **after} if before.get(n) != after.get(n)}
+    edits = recipe.edits
+    if patched_config(base.config, untied=edits.untied, vocab_size=edits.vocab_size) != base.config:
+        found[CONFIG] = _bytes(before.get(CONFIG))
+    return found
+
+
+def files_in_place(recipe: Recipe) -> dict[str, bytes]:
+    """Tokenizer files that a merge in place brings, where they differ from what is there: name -> new bytes."""
+    base = recipe.base
+    if base.is_file:
+        return {}
+    new = {name: source.read_bytes() for name, source in tokenizer_files(recipe.adapters).items()}
+    return {name: data for name, data in new.items() if _bytes(base.folder / name) != data}
+
+
+def before_in_place(base: Checkpoint, names: Sequence[str]) -> dict[str, bytes | None]:
+    """What files of a checkpoint hold now, to be put back by the undoing."""
+    return {} if base.is_file else {name: _bytes(base.folder / name) for name in (*names, RECORD_NAME)}
+
+
+def _bytes(path: Path | None) -> bytes | None:
+    return path.read_bytes() if path is not None and path.is_file() else None
+
+
+def record_to_undo(
+    checkpoint: Path, adapters: Sequence[Adapter], undo_file: str | Path | None, weights: Sequence[float],
+    blocks: Sequence[str],
+) -> tuple[UndoRecord, list[Adapter]] | None:  # fmt: skip
+    """The record of the last merge and its adapters in their order, None where there is no record.
+
+    Args:
+        weights, blocks: As given to unmerge; empty where they were not.
+
+    Raises:
+        SurgeryError: another merge came later, an adapter is not the one that was merged, or strengths differ.
+    """
+    found = stack(checkpoint)
+    if undo_file is None and not found:
+        return None
+    path = Path(undo_file) if undo_file is not None else found[-1]
+    path = next((f for f in found if f.resolve() == path.resolve()), path)
+    record = read_record(path)
+    if path in found[:-1]:
+        raise SurgeryError(_out_of_order(checkpoint, record, read_record(found[-1])))
+    ordered = match(record, adapters, found if undo_file is None else [path])
+    _check_strengths(record, adapters, ordered, weights, blocks)
+    return record, ordered
+
+
+def match(record: UndoRecord, adapters: Sequence[Adapter], records: Sequence[Path]) -> list[Adapter]:
+    """The adapters in the record's order.
+
+    Raises:
+        MismatchError: they are not those that were merged last.
+    """
+    left = [(a, digest(a)) for a in adapters]
+    ordered = []
+    for merged in record.adapters:
+        fit = next((pair for pair in left if pair[1] == merged.sha256), None)
+        if fit is None:
+            raise MismatchError(_no_fit(record, merged.name, [a for a, _ in left], records))
+        left.remove(fit)
+        ordered.append(fit[0])
+    if left:
+        raise MismatchError(f"{left[0][0].path}: was not part of the last merge ({record.names}); leave it away")
+    return ordered
+
+
+def _no_fit(record: UndoRecord, wanted: str, left: Sequence[Adapter], records: Sequence[Path]) -> str:
+    hashes = {digest(a): a for a in left}
+    for path in reversed(records[:-1]):
+        older = read_record(path)
+        if any(m.sha256 in hashes for m in older.adapters):
+            return f"{older.names} was merged before {record.names}; undo {record.names} first ({show(str(path))})"
+    if not left:
+        return f"{show(str(record.path))}: the last merge was of {record.names}; {wanted} is not among those given"
+    given = next((a for a in left if Path(a.path).name == wanted), left[0])
+    if Path(given.path).name == wanted:
+        return (
+            f"{given.path}: is not the adapter that was merged: its weights or config changed since, so the merge "
+            f"can't be undone to the bit; find the old one, or {NO_UNDO}"
+        )
+    return f"{given.path}: is not what was merged last; that was {record.names}; {NO_UNDO}"
+
+
+def _out_of_order(checkpoint: Path, record: UndoRecord, last: UndoRecord) -> str:
+    return (
+        f"{show(str(checkpoint))}: {last.names} was merged after {record.names}; undo {last.names} first, for merges "
+        "are undone in reverse order"
+    )
+
+
+def _check_strengths(
+    record: UndoRecord, given: Sequence[Adapter], ordered: Sequence[Adapter], weights: Sequence[float],
+    blocks: Sequence[str],
+) -> None:  # fmt: skip
+    for i, weight in enumerate(weights):
+        place = next(n for n, a in enumerate(ordered) if a is given[i])
+        merged = record.adapters[place]
+        if weight != merged.weight:
+            raise UsageError(
+                f"-w {weight:g}: {merged.name} was merged with weight {merged.weight:g}, as the undo record knows; "
+                "leave -w away"
+            )
+    if blocks and list(blocks) != record.block_weights:
+        raise UsageError("--block-weight: differs from what was merged, which the undo record knows; leave it away")
+
+
+def adapters_of(record: UndoRecord, elsewhere: Sequence[str | Path]) -> list[str | Path]:
+    """Where the adapters of a record are: where they are said to be, or where they were when they were merged.
+
+    Raises:
+        SurgeryError: they are not there.
+    """
+    if elsewhere:
+        return list(elsewhere)
+    for merged in record.adapters:
+        if not Path(merged.path).exists():
+            raise SurgeryError(f"{merged.name}: was merged from {merged.path}, where it is no more; --from says where")
+    return [merged.path for merged in record.adapters]
+
+
+def about(call: str, given: Sequence[Adapter], device: str, **options: object) -> dict[str, object]:
+    """What decides the result of an operation in place, so that only the same goes on after a kill."""
+    return {"call": call, "adapters": [digest(a) for a in given], "device": device, **options}

@@ -1,0 +1,260 @@
+"""The record that makes a merge undone to the bit, as a safetensors file beside the merged weights; a stack of them.
+
+`about` (JSON): adapters with hashes and strengths, and of each touched tensor what it was and where its stretches are
+in `data`. A stretch has the SHA-256 of its bytes before and after the merge (docs/reliability.md).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lorasurgery import __version__
+from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.heap import Place, read_back
+from lorasurgery.checkpoint.locate import load_object
+from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.writer import TensorFile
+from lorasurgery.errors import FormatError, SurgeryError
+
+FOLDER = "lorasurgery-undo"
+_FORMAT, _MOST_ABOUT = 1, 1 << 30
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Some bytes of one tensor, as they lie in it, and what is kept of them.
+
+    Args:
+        start, size: In the tensor as it was. place, length: In the record's data (in a heap while it is written).
+        before, after: SHA-256 of the bytes; after is empty where the tensor has another size now.
+        how: `steps` (corrections to round(W' − Δ)), `difference` (of all bits), or `whole` (the old bytes).
+    """
+
+    start: int
+    size: int
+    place: Any
+    length: int
+    before: str
+    after: str
+    how: str
+
+    def listed(self) -> list[Any]:
+        """As JSON."""
+        return list(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One tensor before the merge.
+
+    Args:
+        kind: `changed`, `resized` (it had another shape or dtype), or `added` (it was not there).
+        stretches: In the order of the bytes.
+        after: SHA-256 of all bytes of a resized tensor as it is now.
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    stretches: tuple[Stretch, ...] = ()
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """An adapter that was merged: its last name, where it lay, the SHA-256 of what it is, and its strength."""
+
+    name: str
+    path: str
+    sha256: str
+    weight: float
+
+
+@dataclass
+class UndoRecord:
+    """All that one merge needs to be undone.
+
+    Args:
+        tensors: Those that it touched.
+        files: Other files that it changed: name -> the bytes before, None for one that was not there.
+        path: Where the record lies; None while it is made.
+    """
+
+    adapters: list[Merged]
+    block_weights: list[str]
+    tensors: dict[str, Kept] = field(default_factory=dict)
+    files: dict[str, bytes | None] = field(default_factory=dict)
+    path: Path | None = None
+
+    def data(self, stretch: Stretch) -> bytes:
+        """What is kept of a stretch.
+
+        Raises:
+            FormatError: the file was cut.
+        """
+        assert self._weights is not None
+        raw = bytearray(stretch.length)
+        self._weights.fill("data", memoryview(raw), stretch.place)
+        return bytes(raw)
+
+    _weights: Checkpoint | None = None
+
+    @property
+    def names(self) -> str:
+        """The adapters, for a message."""
+        return ", ".join(a.name for a in self.adapters)
+
+
+def undo_folder(checkpoint: Path) -> Path:
+    """Where the records of a checkpoint lie: in its folder, or beside its file.
+
+    >>> undo_folder(Path("m/model.safetensors")).as_posix()
+    'm/model.safetensors.lorasurgery-undo'
+    """
+    return checkpoint.with_name(f"{checkpoint.name}.{FOLDER}") if is_file(checkpoint) else checkpoint / FOLDER
+
+
+def is_file(checkpoint: Path) -> bool:
+    """Whether a checkpoint is one file, there already or not."""
+    return checkpoint.is_file() or (checkpoint.suffix == ".safetensors" and not checkpoint.is_dir())
+
+
+def stack(checkpoint: Path) -> list[Path]:
+    """The records of a checkpoint, the first merge first."""
+    folder = undo_folder(checkpoint)
+    return sorted(folder.glob("[0-9]*.safetensors")) if folder.is_dir() else []
+
+
+def next_name(existing: int) -> str:
+    """The name of the next record.
+
+    >>> next_name(0)
+    '0001.safetensors'
+    """
+    return f"{existing + 1:04}.safetensors"
+
+
+def read_record(path: Path) -> UndoRecord:
+    """Open a record; what it keeps is read when it is asked for.
+
+    Raises:
+        FormatError: it is none, or damaged.
+    """
+    weights = Checkpoint.open(path)
+    where = show(str(path))
+    if set(weights.tensors) != {"about", "data"} or weights.tensors["about"].nbytes > _MOST_ABOUT:
+        raise FormatError(f"{where}: is no undo record; it should hold `about` and `data`")
+    raw = b"".join(bytes(piece) for piece in weights.chunks("about"))
+    try:
+        about = json.loads(raw)
+        if about["format"] != _FORMAT:
+            raise FormatError(f"{where}: is of format {about['format']}, which this version does not know")
+        record = UndoRecord(
+            [Merged(**a) for a in about["adapters"]], list(about["block_weights"]),
+            {n: _kept(k, weights.tensors["data"].nbytes) for n, k in about["tensors"].items()},
+            {n: None if v is None else base64.b64decode(v) for n, v in about["files"].items()}, path,
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise FormatError(f"{where}: is a damaged undo record") from None
+    record._weights = weights
+    return record
+
+
+def _kept(raw: dict[str, Any], room: int) -> Kept:
+    stretches = tuple(Stretch(*s) for s in raw["stretches"])
+    for s in stretches:
+        numbers = (s.start, s.size, s.place, s.length)
+        if not all(type(n) is int and n >= 0 for n in numbers) or s.place + s.length > room:
+            raise ValueError
+    return Kept(str(raw["kind"]), str(raw["dtype"]), tuple(raw["shape"]), stretches, str(raw["after"]))
+
+
+def planned_record(record: UndoRecord, name: str) -> tuple[PlannedFile, bytes, list[Place]]:
+    """The file of a record whose stretches lie in heaps: what it will hold, `about`, and the stretches in order."""
+    places: list[Place] = []
+    end = 0
+    table: dict[str, Any] = {}
+    for tensor, kept in record.tensors.items():
+        listed = []
+        for s in kept.stretches:
+            places.append(s.place)
+            listed.append(replace(s, place=end).listed())
+            end += s.length
+        table[tensor] = {
+            "kind": kept.kind, "dtype": kept.dtype, "shape": list(kept.shape), "after": kept.after, "stretches": listed,
+        }  # fmt: skip
+    about = {
+        "format": _FORMAT, "version": __version__, "adapters": [vars(a) for a in record.adapters],
+        "block_weights": record.block_weights, "tensors": table,
+        "files": {n: None if v is None else base64.b64encode(v).decode() for n, v in record.files.items()},
+    }  # fmt: skip
+    raw = json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode()
+    tensors = (PlannedTensor("about", "U8", (len(raw),)), PlannedTensor("data", "U8", (end,)))
+    return PlannedFile(name, tensors, {"format": FOLDER}), raw, places
+
+
+def write_planned(file: TensorFile, about: bytes, places: Sequence[Place], heaps: Path) -> None:
+    """Fill the file of a record from the heaps in a folder."""
+
+    def pieces() -> Iterator[memoryview]:
+        for place in places:
+            yield memoryview(read_back(heaps, place))
+
+    file.write("about", [memoryview(about)])
+    file.write("data", pieces())
+
+
+def merged_adapter(adapter: Adapter, given: str, weight: float) -> Merged:
+    """An adapter as a record names it."""
+    path = Path(given)
+    return Merged(path.name, str(path.absolute()), digest(adapter), weight)
+
+
+def digest(adapter: Adapter) -> str:
+    """SHA-256 of all that decides an adapter's update: its weight files, and what its config makes of them."""
+    found = hashlib.sha256()
+    members = adapter.members.values() or (adapter,)
+    for one in members:
+        for name in sorted(one.weights.files):
+            with (one.weights.folder / name).open("rb", buffering=0) as file:
+                buffer = memoryview(bytearray(1 << 20))
+                while got := file.readinto(buffer):
+                    found.update(buffer[:got])
+        config = one.weights.folder / "adapter_config.json"
+        meaning = {k: v for k, v in load_object(config).items() if k not in _PROSE} if config.is_file() else {}
+        found.update(json.dumps(meaning, sort_keys=True).encode())
+    return found.hexdigest()
+
+
+_PROSE = {"base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping"}
+
+
+def top_record(checkpoint: Path) -> UndoRecord | None:
+    """The record of the last merge, None where there is none."""
+    found = stack(checkpoint)
+    return read_record(found[-1]) if found else None
+
+
+def chosen_record(checkpoint: Path, given: str | Path | None) -> UndoRecord | None:
+    """The record to undo: the one named, else the last merge's.
+
+    Raises:
+        SurgeryError: the one named is not the last merge's.
+    """
+    if given is None:
+        return top_record(checkpoint)
+    record, found = read_record(Path(given)), stack(checkpoint)
+    if found and Path(given).resolve() in [f.resolve() for f in found[:-1]]:
+        last = read_record(found[-1])
+        raise SurgeryError(
+            f"{show(str(given))}: {last.names} was merged after {record.names}; undo the last merge first"
+        )
+    return record
