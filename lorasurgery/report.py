@@ -126,6 +126,21 @@ class Change(ModuleReport):
 
 
 @dataclass
+class Checked(ModuleReport):
+    """A tensor of which something is to be said: it differs from what it should be, or is not finite.
+
+    Args:
+        state: `rounding` (within one step), `differs`, `missing`, `extra`, `reshaped` or `not finite`.
+        share: Values that differ, or are not finite, as a share.
+        steps: The most representable values between what is there and what should be.
+    """
+
+    state: str = ""
+    share: float | None = None
+    steps: int | None = None
+
+
+@dataclass
 class Source:
     """An input, as somebody else can find it again.
 

@@ -96,7 +96,7 @@ class Undoing:
         each(work, range(len(blocks)))
         bits = out.reshape(-1).view(BITS[self.dtype.itemsize])
         places, steps = kept.places.to(out.device), kept.steps.to(out.device)
-        bits[places] = _unordered(_ordered(bits[places]) + steps, bits.dtype)
+        bits[places] = unordered(ordered(bits[places]) + steps, bits.dtype)
         bits[kept.doubtful.to(out.device)] = kept.bits.to(out.device, bits.dtype)
 
     def _before(self, merged: Tensor, value: Tensor, first: int) -> None:
@@ -120,7 +120,7 @@ class Undoing:
         at = mask.nonzero()[:, 0]
         sure = (low[at] == high[at]) & torch.isfinite(value.reshape(-1)[at])
         places, doubtful = at[sure], at[~sure]
-        steps = _ordered(wanted[places]) - _ordered(low[places])
+        steps = ordered(wanted[places]) - ordered(low[places])
         return places + start, steps, doubtful + start, wanted[doubtful].to(torch.int64)
 
     @staticmethod
@@ -152,12 +152,12 @@ def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
     return single.to(dtype)
 
 
-def _ordered(bits: Tensor) -> Tensor:
+def ordered(bits: Tensor) -> Tensor:
     """The bits of floats as integers in the order of the floats: neighbours differ by 1 (−0 comes before +0)."""
     wide = bits.to(torch.int64)
     return torch.where(wide < 0, -wide + (-(1 << (8 * bits.dtype.itemsize - 1)) - 1), wide)
 
 
-def _unordered(order: Tensor, dtype: torch.dtype) -> Tensor:
+def unordered(order: Tensor, dtype: torch.dtype) -> Tensor:
     """The bits again."""
     return torch.where(order < 0, -order + (-(1 << (8 * dtype.itemsize - 1)) - 1), order).to(dtype)

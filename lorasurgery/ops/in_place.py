@@ -22,9 +22,9 @@ from lorasurgery.linalg.rounding import Survival
 from lorasurgery.linalg.threads import team
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.finish import describe
-from lorasurgery.ops.jobs import Note, Slot, StretchJob, WholeJob, is_by_rows
+from lorasurgery.ops.jobs import Note, Slot
+from lorasurgery.ops.pieces import jobs_of
 from lorasurgery.ops.recorder import Recorder, kept
-from lorasurgery.ops.row_jobs import Rows, RowsJob
 from lorasurgery.ops.stream import TEAM, joined, listed, room
 from lorasurgery.ops.targets import check_in_place, is_touched, on_disk
 from lorasurgery.ops.undo_record import (
@@ -124,32 +124,9 @@ class _Work:
         surgery.finish(back, staged=staged, removed=[*removed, *gone])
 
     def _jobs(self, tensor: PlannedTensor, slot: Slot, recorder: Recorder | None) -> Iterator[Job]:
-        recipe, edit = self.recipe, self.recipe.edits.edits.get(tensor.name)
-        done = self.surgery.done
-        recorded = recipe.undo is not None
-        jobs: Iterator[tuple[int, Any]]
-        if edit is None:
-            assert recipe.restored is not None
-            stretches = recipe.restored.tensors[tensor.name].stretches
-            slot.expect(len(stretches))
-            jobs = ((i, StretchJob(recipe.base, tensor.name, i, s, slot)) for i, s in enumerate(stretches))
-        elif is_by_rows(edit, recorded=recorded) and tensor.nbytes:
-            rows = Rows(recipe, edit, tensor, self.device, slot, recorder)
-            if not self._apart(rows):
-                whole = WholeJob(recipe, edit, tensor, self.device, slot, recorder)
-                return iter([whole] if f"0 {tensor.name}" not in done else [])
-            for i in range(len(rows.pieces)):
-                if f"{i} {tensor.name}" in done:
-                    rows.skip()
-            jobs = ((i, RowsJob(rows, i, self.buffers)) for i in range(len(rows.pieces)))
-        else:
-            jobs = iter([(0, WholeJob(recipe, edit, tensor, self.device, slot, recorder))])
-        return (job for i, job in jobs if f"{i} {tensor.name}" not in done)
-
-    def _apart(self, rows: Rows) -> bool:
-        """Whether a piece can be written while another is still to be read: each comes back from its own bytes."""
-        old = self.recipe.restored.tensors.get(rows.tensor.name) if self.recipe.restored else None
-        return old is None or [(s.start, s.size) for s in old.stretches] == rows.spans
+        done = {key for key in self.surgery.done if key.endswith(f" {tensor.name}")}
+        found = jobs_of(self.recipe, tensor, slot, self.device, self.buffers, recorder, skip=done)
+        return (job for key, job in found if key not in done)
 
     def written(self, tensor: PlannedTensor, size: int) -> None:
         """Tell how far it is."""

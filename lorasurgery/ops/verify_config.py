@@ -1,0 +1,94 @@
+"""What headers, index and config say of each other, without reading a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.adapters.naming import BaseNames
+from lorasurgery.checkpoint.dtypes import torch_dtype
+from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.locate import load_object
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import UnsupportedError, some
+from lorasurgery.places import place_of
+
+
+def findings_in_checkpoint(model: Checkpoint) -> list[str]:
+    """What does not agree: index and files, config and shapes."""
+    return [*_in_index(model), *_in_config(model), *_unreadable(model)]
+
+
+def _in_index(model: Checkpoint) -> Iterator[str]:
+    for name in [model.index_name] if model.index_name else model.indexes.values():
+        index = load_object(model.folder / name)
+        listed = set(index.get("weight_map", {}))
+        prefix = next((p for p, n in model.indexes.items() if n == name), "")
+        here = {n.removeprefix(prefix): i for n, i in model.tensors.items() if n.startswith(prefix)}
+        missing = sorted(set(here) - listed)
+        if missing:
+            yield f"{name}: does not list {some(missing)}, which the files hold; loaders pass over them"
+        metadata = index.get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        found = sum(i.nbytes for i in here.values())
+        if total is not None and total != found:
+            yield f"{name}: says {total} bytes of tensors but the files hold {found}"
+    if model.index_name:
+        stray = sorted(
+            f.name
+            for f in model.folder.glob("*.safetensors")
+            if f.name not in model.files and not f.name.startswith(".")
+        )
+        if stray:
+            yield f"{some(stray)}: lies beside the shards, but the index does not name it"
+
+
+def _in_config(model: Checkpoint) -> Iterator[str]:
+    config = model.config
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    settings: dict[str, Any] = {**config, **(text or {})}
+    names = BaseNames(model.tensors, config, str(model.path))
+    embedding = names.input_embedding
+    if embedding and not model.parts:
+        rows, *width = model.tensors[embedding].shape
+        for key, found in (("vocab_size", rows), ("hidden_size", width[0] if width else None)):
+            said = settings.get(key)
+            # tables may have padding rows, and factored ones (ALBERT) another width
+            wrong = said is not None and (rows < said if key == "vocab_size" else False)
+            if isinstance(said, int) and wrong:
+                yield f"config.json: {key} is {said} but {show(embedding)} has {found} rows"
+    layers = settings.get("num_hidden_layers")
+    stacks: dict[str, set[int]] = {}
+    for name in model.tensors:
+        place = place_of(name.removesuffix(".weight"))
+        if place.layer is not None:
+            stacks.setdefault(place.stack, set()).add(place.layer)
+    for stack, found_layers in stacks.items():
+        gaps = sorted(set(range(max(found_layers) + 1)) - found_layers)
+        if gaps and stack.endswith(("layers", "layer", "h", "blocks")):
+            yield f"{stack}: layers {', '.join(map(str, gaps[:5]))} are missing"
+    most = max((max(found) + 1 for found in stacks.values()), default=0)
+    if isinstance(layers, int) and 0 < most < layers:
+        yield f"config.json: num_hidden_layers is {layers} but the files hold {most}"
+
+
+def _unreadable(model: Checkpoint) -> Iterator[str]:
+    strange = set()
+    for info in model.tensors.values():
+        try:
+            torch_dtype(info.dtype)
+        except UnsupportedError:
+            strange.add(info.dtype)
+    if strange:
+        yield f"dtypes {', '.join(sorted(strange))}: can be copied, but nothing here can compute with them"
+
+
+def findings_in_adapter(adapter: Adapter) -> list[str]:
+    """What of an adapter's file has no meaning, and scales that no training gives."""
+    used = {name for d in adapter.deltas.values() for name in (*d.names, d.bias, d.magnitude) if name}
+    used |= {*adapter.replaced.values(), *adapter.diffs.values(), *(key for key, _ in adapter.tokens.values())}
+    left = sorted(n for n in set(adapter.weights.tensors) - used if not n.endswith((".alpha", ".dora_scale")))
+    found = [f"{some(left)}: belong to no update"] if left and adapter.format == "peft" and not adapter.members else []
+    zero = [path for path, d in adapter.deltas.items() if d.scale == 0]
+    return found + ([f"{some(zero)}: the scale is 0, so nothing would change"] if zero else [])

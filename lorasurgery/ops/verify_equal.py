@@ -1,0 +1,155 @@
+"""Is a merged checkpoint its base plus the adapters? To the bit by the record of the merge, else to rounding."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+
+from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.checkpoint.buffers import Buffers
+from lorasurgery.checkpoint.dtypes import torch_dtype
+from lorasurgery.checkpoint.flow import Flow
+from lorasurgery.checkpoint.plan import PlannedTensor
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg.threads import team
+from lorasurgery.linalg.undo import BITS, ordered
+from lorasurgery.ops.apply import Recipe
+from lorasurgery.ops.edits import EditPlan
+from lorasurgery.ops.jobs import Note
+from lorasurgery.ops.pieces import jobs_of
+from lorasurgery.ops.undo import match
+from lorasurgery.ops.undo_record import read_record, stack
+from lorasurgery.ops.verify_values import as_before, as_merged
+from lorasurgery.report import Checked, Progress, Report
+
+_TOLERANCE = 2.0**-20  # of the largest value: what summing in float32 may differ by
+_ROOM = 96 << 20
+
+
+def same_by_record(
+    model: Checkpoint, base: Checkpoint, adapters: list[Adapter], strengths: list[float], report: Report
+) -> str | None:
+    """`bits` when the record of the last merge is of these adapters and all hashes hold on both sides; else None."""
+    found = stack(Path(model.path))
+    if not found:
+        return None
+    record = read_record(found[-1])
+    try:
+        ordered_adapters = match(record, adapters, found)
+    except SurgeryError:
+        return None
+    weights = [strengths[next(i for i, a in enumerate(adapters) if a is one)] for one in ordered_adapters]
+    if weights != [m.weight for m in record.adapters]:
+        return None
+    holds = all(as_merged(model, record, n) and as_before(base, record, n) for n in record.tensors)
+    untouched = (set(model.tensors) | set(base.tensors)) - set(record.tensors)
+    if not holds or any(not _same_bytes(model, base, name) for name in untouched):
+        return None
+    report.totals["undo_file"] = found[-1].name
+    return "bits"
+
+
+def compare(
+    model: Checkpoint, base: Checkpoint, adapters: list[Adapter], plan: EditPlan, report: Report, device: torch.device,
+    progress: Progress | None,
+) -> str:  # fmt: skip
+    """Compute what the merge would be and hold it against what is there, tensor by tensor."""
+    recipe = Recipe(base, adapters, plan, Path("unused"))
+    lines = {
+        name: _line(name, model, base, plan) for name in dict.fromkeys([*model.tensors, *base.tensors, *plan.edits])
+    }
+    slots: dict[str, _Compared] = {}
+    buffers = Buffers(device)
+    with team():
+        jobs = []
+        for name, line in lines.items():
+            if line.state != "equal":
+                continue
+            info, edit = model.tensors[name], plan.edits.get(name)
+            planned = PlannedTensor(name, info.dtype, edit.shape if edit else info.shape)
+            if edit is None and base.tensors[name].dtype == info.dtype:
+                line.state = "equal" if _same_bytes(model, base, name) else "differs"
+                continue
+            slots[name] = _Compared(model, name)
+            jobs.append((recipe, planned, slots[name], device, buffers))
+        Flow(_ROOM).run(job for given in jobs for _, job in jobs_of(*given))
+    for name, slot in slots.items():
+        slot.tell(lines[name])
+    report.modules += [line for line in lines.values() if line.state != "equal"]
+    report.totals["changed"] = len(slots)
+    states = {line.state for line in lines.values()}
+    if states <= {"equal"} and not plan.edits:
+        return "bits"
+    return "rounding" if states <= {"equal", "rounding"} else "no"
+
+
+def _line(name: str, model: Checkpoint, base: Checkpoint, plan: EditPlan) -> Checked:
+    info, edit, old = model.tensors.get(name), plan.edits.get(name), base.tensors.get(name)
+    shape = edit.shape if edit else old.shape if old else None
+    if info is None or shape is None:
+        found = info or old
+        return Checked(name, found.shape if found else shape or (), state="missing" if info is None else "extra")
+    return Checked(name, info.shape, state="equal" if info.shape == shape else "reshaped")
+
+
+def _same_bytes(model: Checkpoint, base: Checkpoint, name: str) -> bool:
+    one, two = model.tensors.get(name), base.tensors.get(name)
+    if one is None or two is None or (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    pairs = zip(model.chunks(name), base.chunks(name), strict=True)
+    return all(a == b for a, b in pairs)
+
+
+class _Compared:
+    """A slot that holds what should be against what is there."""
+
+    def __init__(self, model: Checkpoint, name: str) -> None:
+        self.model, self.name = model, name
+        self.dtype = torch_dtype(model.tensors[name].dtype)
+        self.values, self.differ, self.largest, self.wrong = 0, 0, 0, 0
+        self._lock = threading.Lock()
+
+    def expect(self, pieces: int) -> None:
+        """It does not matter here."""
+
+    def place(self) -> int:
+        """Anywhere."""
+        return 0
+
+    def put(self, piece: int, start: int, data: memoryview, note: Note) -> None:
+        """Compare a piece."""
+        there = bytearray(len(data))
+        self.model.fill(self.name, memoryview(there), start)
+        if data == there:
+            differ = largest = wrong = 0
+        else:
+            differ, largest, wrong = self._apart(torch.frombuffer(data, dtype=self.dtype),
+                                                 torch.frombuffer(there, dtype=self.dtype))  # fmt: skip
+        with self._lock:
+            self.values += len(data) // self.dtype.itemsize
+            self.differ, self.wrong = self.differ + differ, self.wrong + wrong
+            self.largest = max(self.largest, largest)
+
+    def _apart(self, wanted: torch.Tensor, there: torch.Tensor) -> tuple[int, int, int]:
+        """(values that differ, the most steps apart, those further apart than rounding explains)."""
+        if self.dtype.itemsize not in BITS or not self.dtype.is_floating_point:
+            near = (
+                torch.isclose(wanted.double(), there.double(), rtol=1e-12, atol=0)
+                if wanted.is_floating_point()
+                else wanted == there
+            )
+            return int((wanted != there).sum()), 0, int((~near).sum())
+        kind = BITS[self.dtype.itemsize]
+        steps = (ordered(wanted.view(kind)) - ordered(there.view(kind))).abs()
+        one, two = wanted.float(), there.float()
+        near = (one - two).abs() <= _TOLERANCE * float(one.abs().nan_to_num(0).amax())
+        return int((steps > 0).sum()), int(steps.max()), int(((steps > 1) & ~near).sum())
+
+    def tell(self, line: Checked) -> None:
+        """Say what was found."""
+        if self.differ:
+            line.state = "differs" if self.wrong else "rounding"
+            line.share, line.steps = self.differ / max(1, self.values), self.largest
