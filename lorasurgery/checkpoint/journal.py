@@ -70,6 +70,7 @@ class Run:
             found = journals(self.out) if self.resume else []
             if found:
                 self.done, renamed = _read(found, self.about, self.out)
+                self.resumed = len(self.done)  # so that a failure from here on leaves them
                 _take_back(self.out, renamed)
             else:
                 clear()

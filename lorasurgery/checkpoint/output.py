@@ -98,12 +98,19 @@ class Output:
             elif self.overwrite:
                 self._clear()
         except OSError as problem:
-            raise self._failed(problem) from None
+            kept = self._undone()
+            raise self._failed(problem, kept=kept) from None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, _: TracebackType | None
     ) -> None:
+        kept = self._undone()
+        if isinstance(problem, OSError):
+            raise self._failed(problem, kept=kept) from None
+
+    def _undone(self) -> bool:
+        """Remove what is neither finished nor worth going on with; returns whether something is kept for that."""
         kept = self.run.end(committed=self._committed) if self.run is not None else False
         if not self._committed and not kept:
             for partial in self._staged.values():
@@ -112,8 +119,7 @@ class Output:
             for folder in reversed(self._made):
                 with suppress(OSError):
                     folder.rmdir()
-        if isinstance(problem, OSError):
-            raise self._failed(problem, kept=kept) from None
+        return kept
 
     def tensor_file(self, planned: PlannedFile) -> TensorFile:
         """A safetensors file to be filled tensor by tensor."""
@@ -203,6 +209,8 @@ class Output:
     def _failed(self, problem: OSError, *, kept: bool = False) -> OutputError:
         where = show(str(problem.filename or self.folder))
         left = "what is finished is kept for --resume" if kept else "nothing was left behind"
+        if self._committed:
+            left = "all of it is there, but the disk did not say that it has it"
         return OutputError(f"{where}: cannot be written ({problem.strerror or problem}); {left}")
 
 

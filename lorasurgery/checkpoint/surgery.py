@@ -79,7 +79,8 @@ class Surgery:
     """
 
     def __init__(self, checkpoint: Path, about: dict[str, Any], *, resume: bool) -> None:
-        self.checkpoint, self.about, self.resume = checkpoint, about, resume
+        self.checkpoint, self.resume = checkpoint, resume
+        self.about: dict[str, Any] = json.loads(json.dumps(about))  # as it comes back: tuples are lists
         self.home = checkpoint if checkpoint.is_dir() else checkpoint.parent
         self.folder = surgery_folder(checkpoint)
         self.done: dict[str, Any] = {}
@@ -115,7 +116,7 @@ class Surgery:
         for file in (self._journal, self._redo, self.heap):
             file.close()
         if kind is not None and not self.done and not self.resumed:  # nothing was changed yet
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _discard(self.folder)
         self._lock.release()
         if isinstance(problem, OSError):
             raise self._failed(problem) from None
@@ -200,7 +201,9 @@ class Surgery:
         self.resumed = len(self.done)
 
     def _line(self, line: dict[str, Any]) -> None:
-        self._journal.write(_text(line))
+        left = memoryview(_text(line))
+        while left:  # a disk that is nearly full takes a part and says so
+            left = left[self._journal.write(left) or 0 :]
         os.fsync(self._journal.fileno())
 
     def _failed(self, problem: OSError) -> OutputError:
@@ -224,6 +227,10 @@ def lock(checkpoint: Path) -> BaseFileLock:
     except Timeout:
         raise OutputError(
             f"{show(str(checkpoint))}: another command is changing it at this moment; wait until it is done"
+        ) from None
+    except OSError as problem:
+        raise OutputError(
+            f"{show(str(place))}: cannot be written ({problem.strerror or problem}); nothing was changed"
         ) from None
     return found
 
@@ -307,8 +314,15 @@ def _end(home: Path, folder: Path, moves: Mapping[str, str], removed: Sequence[s
     for place in {(home / path).parent for path in [*moves.values(), *removed]}:
         if place.is_dir():
             sync_folder(place)
-    (folder / "journal").unlink()  # from here on it is done
-    sync_folder(folder)
+    _discard(folder)
+
+
+def _discard(folder: Path) -> None:
+    """Remove the journal, from when on nothing is unfinished, and then what else there is."""
+    with suppress(FileNotFoundError):
+        (folder / "journal").unlink()
+    with suppress(OSError):  # a journal that comes back after a power cut asks for what is done already
+        sync_folder(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 

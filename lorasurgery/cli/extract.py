@@ -27,6 +27,7 @@ from lorasurgery.cli.ending import Ending
               help="exact is LAPACK/cuSOLVER on the whole matrix.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the randomized SVD.")
 @click.option("--dtype", type=options.DTYPE, help="Dtype of what is written. [default: the tuned weights' own]")
+@options.ALLOW_NONFINITE
 @options.PLOT
 @options.large
 @options.common

@@ -135,9 +135,13 @@ _STRENGTHS = [
 ALLOW_LOSS: Callable[[Any], Any] = click.option(
     "--allow-loss", is_flag=True, help="Write the result even when rounding keeps less than half of the update."
 )
+ALLOW_NONFINITE: Callable[[Any], Any] = click.option(
+    "--allow-nonfinite", is_flag=True, help="Go on where a value is NaN or infinite, instead of naming it and stopping."
+)
 _CHECKPOINT = [
     *_STRENGTHS,
     click.option("--dtype", type=DTYPE, help="Write floating tensors as float32, bfloat16, float16 or float8_e4m3fn."),
+    ALLOW_NONFINITE,
     click.option("--max-shard-size", type=SIZE, help="Split the output anew, e.g. 5GB; default: the base's layout."),
 ]  # fmt: skip
 
@@ -179,7 +183,7 @@ strengths: Callable[[F], F] = _apply(_STRENGTHS)
 """-w, --block-weight, --rounding, --seed: for commands that merge."""
 
 checkpoint: Callable[[F], F] = _apply(_CHECKPOINT)
-"""-w, --block-weight, --dtype, --rounding, --seed, --max-shard-size: for commands that write a checkpoint."""
+"""Those and --dtype, --allow-nonfinite, --max-shard-size: for commands that write a checkpoint."""
 
 
 def rank_choice(chosen: dict[str, Any], default: int | None = None) -> RankChoice | None:

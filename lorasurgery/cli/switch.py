@@ -16,6 +16,7 @@ from lorasurgery.cli.ending import Ending
 @click.option("--from", "from_", metavar="ADAPTER", multiple=True,
               help="Where what was merged last is, if no longer where it was then. Repeatable.")  # fmt: skip
 @options.ALLOW_LOSS
+@options.ALLOW_NONFINITE
 @options.strengths
 @options.large
 @options.inside

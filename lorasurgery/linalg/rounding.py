@@ -96,12 +96,14 @@ class Merger:
         updates: (m, n) each, of the whole weight, on the device where the rows will be.
         dtype: Storage dtype of the result.
         seed: For stochastic rounding.
+        finite: Whether values that are not finite are an error.
     """
 
     def __init__(
         self, source: torch.dtype, updates: Sequence[Update], dtype: torch.dtype, *, rounding: Rounding = "nearest",
-        seed: int = 0,
+        seed: int = 0, finite: bool = True,
     ) -> None:  # fmt: skip
+        self.finite = finite
         self.source, self.dtype, self.wide = source, dtype, widened(source)
         self.terms = [u.to(self.wide) for u in updates]
         self.seed = seed if rounding == "stochastic" else None
@@ -124,7 +126,7 @@ class Merger:
 
         each(work, range(len(blocks)))
         survival = sum(found, Survival(0.0, 0.0, 0.0))
-        if not math.isfinite(survival.residue):
+        if self.finite and not math.isfinite(survival.residue):
             raise SurgeryError(_overflow(weight, self.dtype))
         return survival
 
@@ -132,7 +134,8 @@ class Merger:
         generator = None if self.seed is None else draws(weight.device, self.seed, first)
         if not self.terms:
             self._store(weight.to(self.wide), out, generator)
-            return Survival(0.0, 0.0, 0.0)
+            # taken from an adapter or cast to a narrower dtype: nothing else would tell that a value is not finite
+            return Survival(0.0, 0.0, 0.0 if _is_finite(out) else math.nan)
         old, delta, new = scratch(weight, self.wide, 3)
         old.copy_(weight)
         rows = slice(first, first + weight.shape[0])
@@ -159,6 +162,7 @@ def add_updates(
     *,
     rounding: Rounding = "nearest",
     seed: int = 0,
+    finite: bool = True,
 ) -> tuple[Tensor, Survival]:
     """W' = round(W + Σ scale·up@down), formed in float32 (float64 for float64 weights) and rounded once.
 
@@ -172,7 +176,7 @@ def add_updates(
         weight: (m, n), any floating dtype.
         updates: (m, n) each, on the weight's device.
         dtype: Storage dtype of the result.
-        seed: For stochastic rounding.
+        seed: For stochastic rounding. finite: Whether values that are not finite are an error.
 
     Returns:
         The new weight (m, n) and what survived of the update.
@@ -180,14 +184,15 @@ def add_updates(
     Raises:
         SurgeryError: the sum is not finite in `dtype` though it should be.
     """
-    merger = Merger(weight.dtype, updates, dtype, rounding=rounding, seed=seed)
+    merger = Merger(weight.dtype, updates, dtype, rounding=rounding, seed=seed, finite=finite)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     return out, merger.rows(weight, out, 0)
 
 
 def set_values(
-    weight: Tensor, values: Tensor, dtype: torch.dtype, *, rounding: Rounding = "nearest", seed: int = 0, first: int = 0
-) -> tuple[Tensor, Survival]:
+    weight: Tensor, values: Tensor, dtype: torch.dtype, *, rounding: Rounding = "nearest", seed: int = 0,
+    first: int = 0, finite: bool = True,
+) -> tuple[Tensor, Survival]:  # fmt: skip
     """round(values), and what survives of the update values − weight: for merges that are more than a sum.
 
     >>> set_values(torch.zeros(1, 2), torch.ones(1, 2), torch.float16)[1].delta_norm ** 2
@@ -204,7 +209,7 @@ def set_values(
         old = weight[rows].to(values.dtype)
         out[rows] = round_to(values[rows], dtype, generator)
         survival = survival + _survived(old, values[rows] - old, out[rows].to(old.dtype, copy=True))
-    if not math.isfinite(survival.residue):
+    if finite and not math.isfinite(survival.residue):
         raise SurgeryError(_overflow(weight, dtype))
     return out, survival
 
@@ -251,8 +256,15 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return float(torch.dot(a.reshape(-1), b.reshape(-1)))
 
 
+def _is_finite(values: Tensor) -> bool:
+    wide = values.to(torch.float32) if values.dtype.itemsize == 1 else values
+    if bool(torch.isfinite(wide.sum(dtype=widened(values.dtype)))):
+        return True
+    return bool(torch.isfinite(wide).all())  # a sum may overflow where no value does
+
+
 def _overflow(weight: Tensor, dtype: torch.dtype) -> str:
     if not bool(torch.isfinite(weight.to(torch.float32)).all()):
-        return "holds values that are not finite (NaN or infinity); repair the checkpoint first"
+        return "holds values that are not finite (NaN or infinity); repair the checkpoint first, or --allow-nonfinite"
     name = str(dtype).removeprefix("torch.")
     return f"the merged values are not finite in {name}: the update is not, or is too large; try --dtype bfloat16"

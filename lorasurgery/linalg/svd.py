@@ -102,7 +102,10 @@ def finite(total: float) -> float:
         SurgeryError: it is NaN or infinite.
     """
     if not math.isfinite(total):
-        raise SurgeryError("the difference is not finite: one of the two checkpoints holds NaN or infinity here")
+        raise SurgeryError(
+            "the difference is not finite: one of the two checkpoints holds NaN or infinity here; `lorasurgery verify` "
+            "says which, --allow-nonfinite stores the tensor whole"
+        )
     return total
 
 

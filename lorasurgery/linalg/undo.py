@@ -8,6 +8,7 @@ orders could turn the rounding, the value itself is kept (docs/maths.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -109,19 +110,32 @@ class Undoing:
     def _compare(self, old: Tensor, merged: Tensor, first: int, start: int) -> tuple[Tensor, ...]:
         value, off = scratch(merged, torch.float64, 2)
         self._before(merged, value, first)
-        doubt = self._slack * (2 * self.spread + float(value.abs().amax() if value.numel() else 0.0))
+        doubt, finite = self._doubt(value)
         kind = BITS[self.dtype.itemsize]
         wanted = old.reshape(-1).view(kind)
         low = narrowed(torch.sub(value, doubt, out=off), self.dtype).reshape(-1).view(kind)
         high = narrowed(torch.add(value, doubt, out=off), self.dtype).reshape(-1).view(kind)
         mask = (low != wanted) | (high != wanted)
-        if not bool(torch.isfinite(value.sum())):  # what a NaN looks like is each machine's own affair
-            mask |= ~torch.isfinite(value.reshape(-1))
+        if finite is not None:  # what a NaN looks like is each machine's own affair
+            mask |= ~finite
         at = mask.nonzero()[:, 0]
-        sure = (low[at] == high[at]) & torch.isfinite(value.reshape(-1)[at])
+        sure = low[at] == high[at]
+        if finite is not None:
+            sure &= finite[at]
         places, doubtful = at[sure], at[~sure]
         steps = ordered(wanted[places]) - ordered(low[places])
         return places + start, steps, doubtful + start, wanted[doubtful].to(torch.int64)
+
+    def _doubt(self, value: Tensor) -> tuple[float, Tensor | None]:
+        """How far another machine's values may lie from these, and which are finite where not all are."""
+        if not value.numel():
+            return 0.0, None
+        low, high = value.aminmax()
+        most, finite = float(torch.maximum(-low, high)), None
+        if not math.isfinite(most):
+            finite = torch.isfinite(value.reshape(-1))
+            most = float(value.abs().nan_to_num(0.0, 0.0).amax())
+        return self._slack * (2 * self.spread + most), finite
 
     @staticmethod
     def _blocks(rows: Tensor) -> list[slice]:

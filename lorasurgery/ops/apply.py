@@ -30,6 +30,7 @@ class Recipe:
         config_from: The checkpoint whose config and other files go along.
         allow_loss: Write the result even when rounding swallows most of the update.
         memory_limit: Bytes that weights on their way may take; None for what is fastest.
+        allow_nonfinite: Write NaN and infinity where they come up.
         undo: Keep what it takes to undo this to the bit: the record as far as it is known beforehand.
         restored: The record whose merge is taken back by this; `base` then reads as it was before.
     """
@@ -47,6 +48,7 @@ class Recipe:
     config_from: Checkpoint | None = None
     allow_loss: bool = True
     memory_limit: int | None = None
+    allow_nonfinite: bool = False
     undo: UndoRecord | None = None
     restored: UndoRecord | None = None
     files: list[PlannedFile] = field(default_factory=list)

@@ -18,20 +18,24 @@ from lorasurgery.ops.edits import Contribution, Edit
 
 
 def apply_edit(
-    base: Checkpoint, edit: Edit, tensor: PlannedTensor, device: torch.device, *, rounding: Rounding, seed: int
-) -> tuple[torch.Tensor, Survival]:
+    base: Checkpoint, edit: Edit, tensor: PlannedTensor, device: torch.device, *, rounding: Rounding, seed: int,
+    finite: bool = True,
+) -> tuple[torch.Tensor, Survival]:  # fmt: skip
     """Compute one output tensor: replace, add every contribution in float32, round once.
 
     Args:
         base: Where the tensor starts from.
         tensor: Name, dtype and shape of what is written.
         seed: Of stochastic rounding; each tensor's name makes a seed of its own from it.
+        finite: Whether values that are not finite are an error.
 
     Returns:
         The new tensor, on `device`, and what survived of the updates.
     """
     start = _start(base, edit).to(device)
-    how: dict[str, Any] = {"rounding": rounding, "seed": seed ^ zlib.crc32(tensor.name.encode())}
+    how: dict[str, Any] = {
+        "rounding": rounding, "seed": seed ^ zlib.crc32(tensor.name.encode()), "finite": finite
+    }  # fmt: skip
     dtype = torch_dtype(tensor.dtype)
     if any(c.stacked for c in edit.contributions):
         value, survival = _experts(edit, start, dtype, how)

@@ -42,6 +42,7 @@ class ExtractOptions:
         uniform_rank: zero-pad all factors to one rank, the form every server takes.
         svd: `exact` for LAPACK/cuSOLVER, `randomized`, or `auto` by the matrix's size.
         dtype: safetensors name for what is written; None takes the tuned weights' own.
+        allow_nonfinite: Store tensors whole of which a value is NaN or infinite, instead of stopping at them.
     """
 
     choice: RankChoice = field(default_factory=lambda: RankChoice(rank=DEFAULT_RANK))
@@ -52,6 +53,7 @@ class ExtractOptions:
     svd: Method = "auto"
     seed: int = 0
     dtype: str | None = None
+    allow_nonfinite: bool = False
 
     def check(self) -> None:
         """Raise UsageError for values that have no meaning."""

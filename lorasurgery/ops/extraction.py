@@ -62,7 +62,9 @@ class Extraction:
                 self.job, wanted, [p.name for p in wanted], [p.nbytes for p in wanted], partial(packed, factors),
                 partial(unpacked, factors), self._accept, factors.sync, progress,
             )  # fmt: skip
-            groups = plan_groups(wanted, self.device, self.options.svd, self.limit)
+            # what may not be finite is looked at one by one
+            method = "exact" if self.options.allow_nonfinite else self.options.svd
+            groups = plan_groups(wanted, self.device, method, self.limit)
             room = self._room([work_cost([wanted[i] for i in g]) for g in groups])
             self.difference = Difference(self.base, self.tuned, self.device, room)
             load.work(Flow(room, _lanes(threads)), partial(work_on, self), groups)
@@ -96,14 +98,15 @@ class Extraction:
         if outcome.found is not None:
             self.draft.factors.append((pair, outcome.found))
         elif not outcome.unchanged:
-            self._keep_whole(pair, outcome.norm)
+            self._keep_whole(pair, outcome.norm, broken=outcome.broken)
         if self.budget:
             self.draft.hold(self.budget, self.options.scaling, uniform=self.options.uniform_rank)
 
-    def _keep_whole(self, pair: Pair, norm: float | None) -> None:
-        if pair.treatment == "full":
+    def _keep_whole(self, pair: Pair, norm: float | None, *, broken: bool) -> None:
+        if broken or pair.treatment == "full":
             self.draft.full.append(pair)
-            self.full.append(ModuleReport(pair.name, pair.tuned.shape, kind=pair.why or "full", delta_norm=norm))
+            why = "not finite" if broken else pair.why or "full"
+            self.full.append(ModuleReport(pair.name, pair.tuned.shape, kind=why, delta_norm=norm))
         else:
             self.left_out.append(LeftOut(pair, norm))
 

@@ -99,7 +99,8 @@ class WholeJob:
         recipe = self.recipe
         try:
             value, self.survival = apply_edit(
-                recipe.base, self.edit, self.tensor, self.device, rounding=recipe.rounding, seed=recipe.seed
+                recipe.base, self.edit, self.tensor, self.device, rounding=recipe.rounding, seed=recipe.seed,
+                finite=not recipe.allow_nonfinite,
             )
         except SurgeryError as problem:
             raise type(problem)(f"{recipe.base.path}: {self.tensor.name}: {problem}") from None

@@ -12,7 +12,7 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.surgery import settle_first
-from lorasurgery.errors import UsageError
+from lorasurgery.errors import UsageError, some
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.record import describe
@@ -46,6 +46,7 @@ def merge(
     device: str = "auto",
     max_shard_size: int | None = None,
     allow_loss: bool = False,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     memory_limit: int | None = None,
@@ -70,6 +71,7 @@ def merge(
         rounding: `nearest` (even), or `stochastic`, which is unbiased and seeded by `seed`.
         max_shard_size: Bytes per shard; None keeps the base's layout.
         allow_loss: Write the result even when rounding keeps less than half of the update.
+        allow_nonfinite: Go on where a weight, an update or their sum is NaN or infinite, instead of naming it.
         resume: Go on with what an interrupted run of the same inputs and options left; the result is the same.
         memory_limit: Bytes that weights on their way may take.
         dry_run: Settle everything from headers, write nothing (torch is not imported).
@@ -92,7 +94,7 @@ def merge(
     recipe = Recipe(
         checkpoint, [a for a, w in zip(opened, strengths, strict=True) if w], plan,
         target, dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, overwrite=overwrite,
-        allow_loss=allow_loss, memory_limit=memory_limit,
+        allow_loss=allow_loss, allow_nonfinite=allow_nonfinite, memory_limit=memory_limit,
     )  # fmt: skip
     plan_files(recipe)
     report = start_report("merge", recipe, [str(base), *map(str, adapters)], strengths, dry_run)
@@ -199,6 +201,11 @@ def judge_retention(report: Report, recipe: Recipe) -> None:
         f"{totals['tensors_touched']} tensors changed, {totals['tensors_replaced']} replaced: "
         f"{kept:.1%} of the update is in the weights, rounding noise is {noise:.1%} of it"
     )
+    if not math.isfinite(kept):
+        report.summary = f"{totals['tensors_touched']} tensors changed, {totals['tensors_replaced']} replaced"
+        broken = [m.name for m in report.modules if not math.isfinite(m.retention or 0.0)]
+        report.warnings.append(f"values in {some(broken)} are not finite; they are written as they came")
+        return
     noisy = [m.name for m in sorted(report.modules, key=lambda m: -(m.noise or 0))[:3]]
     if report.modules and (kept < LOW_RETENTION or noise > math.sqrt(1 - LOW_RETENTION**2)):
         report.warnings.append(

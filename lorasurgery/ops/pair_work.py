@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasurgery.checkpoint.header import FLOAT_DTYPES
+from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.blocks import Blocks, InMemory, Streamed
 from lorasurgery.linalg.fit import FIT, fitted
 from lorasurgery.linalg.norms import squared_norm
-from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
+from lorasurgery.linalg.svd import TruncatedSVD, finite, truncated_svd
 from lorasurgery.linalg.threads import own_stream
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.difference import Piece
@@ -21,6 +22,7 @@ from lorasurgery.ops.expert_pairs import ExpertPair
 from lorasurgery.ops.factored import Factored
 from lorasurgery.ops.pairs import FACTORED, Pair
 from lorasurgery.ops.spill import Spill
+from lorasurgery.ops.verify_values import count_nonfinite
 from lorasurgery.report import ModuleReport
 
 if TYPE_CHECKING:
@@ -33,11 +35,13 @@ class Outcome:
 
     Args:
         unchanged: Tensors that are equal on both sides.
+        broken: Whether a value is not finite, so that the tensor can only be stored whole.
     """
 
     found: Factored | None = None
     norm: float | None = None
     unchanged: int = 0
+    broken: bool = False
 
 
 class PairWork:
@@ -69,6 +73,7 @@ class PairWork:
         if isinstance(pair, ExpertPair):
             return
         if not comparable or pair.base is None:
+            self._check_stored()
             self.result = Outcome()
         elif pair.base.dtype not in FLOAT_DTYPES or pair.tuned.dtype not in FLOAT_DTYPES:
             self.result = Outcome(unchanged=int(difference.same_bytes(pair.base, pair.tuned)))
@@ -78,15 +83,25 @@ class PairWork:
             self._delta = difference.streamed(piece, (limit or 0) // 4) if large else difference.read(piece)
             self.result = Outcome(unchanged=1) if self._delta is None else None
 
+    def _check_stored(self) -> None:
+        """A tensor that is stored whole is not looked at otherwise."""
+        info = self.pair.tuned
+        stored = self.pair.treatment == "full" and info.is_float and not self.job.options.allow_nonfinite
+        if stored and count_nonfinite(self.job.tuned, info):
+            raise SurgeryError("holds NaN or infinity in the tuned checkpoint; --allow-nonfinite stores it all the same")
+
     def _compute(self) -> None:
         if isinstance(self.pair, ExpertPair):
             self.result = self._experts(self.pair)
         elif self.result is None:
             assert self._delta is not None
-            if self.pair.treatment in FACTORED:
+            square = squared_norm(self._delta)
+            if self.job.options.allow_nonfinite and not math.isfinite(square):
+                self.result = Outcome(broken=True)
+            elif self.pair.treatment in FACTORED:
                 self.result = self._factor(self._delta)
             else:
-                self.result = Outcome(norm=math.sqrt(squared_norm(self._delta)))
+                self.result = Outcome(norm=math.sqrt(finite(square)))
             if isinstance(self._delta, InMemory):
                 self.job.difference.give(self._delta)
             self._delta = None
@@ -130,10 +145,10 @@ def difference_bytes(pair: Pair) -> int:
 def packed(factors: Spill, outcome: Outcome) -> Any:
     """An outcome as JSON, its factors put beside the output."""
     found = factors.put(outcome.found) if outcome.found is not None else None
-    return {"found": found, "norm": outcome.norm, "unchanged": outcome.unchanged}
+    return {"found": found, "norm": outcome.norm, "unchanged": outcome.unchanged, "broken": outcome.broken}
 
 
 def unpacked(factors: Spill, record: Any) -> Outcome:
     """The outcome that was packed."""
     found = factors.get(record["found"]) if record["found"] is not None else None
-    return Outcome(found, record["norm"], record["unchanged"])
+    return Outcome(found, record["norm"], record["unchanged"], record["broken"])

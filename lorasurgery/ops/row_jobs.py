@@ -89,7 +89,9 @@ class Rows:
     def _load(self, expert: int) -> Merger | Turns:
         contributions = self.edit.contributions if self.edit else []
         seed = self.recipe.seed ^ zlib.crc32(self.tensor.name.encode())
-        how: dict[str, Any] = {"rounding": self.recipe.rounding, "seed": seed + expert}
+        how: dict[str, Any] = {
+            "rounding": self.recipe.rounding, "seed": seed + expert, "finite": not self.recipe.allow_nonfinite
+        }  # fmt: skip
         if self.edit and any(c.decomposes for c in contributions):
             return Turns(self.edit, self.matrix[0], self.source, self.dtype, self.device, **how)
         if self.stacked:

@@ -129,8 +129,9 @@ class _Work:
         """The output file, opened when the first of its tensors is written."""
         with self._lock:
             if planned.name not in self._files:
-                self._files[planned.name] = self.output.tensor_file(planned)
-                self._files[planned.name].open()
+                file = self.output.tensor_file(planned)
+                file.open()
+                self._files[planned.name] = file
             return self._files[planned.name]
 
     def done(self, name: str, note: Note) -> None:

@@ -33,6 +33,7 @@ def switch(
     seed: int = 0,
     device: str = "auto",
     allow_loss: bool = False,
+    allow_nonfinite: bool = False,
     resume: bool = False,
     memory_limit: int | None = None,
     dry_run: bool = False,
@@ -67,7 +68,7 @@ def switch(
     recipe = Recipe(
         base, [a for a, w in zip(opened, strengths, strict=True) if w],
         weighed_plan(base, opened, strengths, block_weights), path, rounding=rounding, seed=seed,
-        allow_loss=allow_loss, memory_limit=memory_limit, restored=found[0] if found else None,
+        allow_loss=allow_loss, allow_nonfinite=allow_nonfinite, memory_limit=memory_limit, restored=found[0] if found else None,
         undo=begin_record(opened, [str(a) for a in to], strengths, block_weights),
     )  # fmt: skip
     plan_files(recipe)

@@ -18,13 +18,14 @@ class Turns:
 
     Args:
         source: Dtype of the weight. height: Its rows.
-        dtype, rounding, seed: as for Merger.
+        dtype, rounding, seed, finite: as for Merger.
     """
 
     def __init__(
         self, edit: Edit, height: int, source: torch.dtype, dtype: torch.dtype, device: torch.device, *,
-        rounding: Rounding, seed: int,
+        rounding: Rounding, seed: int, finite: bool,
     ) -> None:  # fmt: skip
+        self.finite = finite
         self.wide, self.dtype, self.rounding, self.seed = widened(source), dtype, rounding, seed
         self.turns = [(c.into or slice(0, height), *_loaded(c, device, self.wide)) for c in edit.contributions]
 
@@ -36,7 +37,8 @@ class Turns:
         def work(i: int) -> None:
             old, at = weight[blocks[i]].to(self.wide), first + blocks[i].start
             new, found[i] = set_values(
-                old, self._turned(old.clone(), at), self.dtype, rounding=self.rounding, seed=self.seed, first=at
+                old, self._turned(old.clone(), at), self.dtype, rounding=self.rounding, seed=self.seed, first=at,
+                finite=self.finite,
             )
             out[blocks[i]] = new
 

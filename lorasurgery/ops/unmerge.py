@@ -42,6 +42,7 @@ def unmerge(
     seed: int = 0,
     device: str = "auto",
     max_shard_size: int | None = None,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     memory_limit: int | None = None,
@@ -104,7 +105,7 @@ def unmerge(
     recipe = Recipe(
         checkpoint, [], plan, target, dtype=dtype, rounding=rounding, seed=seed,
         max_shard_size=max_shard_size, overwrite=overwrite, dropped=dropped, config_from=original,
-        memory_limit=memory_limit,
+        memory_limit=memory_limit, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     plan_files(recipe)
     report = start_report("unmerge", recipe, inputs, strengths, dry_run)
