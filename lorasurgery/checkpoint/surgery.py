@@ -75,6 +75,7 @@ class Surgery:
 
     Attributes:
         done: What is in the files already: key -> record. checked: Whether check_passed() was called, now or before.
+        noted: What was given to it then.
         heap: Takes what must survive a kill beside the new bytes.
     """
 
@@ -85,6 +86,7 @@ class Surgery:
         self.folder = surgery_folder(checkpoint)
         self.done: dict[str, Any] = {}
         self.checked, self.resumed, self.bytes_written = False, 0, 0
+        self.noted: Any = None
         self._batch: list[list[Any]] = []
         self._keys: dict[str, Any] = {}
         self._end = 0
@@ -123,10 +125,14 @@ class Surgery:
         if isinstance(problem, SurgeryError) and (self.done or self.resumed):
             problem.args = (f"{problem}; some tensors are changed already, and --resume goes on from here",)
 
-    def check_passed(self) -> None:
-        """Note that everything can be done, so that nothing but a kill or the disk can stop it from now on."""
-        self.checked = True
-        self._line({"checked": True})
+    def check_passed(self, noted: Any = None) -> None:
+        """Note that everything can be done, so that nothing but a kill or the disk can stop it from now on.
+
+        Args:
+            noted: What is known of the checkpoint as it was, JSON.
+        """
+        self.checked, self.noted = True, noted
+        self._line({"checked": True, "noted": noted})
 
     def put(self, key: str, file: str, place: int, data: memoryview, record: Any) -> None:
         """Change some bytes of a file, now or with the next flush(); one thread at a time.
@@ -198,6 +204,7 @@ class Surgery:
         for line in _lines(self.folder / "journal"):
             self.done |= line.get("done", {})
             self.checked = self.checked or "checked" in line
+            self.noted = line.get("noted", self.noted)
         self.resumed = len(self.done)
 
     def _line(self, line: dict[str, Any]) -> None:

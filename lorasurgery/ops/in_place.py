@@ -35,7 +35,7 @@ from lorasurgery.ops.undo_record import (
     undo_folder,
     write_planned,
 )
-from lorasurgery.report import Progress, Report
+from lorasurgery.report import Progress, Report, Source
 
 _RECORD = "record"
 
@@ -60,7 +60,8 @@ def run_in_place(
         if not surgery.checked:
             notes = work.rehearse()
             describe(recipe, notes, Report("", [], ""))
-            surgery.check_passed()
+            surgery.check_passed([s.to_dict() for s in report.sources or ()])
+        report.sources = [Source(**s) for s in surgery.noted]  # the files as they were, whatever is in them by now
         work.perform()
         describe(recipe, work.notes(), report)
         work.end(files())
