@@ -51,7 +51,7 @@ class Run:
         self.done: dict[str, Any] = {}
         self.resumed = 0
         self._lock = threading.Lock()
-        self._size, self._synced = 0, time.monotonic()
+        self._size, self._synced, self._naming = 0, time.monotonic(), False
 
     def path(self, name: str, kind: str = JOURNAL) -> Path:
         """A file of this run beside the output."""
@@ -117,6 +117,7 @@ class Run:
 
     def committing(self, names: list[str]) -> None:
         """Note, before the first rename, which files are complete."""
+        self._naming = True
         with self._lock:
             self._line({"renamed": names})
             os.fsync(self._file.fileno())
@@ -129,10 +130,11 @@ class Run:
         """
         if hasattr(self, "_file"):
             self._file.close()
-        kept = not committed and (self.ranks.size > 1 or self.resumed > 0 or self._size >= KEPT)
+        worth = self.ranks.size > 1 or self.resumed > 0 or self._size >= KEPT or self._naming
+        kept = not committed and worth
         if self.ranks.first and not kept:
-            for file in [*journals(self.out, FACTORS), *journals(self.out, UNDO), *journals(self.out)]:
-                with suppress(OSError):
+            with suppress(OSError):  # in this order: what a journal speaks of is there as long as the journal is
+                for file in [*journals(self.out), *journals(self.out, FACTORS), *journals(self.out, UNDO)]:
                     file.unlink()
         return kept
 

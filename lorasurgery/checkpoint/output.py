@@ -87,6 +87,7 @@ class Output:
         self.bytes_written = 0
         self._made: list[Path] = []
         self._staged: dict[str, Path] = {}
+        self._named: list[Path] = []
         self._committed = False
         self._lock = threading.Lock()
 
@@ -113,9 +114,9 @@ class Output:
         """Remove what is neither finished nor worth going on with; returns whether something is kept for that."""
         kept = self.run.end(committed=self._committed) if self.run is not None else False
         if not self._committed and not kept:
-            for partial in self._staged.values():
+            for file in [*self._named, *self._staged.values()]:
                 with suppress(OSError):
-                    partial.unlink()
+                    file.unlink()
             for folder in reversed(self._made):
                 with suppress(OSError):
                     folder.rmdir()
@@ -165,14 +166,17 @@ class Output:
             # a resumed run may have begun with --overwrite; without it the folder was empty then
             if not self.single and (self.overwrite or (self.run is not None and self.run.resume)):
                 self._retire()
-            order = [n for n in self._staged if n != last] + [last]
-            for name in order:
-                self._staged[name].replace(self.folder / name)
+            self._rename(last)
             self._committed = True
-            for folder in {(self.folder / name).parent for name in order}:
+            for folder in {path.parent for path in self._named}:
                 sync_folder(folder)
         except OSError as problem:
-            raise self._failed(problem) from None
+            raise self._failed(problem, kept=self.run is not None) from None
+
+    def _rename(self, last: str) -> None:
+        for name in [n for n in self._staged if n != last] + [last]:
+            self._staged[name].replace(self.folder / name)
+            self._named.append(self.folder / name)
 
     def _retire(self) -> None:
         """Remove what the old output's readers go by, and its weights; nothing else of the user's."""

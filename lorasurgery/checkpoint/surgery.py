@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -89,7 +90,7 @@ class Surgery:
         self.noted: Any = None
         self._batch: list[list[Any]] = []
         self._keys: dict[str, Any] = {}
-        self._end = 0
+        self._end, self._turn = 0, threading.Lock()
 
     def __enter__(self) -> Surgery:
         self._lock = lock(self.checkpoint)
@@ -115,10 +116,11 @@ class Surgery:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, _: TracebackType | None
     ) -> None:
-        for file in (self._journal, self._redo, self.heap):
-            file.close()
-        if kind is not None and not self.done and not self.resumed:  # nothing was changed yet
-            _discard(self.folder)
+        with self._turn:  # a thread that an interruption did not reach may be copying
+            for file in (self._journal, self._redo, self.heap):
+                file.close()
+            if kind is not None and not self.done and not self.resumed:  # nothing was changed yet
+                _discard(self.folder)
         self._lock.release()
         if isinstance(problem, OSError):
             raise self._failed(problem) from None
@@ -151,12 +153,13 @@ class Surgery:
         """Wait until all that was put is where it belongs, on the disk."""
         if not self._keys:
             return
-        self._redo.sync()
-        self.heap.sync()
-        self._line({"ready": self._batch, "done": self._keys})
-        self.done |= self._keys
-        _apply(self.home, self.folder, self._batch)
-        self._line({"applied": True})
+        with self._turn:
+            self._redo.sync()
+            self.heap.sync()
+            self._line({"ready": self._batch, "done": self._keys})
+            self.done |= self._keys
+            _apply(self.home, self.folder, self._batch)
+            self._line({"applied": True})
         self.bytes_written += self._end
         self._batch, self._keys, self._end = [], {}, 0
 

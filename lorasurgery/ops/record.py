@@ -127,6 +127,8 @@ def record(report: Report, call: str) -> None:
         partial.write_bytes(data)
         partial.replace(out / RECORD_NAME)
     except OSError as problem:
+        with suppress(OSError):
+            partial.unlink()
         where = out / RECORD_NAME
         raise OutputError(f"{where}: cannot be written ({problem.strerror}); the rest of {out} is whole") from None
     report.bytes_written += len(data)
