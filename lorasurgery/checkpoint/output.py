@@ -107,6 +107,8 @@ class Output:
         self, kind: type[BaseException] | None, problem: BaseException | None, _: TracebackType | None
     ) -> None:
         kept = self._undone()
+        if isinstance(problem, KeyboardInterrupt):
+            problem.args = (self._left(kept),)
         if isinstance(problem, OSError):
             raise self._failed(problem, kept=kept) from None
 
@@ -212,10 +214,12 @@ class Output:
 
     def _failed(self, problem: OSError, *, kept: bool = False) -> OutputError:
         where = show(str(problem.filename or self.folder))
-        left = "what is finished is kept for --resume" if kept else "nothing was left behind"
+        return OutputError(f"{where}: cannot be written ({problem.strerror or problem}); {self._left(kept)}")
+
+    def _left(self, kept: bool) -> str:
         if self._committed:
-            left = "all of it is there, but the disk did not say that it has it"
-        return OutputError(f"{where}: cannot be written ({problem.strerror or problem}); {left}")
+            return "all of it is there, but the disk did not say that it has it"
+        return "what is finished is kept for --resume" if kept else "nothing was left behind"
 
 
 def _indexed(index: Path) -> Iterable[str]:

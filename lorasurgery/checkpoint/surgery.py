@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 FOLDER, LOCK = ".lorasurgery-surgery", ".lorasurgery-lock"
+_GO_ON = "some tensors are changed already, and --resume goes on from here"
 BATCH = 128 << 20  # bytes that are written twice before they count
 
 
@@ -124,8 +125,11 @@ class Surgery:
         self._lock.release()
         if isinstance(problem, OSError):
             raise self._failed(problem) from None
-        if isinstance(problem, SurgeryError) and (self.done or self.resumed):
-            problem.args = (f"{problem}; some tensors are changed already, and --resume goes on from here",)
+        changed = bool(self.done or self.resumed)
+        if isinstance(problem, (KeyboardInterrupt, MemoryError)):
+            problem.args = (_GO_ON if changed else "nothing was changed",)
+        elif isinstance(problem, (SurgeryError, RuntimeError)) and changed:
+            problem.args = (f"{problem}; {_GO_ON}",)
 
     def check_passed(self, noted: Any = None) -> None:
         """Note that everything can be done, so that nothing but a kill or the disk can stop it from now on.

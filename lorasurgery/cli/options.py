@@ -222,8 +222,10 @@ def guarded(function: F) -> F:
             _fail(problem, 2)
         except SurgeryError as problem:
             _fail(problem, 1)
-        except MemoryError:
-            _fail(SurgeryError("out of memory; nothing was written"), 1)
+        except KeyboardInterrupt as problem:  # Ctrl-C, or SIGTERM; what it says is what was left
+            _fail(SurgeryError(f"interrupted; {problem}" if str(problem) else "interrupted"), 1)
+        except MemoryError as problem:
+            _fail(SurgeryError(f"out of memory; {str(problem) or 'nothing was written'}"), 1)
         except RecursionError:
             _fail(SurgeryError("an input is nested too deeply to be read"), 1)
         except BrokenPipeError:  # the reader of our stdout went away; the output itself is complete
