@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.checkpoint.files import ReadFile
 from lorasurgery.checkpoint.header import Header, TensorInfo, read_header, show
-from lorasurgery.checkpoint.locate import Located, load_object, locate
+from lorasurgery.checkpoint.locate import Located, load_config, locate
+from lorasurgery.checkpoint.settle import refuse_unfinished
 from lorasurgery.checkpoint.stub import filled_in
-from lorasurgery.checkpoint.surgery import refuse_unfinished
 from lorasurgery.errors import FormatError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ class Checkpoint:
         path = Path(path)
         try:
             located = locate(path)
-            if not unfinished:
-                refuse_unfinished(path)
+            refuse_unfinished(path, own=not unfinished)
             return cls(path, located)
         except OSError as problem:
             raise FormatError(f"{show(str(path))}: {problem.strerror or problem}") from None
@@ -99,15 +98,11 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json beside the weights; {} when it is missing or empty, for names and shapes often suffice."""
-        file = self.folder / "config.json"
-        if not file.is_file() or not file.stat().st_size:
-            return {}
-        return load_object(file)
+        return load_config(self.folder / "config.json")
 
     def config_of(self, part: str) -> dict[str, Any]:
         """config.json of a part of a diffusers folder, such as `unet`; {} when it has none."""
-        file = self.folder / part / "config.json"
-        return load_object(file) if file.is_file() and file.stat().st_size else {}
+        return load_config(self.folder / part / "config.json")
 
     @property
     def nbytes(self) -> int:

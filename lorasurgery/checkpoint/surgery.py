@@ -9,57 +9,32 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorasurgery.checkpoint.files import ReadFile, WriteFile, sync_folder
+from lorasurgery.checkpoint.files import WriteFile, sync_folder
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.heap import Heap
-from lorasurgery.errors import FormatError, MismatchError, OutputError, SurgeryError
+from lorasurgery.checkpoint.settle import (
+    apply,
+    as_line,
+    discard,
+    end,
+    in_the_middle,
+    lines_of,
+    lock,
+    settle,
+    surgery_folder,
+)
+from lorasurgery.errors import MismatchError, OutputError, SurgeryError
 
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
-
-FOLDER, LOCK = ".lorasurgery-surgery", ".lorasurgery-lock"
 _GO_ON = "some tensors are changed already, and --resume goes on from here"
 BATCH = 128 << 20  # bytes that are written twice before they count
-
-
-def surgery_folder(checkpoint: Path) -> Path:
-    """Where the journal of an operation inside a checkpoint lies: in its folder, or beside its file."""
-    return checkpoint / FOLDER if checkpoint.is_dir() else checkpoint.with_name(f".{checkpoint.name}{FOLDER}")
-
-
-def unfinished(checkpoint: Path) -> dict[str, Any] | None:
-    """What operation a checkpoint is in the middle of: the first line of its journal; None for a whole one."""
-    journal = surgery_folder(checkpoint) / "journal"
-    lines = _lines(journal) if journal.is_file() else []
-    return lines[0].get("about") if lines else None
-
-
-def refuse_unfinished(checkpoint: Path) -> None:
-    """Refuse to read a checkpoint of which some tensors are new and some are old.
-
-    Raises:
-        MismatchError: with the next move.
-    """
-    about = unfinished(checkpoint)
-    if about is not None:
-        raise MismatchError(in_the_middle(checkpoint, about))
-
-
-def in_the_middle(checkpoint: Path, about: Mapping[str, Any]) -> str:
-    """One line about an operation that was interrupted."""
-    return (
-        f"{show(str(checkpoint))}: is in the middle of `{about.get('call', 'an operation')}`, which was interrupted "
-        "or still runs: some tensors are new and some are old; the same command with --resume finishes it"
-    )
 
 
 class Surgery:
@@ -103,9 +78,13 @@ class Surgery:
                 raise MismatchError(in_the_middle(self.checkpoint, about))
             else:
                 self._go_on(about)
-            self._journal = (self.folder / "journal").open("ab", buffering=0)
-            self._redo = WriteFile(self.folder / "redo")
-            self.heap = Heap(self.folder / "heap")
+            with ExitStack() as files:
+                self._journal = files.enter_context((self.folder / "journal").open("ab", buffering=0))
+                self._redo = files.enter_context(WriteFile(self.folder / "redo"))
+                self.heap = Heap(self.folder / "heap")
+                files.callback(self.heap.close)
+                sync_folder(self.folder)  # what a line speaks of must have its name by then
+                self._files = files.pop_all()
         except OSError as problem:
             self._lock.release()
             raise self._failed(problem) from None
@@ -118,10 +97,9 @@ class Surgery:
         self, kind: type[BaseException] | None, problem: BaseException | None, _: TracebackType | None
     ) -> None:
         with self._turn:  # a thread that an interruption did not reach may be copying
-            for file in (self._journal, self._redo, self.heap):
-                file.close()
+            self._files.close()
             if kind is not None and not self.done and not self.resumed:  # nothing was changed yet
-                _discard(self.folder)
+                discard(self.folder)
         self._lock.release()
         if isinstance(problem, OSError):
             raise self._failed(problem) from None
@@ -162,7 +140,7 @@ class Surgery:
             self.heap.sync()
             self._line({"ready": self._batch, "done": self._keys})
             self.done |= self._keys
-            _apply(self.home, self.folder, self._batch)
+            apply(self.home, self.folder, self._batch)
             self._line({"applied": True})
         self.bytes_written += self._end
         self._batch, self._keys, self._end = [], {}, 0
@@ -187,15 +165,14 @@ class Surgery:
         for name in moves:
             with self.staged(name).open("rb") as file:
                 os.fsync(file.fileno())
+        sync_folder(self.folder)
         self._line({"ending": moves, "removed": list(removed)})
-        _end(self.home, self.folder, moves, removed)
+        end(self.home, self.folder, moves, removed)
 
     def _begin(self) -> None:
-        if self.folder.exists():  # begun, and killed before its first line
-            shutil.rmtree(self.folder)
         self.folder.mkdir()
         with (self.folder / "journal").open("wb") as journal:
-            journal.write(_text({"about": self.about}))
+            journal.write(as_line({"about": self.about}))
             journal.flush()
             os.fsync(journal.fileno())
         sync_folder(self.folder)
@@ -208,14 +185,14 @@ class Surgery:
                     f"{show(str(self.checkpoint))}: is in the middle of `{about.get('call')}`; its {key} was another "
                     "one, and --resume goes on only with the same"
                 )
-        for line in _lines(self.folder / "journal"):
+        for line in lines_of(self.folder / "journal"):
             self.done |= line.get("done", {})
             self.checked = self.checked or "checked" in line
             self.noted = line.get("noted", self.noted)
         self.resumed = len(self.done)
 
     def _line(self, line: dict[str, Any]) -> None:
-        left = memoryview(_text(line))
+        left = memoryview(as_line(line))
         while left:  # a disk that is nearly full takes a part and says so
             left = left[self._journal.write(left) or 0 :]
         os.fsync(self._journal.fileno())
@@ -224,146 +201,3 @@ class Surgery:
         where = show(str(problem.filename or self.checkpoint))
         left = "--resume goes on once that is mended" if self.done else "nothing was changed"
         return OutputError(f"{where}: cannot be written ({problem.strerror or problem}); {left}")
-
-
-def lock(checkpoint: Path) -> BaseFileLock:
-    """Keep other writers away from a checkpoint until the lock is released, or this process ends.
-
-    Raises:
-        OutputError: another one is at work.
-    """
-    from filelock import FileLock, Timeout
-
-    place = checkpoint / LOCK if checkpoint.is_dir() else checkpoint.with_name(f".{checkpoint.name}{LOCK}")
-    found = FileLock(place)
-    try:
-        found.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(
-            f"{show(str(checkpoint))}: another command is changing it at this moment; wait until it is done"
-        ) from None
-    except OSError as problem:
-        raise OutputError(
-            f"{show(str(place))}: cannot be written ({problem.strerror or problem}); nothing was changed"
-        ) from None
-    return found
-
-
-def settle_first(checkpoint: Path, *, resume: bool) -> bool:
-    """Before an operation in place is planned: finish what needs nothing but copying.
-
-    Returns:
-        Whether the operation that is to be resumed is complete with that.
-
-    Raises:
-        MismatchError: another one is unfinished. OutputError: another one is at work.
-    """
-    if unfinished(checkpoint) is None:
-        return False
-    held = lock(checkpoint)
-    try:
-        about = settle(checkpoint)
-    finally:
-        held.release()
-    if about is not None and not resume:
-        raise MismatchError(in_the_middle(checkpoint, about))
-    return about is None and resume
-
-
-def settle(checkpoint: Path) -> dict[str, Any] | None:
-    """Bring to its place what an interrupted operation had made ready; under the lock.
-
-    Returns:
-        What the operation is when some of it is still missing; None when it is complete, or never began.
-
-    Raises:
-        FormatError: what was made ready is damaged.
-    """
-    folder, home = surgery_folder(checkpoint), checkpoint if checkpoint.is_dir() else checkpoint.parent
-    lines = _lines(folder / "journal") if (folder / "journal").is_file() else []
-    if not lines or "about" not in lines[0]:
-        return None
-    last = lines[-1]
-    if "ending" in last:
-        _end(home, folder, last["ending"], last["removed"])
-        return None
-    if "ready" in last:
-        _check(folder, last["ready"])
-        _apply(home, folder, last["ready"])
-    _cut(folder / "journal", [*lines, {"applied": True}] if "ready" in last else lines)
-    return dict(lines[0]["about"])
-
-
-def _check(folder: Path, batch: Sequence[Sequence[Any]]) -> None:
-    with ReadFile(folder / "redo") as redo:
-        for _, _, start, size, crc in batch:
-            data = bytearray(size)
-            if redo.read_all(start, memoryview(data)) != size or zlib.crc32(data) != crc:
-                raise FormatError(f"{show(str(folder / 'redo'))}: is damaged; leave it, and ask for help with it")
-
-
-def _apply(home: Path, folder: Path, batch: Sequence[Sequence[Any]]) -> None:
-    """Copy what is ready to where it belongs."""
-    with ReadFile(folder / "redo") as redo:
-        for name in dict.fromkeys(item[0] for item in batch):
-            with WriteFile(home / name) as target:
-                for file, place, start, size, _ in batch:
-                    if file == name and target.copy_at(place, redo, start, size) != size:
-                        raise OSError(5, "the new bytes end too soon", str(folder / "redo"))
-                target.sync()
-
-
-def _end(home: Path, folder: Path, moves: Mapping[str, str], removed: Sequence[str]) -> None:
-    for name, path in moves.items():
-        staged = folder / f"new-{name}"
-        if staged.exists():
-            (home / path).parent.mkdir(exist_ok=True)
-            staged.replace(home / path)
-    for path in removed:
-        with suppress(FileNotFoundError):
-            (home / path).unlink()
-        with suppress(OSError):  # of the records' folder, when the last one goes
-            if (home / path).parent != home:
-                (home / path).parent.rmdir()
-    for place in {(home / path).parent for path in [*moves.values(), *removed]}:
-        if place.is_dir():
-            sync_folder(place)
-    _discard(folder)
-
-
-def _discard(folder: Path) -> None:
-    """Remove the journal, from when on nothing is unfinished, and then what else there is."""
-    with suppress(FileNotFoundError):
-        (folder / "journal").unlink()
-    with suppress(OSError):  # a journal that comes back after a power cut asks for what is done already
-        sync_folder(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _cut(journal: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write the journal anew, without a last line that was not written to its end."""
-    fresh = journal.with_name("journal.new")
-    with fresh.open("wb") as file:
-        file.writelines(_text(line) for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(journal)
-    sync_folder(journal.parent)
-
-
-def _lines(journal: Path) -> list[dict[str, Any]]:
-    found = []
-    with journal.open("rb") as file:
-        for raw in file:
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                break
-            if not raw.endswith(b"\n") or not isinstance(line, dict):
-                break
-            found.append(line)
-    return found
-
-
-def _text(line: Mapping[str, Any]) -> bytes:
-    return (json.dumps(line) + "\n").encode()

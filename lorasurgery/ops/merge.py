@@ -11,7 +11,7 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.surgery import settle_first
+from lorasurgery.checkpoint.settle import settle_first
 from lorasurgery.errors import UsageError, some
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan

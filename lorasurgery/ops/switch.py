@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.surgery import settle_first
+from lorasurgery.checkpoint.settle import settle_first
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.merge import check_weights, judge_retention, start_report

@@ -8,7 +8,7 @@ from pathlib import Path
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.surgery import in_the_middle, unfinished
+from lorasurgery.checkpoint.settle import in_the_middle, unfinished
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.merge import check_weights
