@@ -50,27 +50,30 @@ def _in_config(model: Checkpoint) -> Iterator[str]:
     settings: dict[str, Any] = {**config, **(text or {})}
     names = BaseNames(model.tensors, config, str(model.path))
     embedding = names.input_embedding
-    if embedding and not model.parts:
-        rows, *width = model.tensors[embedding].shape
-        for key, found in (("vocab_size", rows), ("hidden_size", width[0] if width else None)):
-            said = settings.get(key)
-            # tables may have padding rows, and factored ones (ALBERT) another width
-            wrong = said is not None and (rows < said if key == "vocab_size" else False)
-            if isinstance(said, int) and wrong:
-                yield f"config.json: {key} is {said} but {show(embedding)} has {found} rows"
-    layers = settings.get("num_hidden_layers")
+    vocabulary = settings.get("vocab_size")
+    if embedding and not model.parts and isinstance(vocabulary, int):
+        rows = model.tensors[embedding].shape[0]
+        if rows < vocabulary:  # more are common: tables are padded
+            yield f"config.json: vocab_size is {vocabulary} but {show(embedding)} has {rows} rows"
+    yield from _in_layers(model, settings.get("num_hidden_layers"))
+
+
+def _in_layers(model: Checkpoint, said: Any) -> Iterator[str]:
+    """Whether there are as many layers as the config says, and none is missing in between."""
+    if not isinstance(said, int):
+        return
     stacks: dict[str, set[int]] = {}
     for name in model.tensors:
         place = place_of(name.removesuffix(".weight"))
         if place.layer is not None:
             stacks.setdefault(place.stack, set()).add(place.layer)
-    for stack, found_layers in stacks.items():
-        gaps = sorted(set(range(max(found_layers) + 1)) - found_layers)
-        if gaps and stack.endswith(("layers", "layer", "h", "blocks")):
-            yield f"{stack}: layers {', '.join(map(str, gaps[:5]))} are missing"
     most = max((max(found) + 1 for found in stacks.values()), default=0)
-    if isinstance(layers, int) and 0 < most < layers:
-        yield f"config.json: num_hidden_layers is {layers} but the files hold {most}"
+    if 0 < most < said:
+        yield f"config.json: num_hidden_layers is {said} but the files hold {most}"
+    for stack, found in stacks.items():
+        gaps = sorted(set(range(most)) - found)
+        if gaps and max(found) + 1 == most <= said:
+            yield f"{stack}: layers {some([str(g) for g in gaps])} are missing"
 
 
 def _unreadable(model: Checkpoint) -> Iterator[str]:
