@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -51,10 +52,12 @@ class TensorFile:
 
     def open(self) -> None:
         """Make the file in its full size, with its header."""
-        self._file = WriteFile(self.path, direct=self.size >= LARGE)
-        if self._file.seek(0, 2) != self.size:
-            self._file.truncate(self.size)
-        self._file.write_at(0, memoryview(self._header))
+        with ExitStack() as failing:
+            self._file = failing.enter_context(WriteFile(self.path, direct=self.size >= LARGE))
+            if self._file.seek(0, 2) != self.size:
+                self._file.truncate(self.size)
+            self._file.write_at(0, memoryview(self._header))
+            failing.pop_all()
         self._count(len(self._header))
 
     def close(self) -> None:
