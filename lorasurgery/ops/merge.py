@@ -11,7 +11,6 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import settle_first
 from lorasurgery.errors import UsageError, some
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
@@ -19,7 +18,7 @@ from lorasurgery.ops.record import describe
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
 from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
-from lorasurgery.ops.targets import check_in_place, check_target, in_place_call, record_file, settled
+from lorasurgery.ops.targets import check_in_place, check_target, in_place_call, is_settled, record_file, settled
 from lorasurgery.ops.undo import about, before_in_place, begin_record, files_changed, files_in_place
 from lorasurgery.ranks import ranks
 from lorasurgery.report import Progress, Report
@@ -85,7 +84,7 @@ def merge(
     check_memory_limit(memory_limit)
     undo = in_place if undo is None else undo
     target = check_target(base, out, in_place, dtype, max_shard_size, undo=undo)
-    if in_place and settle_first(target, resume=resume):
+    if in_place and is_settled(target, resume=resume):
         return clock.stamp(settled("merge", str(base)))
     checkpoint, opened = Checkpoint.open(base, unfinished=in_place), [open_adapter(a) for a in adapters]
     if not in_place:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import settle_first
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.merge import check_weights, judge_retention, start_report
 from lorasurgery.ops.record import describe
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
-from lorasurgery.ops.targets import check_in_place, in_place_call, record_file, settled
+from lorasurgery.ops.targets import check_in_place, in_place_call, is_settled, record_file, settled
 from lorasurgery.ops.undo import about, adapters_of, before_in_place, begin_record, files_in_place, record_to_undo
 from lorasurgery.ops.undo_record import top_record
 from lorasurgery.ops.undone import Undone
@@ -57,7 +56,7 @@ def switch(
     strengths = check_weights(weights, len(to))
     check_device_name(device)
     check_memory_limit(memory_limit)
-    if settle_first(path, resume=resume):
+    if is_settled(path, resume=resume):
         return clock.stamp(settled("switch", str(path)))
     merged, opened = Checkpoint.open(path, unfinished=True), [open_adapter(a) for a in to]
     last = top_record(path)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.settle import settle_first, unfinished
 from lorasurgery.errors import MismatchError, OutputError, UsageError
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.record import record_bytes
+from lorasurgery.ops.undo_record import top_record
 from lorasurgery.ranks import ranks
 from lorasurgery.report import COMMAND_LINE, RECORD_NAME, Report
 
@@ -32,10 +34,29 @@ def check_target(
     return Path(base if out is None else out)
 
 
+def is_settled(checkpoint: Path, *, resume: bool) -> bool:
+    """Before an operation in place: finish what an interrupted one had ready; whether nothing of it is left to do.
+
+    Raises:
+        MismatchError: another one is unfinished; or none is, and this was to go on with it: it may be complete, and
+            would be done twice.
+    """
+    began = unfinished(checkpoint) is not None
+    done = settle_first(checkpoint, resume=resume)
+    if resume and not began:
+        last = top_record(checkpoint)
+        merged = f"the last merge on record is of {last.names}" if last else "no merge is on record"
+        raise MismatchError(
+            f"{show(str(checkpoint))}: nothing is unfinished here, so there is nothing to resume: the operation is "
+            f"complete or never began; {merged}, and without --resume the command does all of it"
+        )
+    return done
+
+
 def settled(command: str, checkpoint: str) -> Report:
     """The report of a resumed operation of which only names were missing."""
     return Report(
-        command, [checkpoint], checkpoint, sources=[], totals={"settled": True},
+        command, [checkpoint], checkpoint, sources=[], totals={"what": "settled"},
         summary="all of it was there already; only names were missing, and they are given now",
     )  # fmt: skip
 

@@ -10,7 +10,6 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.adapters.naming import BaseNames, module_of
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import settle_first
 from lorasurgery.errors import MismatchError, UsageError
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
@@ -18,7 +17,7 @@ from lorasurgery.ops.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.merge import carry_out, check_weights, start_report
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
-from lorasurgery.ops.targets import check_target, settled
+from lorasurgery.ops.targets import check_target, is_settled, settled
 from lorasurgery.ops.undo import record_to_undo
 from lorasurgery.ops.undo_merge import undo_merge
 from lorasurgery.ranks import ranks
@@ -73,7 +72,7 @@ def unmerge(
     check_device_name(device)
     check_memory_limit(memory_limit)
     target = check_target(merged, out, in_place, dtype, max_shard_size)
-    if in_place and settle_first(target, resume=resume):
+    if in_place and is_settled(target, resume=resume):
         return clock.stamp(settled("unmerge", str(merged)))
     checkpoint, opened = Checkpoint.open(merged, unfinished=in_place), [open_adapter(a) for a in adapters]
     original = Checkpoint.open(base) if base is not None else None
