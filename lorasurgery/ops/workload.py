@@ -144,7 +144,7 @@ class _Job:
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Put a module's name before the message of what fails.
+    """Put a module's name before the message of what fails, where it does not name it itself.
 
     Example:
         with named("lm_head.weight"):
@@ -153,4 +153,5 @@ def named(name: str) -> Iterator[None]:
     try:
         yield
     except SurgeryError as problem:
-        raise type(problem)(f"{name}: {problem}") from None
+        text = str(problem)
+        raise type(problem)(text if name in text else f"{name}: {text}") from None

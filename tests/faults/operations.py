@@ -44,7 +44,7 @@ OPERATIONS = {
     "merge --in-place": Operation(lambda w, out: ["merge", out, w / "style", "--in-place"], "base"),
     "unmerge": Operation(lambda w, out: ["unmerge", w / "merged", w / "style", "-o", out]),
     "unmerge --in-place": Operation(lambda w, out: ["unmerge", out, w / "style", "--in-place"], "merged"),
-    "switch": Operation(lambda w, out: ["switch", out, "--to", w / "topic"], "merged"),
+    "switch": Operation(lambda w, out: ["switch", out, "--to", w / "topic", "--from", w / "style"], "merged"),
     "extract": Operation(lambda w, out: ["extract", w / "base", w / "tuned", "-o", out, "--rank", "4"]),
     "blend": Operation(lambda w, out: ["blend", w / "style", w / "topic", "-w", "0.5", "-o", out]),
 }

@@ -1,0 +1,80 @@
+"""Commands in processes of their own that stop at a chosen write, to be interrupted or killed there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+_PRELOADED = ["lorasurgery.cli.main", "lorasurgery.ops.stream", "lorasurgery.ops.extraction", "lorasurgery.ops.in_place",
+              "lorasurgery.ops.composition", "children"]  # fmt: skip
+
+
+class Child:
+    """A command that tells before its n-th write, and then waits for what comes.
+
+    Args:
+        words: The command line.
+        log: Where its stderr goes.
+        write: Which write of weights (or of what is to become weights) it waits before; the first is 0.
+        batch: Bytes that an operation in place writes twice before they count.
+    """
+
+    def __init__(self, words: list[str | Path], log: Path, write: int, *, batch: int = 1) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        mine, theirs = context.Pipe(duplex=False)
+        self.log, self._told = log, mine
+        self._process = context.Process(target=_work, args=([str(w) for w in words], log, write, batch, theirs))
+        self._process.start()
+        theirs.close()
+
+    def wait(self) -> bool:
+        """Until it is at that write; False when it ended before."""
+        with suppress(EOFError):
+            return self._told.recv() == "here"
+        return False
+
+    def send(self, number: int) -> int:
+        """Send a signal and wait for the end: the exit status, negative for a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+        self._process.join(60)
+        assert self._process.exitcode is not None
+        self._told.close()
+        return self._process.exitcode
+
+    @property
+    def line(self) -> str:
+        """The last line on stderr."""
+        return (self.log.read_text().splitlines() or [""])[-1]
+
+
+def _work(words: list[str], log: Path, write: int, batch: int, told: Any) -> None:
+    from lorasurgery.checkpoint import files, surgery
+    from lorasurgery.cli.main import main
+
+    plain, seen = files.WriteFile.write_at, [0]
+
+    def write_at(self: Any, place: int, view: memoryview) -> None:
+        if seen[0] == write:
+            told.send("here")
+            time.sleep(0.5)  # long enough for a signal; an interruption waits for writes under way
+        seen[0] += 1
+        plain(self, place, view)
+
+    files.WriteFile.write_at = write_at  # type: ignore[method-assign]
+    surgery.BATCH = batch
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with log.open("w") as stderr:
+        os.dup2(stderr.fileno(), 2)
+        sys.stderr = stderr
+        try:
+            main(words)
+        finally:
+            stderr.flush()
