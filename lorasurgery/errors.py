@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from heapq import nsmallest
+
+_LONGEST_WORD, _LONGEST_LINE = 600, 4000
+_COMPARED, _COMPARED_LENGTH = 1000, 200  # names, and characters of each: comparing them takes the square of both
 
 
 class SurgeryError(Exception):
@@ -12,6 +17,9 @@ class SurgeryError(Exception):
     >>> str(SurgeryError("a.safetensors: the file is empty"))
     'a.safetensors: the file is empty'
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class FormatError(SurgeryError):
@@ -34,6 +42,27 @@ class UsageError(SurgeryError):
     """Options that contradict each other or have no meaning; exit status 2."""
 
 
+def one_line(message: str) -> str:
+    """A message as one line of bounded length, whatever names from a file stand in it.
+
+    Names may hold line breaks, a terminal's control characters or half a character: they are shown as escapes.
+
+    >>> one_line("a.safetensors: b\\n\\x1b[2J: unknown")
+    'a.safetensors: b\\\\n\\\\x1b[2J: unknown'
+    """
+    if len(message) > _LONGEST_WORD:
+        message = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: _cut(word[0], _LONGEST_WORD), message)
+        message = _cut(message, _LONGEST_LINE)
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in message)
+
+
+def _cut(text: str, most: int) -> str:
+    """Both ends of a text that is too long."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[-most // 6 :]}"
+
+
 def some(names: Sequence[str]) -> str:
     """The first few names, for a message.
 
@@ -51,5 +80,9 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     >>> nearest("zzz", ["q_proj"])
     ''
     """
-    close = get_close_matches(name, list(known), n=n, cutoff=0.5)
+    name, names = name[:_COMPARED_LENGTH], [k for k in known if len(k) <= _COMPARED_LENGTH]
+    if len(names) > _COMPARED:
+        leaf = name.rpartition(".")[2]
+        names = nsmallest(_COMPARED, names, lambda k: (not k.endswith(leaf), abs(len(k) - len(name))))
+    close = get_close_matches(name, names, n=n, cutoff=0.5)
     return "; nearest: " + ", ".join(close) if close else ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_DIGITS = 6  # of a layer's number: more are something else, and a range up to it would fill the memory
+
 
 @dataclass(frozen=True)
 class Place:
@@ -29,7 +31,7 @@ def place_of(name: str) -> Place:
     ('mlp.experts.*.w1', Place(stack='', layer=None, kind='lm_head'))
     """
     parts = name.split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    first = next((i for i, part in enumerate(parts) if part.isdecimal() and len(part) <= _DIGITS), None)
     if first is None or first == len(parts) - 1:  # `net.2` is a module of a sequence, not a layer of many parts
         return Place("", None, name)
     kind = ".".join("*" if part.isdecimal() else part for part in parts[first + 1 :])

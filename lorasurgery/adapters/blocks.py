@@ -38,7 +38,7 @@ PRESETS = tuple(_PRESETS)
 _LEVEL = re.compile(
     r"(?P<level>(?:down|up)_blocks[._]\d+)[._](?P<kind>resnets|attentions|downsamplers|upsamplers)[._](?P<n>\d+)"
 )
-_NUMBERED = re.compile(r"(?:^|[._])(?P<side>input|output)_blocks[._](?P<n>\d+)(?:[._]|$)")
+_NUMBERED = re.compile(r"(?:^|[._])(?P<side>input|output)_blocks[._](?P<n>\d{1,6})(?:[._]|$)")
 # What SD 1 and 2 have and SDXL has not, and the other way about.
 _SD_ONLY = re.compile(
     r"(?:down|up)_blocks[._]3[._]|(?:input|output)_blocks[._](?:9|10|11)[._]|down_blocks[._]0[._]attentions"

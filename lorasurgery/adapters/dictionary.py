@@ -203,7 +203,7 @@ def _is_other_upsampler(side: Side, path: str) -> bool:
 
 
 def _blocks(modules: Iterable[str]) -> int:
-    numbers = [re.match(r"(?:joint|transformer)_blocks\.(\d+)\.", m) for m in modules]
+    numbers = [re.match(r"(?:joint|transformer)_blocks\.(\d{1,6})\.", m) for m in modules]
     return 1 + max((int(n[1]) for n in numbers if n), default=0)
 
 

@@ -37,7 +37,7 @@ _LEAVES = {
     "w1": ("gate_up_proj", 0, 2), "w3": ("gate_up_proj", 1, 2), "w2": ("down_proj", 0, 1),
 }  # fmt: skip
 _UNGATED = {"up_proj": ("up_proj", 0, 1), "down_proj": ("down_proj", 0, 1)}
-_MATRIX = re.compile(r"(?P<module>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)\.weight")
+_MATRIX = re.compile(r"(?P<module>.+\.experts)\.(?P<expert>\d{1,6})\.(?P<leaf>\w+)\.weight")
 _STACK = re.compile(r".+\.experts\.(gate_up_proj|up_proj|down_proj)")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from lorasurgery.adapters.peft_config import first_match, refuse_variants
+from lorasurgery.adapters.config_values import check_selection, flag
+from lorasurgery.adapters.pattern_table import PatternTable
+from lorasurgery.adapters.peft_config import pattern, refuse_variants
+from lorasurgery.checkpoint.json_text import parse_object
 from lorasurgery.errors import FormatError
 
 KEY = "lora_adapter_metadata"
@@ -26,16 +29,25 @@ class HeaderConfig:
     components: dict[str, dict[str, Any]] = field(default_factory=dict)
     alpha: float | None = None
     raw: dict[str, Any] = field(default_factory=dict)
+    where: str = "the header"
 
     def scaling(self, path: str, rank: int) -> tuple[float, float] | None:
         """(alpha, scale) of a module; None when the header doesn't say."""
         for prefix, config in self.components.items():
             if not prefix or path.startswith(f"{prefix}."):  # a component's own file has no prefixes
                 inner = path[len(prefix) + 1 :] if prefix else path
-                pattern = {k.removeprefix("^"): v for k, v in (config.get("alpha_pattern") or {}).items()}
-                alpha = float(first_match(pattern, inner, config.get("lora_alpha", 8)))
+                alpha = float(self._alphas[prefix].first(inner, config.get("lora_alpha", 8)))
                 return alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         return None if self.alpha is None else (self.alpha, self.alpha / rank)
+
+    @cached_property
+    def _alphas(self) -> dict[str, PatternTable]:
+        """alpha_pattern of each component."""
+        found = {}
+        for prefix, config in self.components.items():
+            patterns = {k.removeprefix("^"): v for k, v in (config.get("alpha_pattern") or {}).items()}
+            found[prefix] = PatternTable(patterns, _named(self.where, prefix, "alpha_pattern"))
+        return found
 
 
 def read_header_config(metadata: dict[str, str], where: str) -> HeaderConfig:
@@ -48,12 +60,7 @@ def read_header_config(metadata: dict[str, str], where: str) -> HeaderConfig:
     alpha = None if plain is None else _number(plain, f"{where}: the header's alpha")
     if KEY not in metadata:
         return HeaderConfig(alpha=alpha)
-    try:
-        flat = json.loads(metadata[KEY])
-    except (ValueError, RecursionError):
-        raise FormatError(f"{where}: {KEY} in the header is not JSON") from None
-    if not isinstance(flat, dict):
-        raise FormatError(f"{where}: {KEY} in the header is not an object")
+    flat = parse_object(metadata[KEY].encode(), f"{where}: {KEY} in the header")
     components: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         prefix, _, name = key.rpartition(".")
@@ -61,18 +68,23 @@ def read_header_config(metadata: dict[str, str], where: str) -> HeaderConfig:
             components.setdefault(prefix, {})[name] = value
     for prefix, config in components.items():
         refuse_variants(config, f"{where}: {KEY} of {prefix}")
+        check_selection(config, f"{where}: {KEY} of {prefix}")
+        flag(config.get("use_rslora"), _named(where, prefix, "use_rslora"))
         for name in ("r", "lora_alpha"):
-            _number(config.get(name, 8), f"{where}: {prefix}.{name} in {KEY}")
+            _number(config.get(name, 8), _named(where, prefix, name))
         for name in ("rank_pattern", "alpha_pattern"):
-            for key, value in (config.get(name) or {}).items():
-                _number(value, f"{where}: {prefix}.{name}[{key!r}] in {KEY}")
-    return HeaderConfig(components, alpha, flat)
+            pattern(config.get(name), _named(where, prefix, name), _number)
+    return HeaderConfig(components, alpha, flat, where)
+
+
+def _named(where: str, prefix: str, name: str) -> str:
+    return f"{where}: {prefix}.{name} in {KEY}"
 
 
 def _number(value: Any, what: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
         raise FormatError(f"{what} is {value!r}; expected a finite number")

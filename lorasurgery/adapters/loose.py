@@ -27,6 +27,8 @@ def loose_file(path: Path) -> Path | None:
     if path.is_file():
         return path if path.suffix == ".safetensors" else None
     named = [path / name for name in _NAMES if (path / name).is_file()]
+    if not named and not path.is_dir():
+        raise FormatError(f"{path}: is not a regular file")
     files = named[:1] or [f for f in path.iterdir() if f.suffix == ".safetensors" and not f.name.startswith(".")]
     return files[0] if len(files) == 1 else None
 
@@ -227,6 +229,8 @@ class _Reader:
         info = self._float(name)
         if not 2 <= len(info.shape) <= 5:
             raise UnsupportedError(f"{self.where}: {name} has shape {list(info.shape)}, which is no factor's")
+        if not info.nbytes:
+            raise FormatError(f"{self.where}: {name} has shape {list(info.shape)}, so it holds no numbers")
         return info.shape
 
     def _float(self, name: str) -> TensorInfo:

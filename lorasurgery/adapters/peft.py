@@ -56,6 +56,8 @@ def read_peft(path: Path) -> Adapter:
     file = folder / WEIGHTS_NAME
     if not file.exists():
         raise FormatError(_missing_weights(folder))
+    if not file.is_file():
+        raise FormatError(f"{file}: is not a regular file")
     weights = Checkpoint.open(file)
     sides, replaced = _sort_keys(weights, str(file))
     found = [_delta(path, parts, weights, config, str(file)) for path, parts in sides.items() if "tokens" not in parts]
@@ -64,12 +66,16 @@ def read_peft(path: Path) -> Adapter:
               if "tokens" in parts}  # fmt: skip
     if not deltas and not replaced and not tokens:
         raise FormatError(f"{file}: holds no tensors, so there is nothing to merge")
-    saved = config.modules_to_save
-    added = frozenset(n for n in replaced if any(n.rpartition(".")[0].endswith(m) for m in saved))
+    added = frozenset(n for n in replaced if _is_saved(n.rpartition(".")[0], config.saved))
     return Adapter(
         path=str(path), folder=folder, weights=weights, deltas=deltas, replaced=replaced, added=added, tokens=tokens,
         tied=config.tied, fan_in_fan_out=config.fan_in_fan_out, config=config.raw,
     )  # fmt: skip
+
+
+def _is_saved(path: str, saved: dict[int, set[str]]) -> bool:
+    """Whether a path ends as one of modules_to_save."""
+    return any(path[len(path) - size :] in names for size, names in saved.items() if size <= len(path))
 
 
 def _missing_weights(folder: Path) -> str:
@@ -124,8 +130,8 @@ def _strip_prefix(key: str) -> str:
 
 def _strip_wrappers(name: str) -> str:
     """`score.modules_to_save.default.weight` and `q_proj.base_layer.bias` name plain tensors of the base."""
-    name = re.sub(r"\.modules_to_save\.(?:[^.]+\.)?(?=[^.]+$)", ".", name)
-    return re.sub(r"(\.base_layer)+\.", ".", name)
+    parts = re.sub(r"\.modules_to_save\.(?:[^.]+\.)?(?=[^.]+$)", ".", name).split(".")
+    return ".".join([*parts[:1], *(p for p in parts[1:-1] if p != "base_layer"), *parts[1:][-1:]])
 
 
 def _delta(path: str, parts: dict[str, str], weights: Checkpoint, config: PeftConfig, where: str) -> Delta:
@@ -173,6 +179,8 @@ def _check_factors(down: TensorInfo, up: TensorInfo, where: str) -> None:
             raise UnsupportedError(f"{where}: {info.name} has shape {list(info.shape)}, which is no LoRA factor")
         if not info.is_float:
             raise FormatError(f"{where}: {info.name} is {info.dtype}; a LoRA factor must be a floating-point tensor")
+        if not info.nbytes:
+            raise FormatError(f"{where}: {info.name} has shape {list(info.shape)}, so it holds no numbers")
     if math.prod(up.shape[2:]) != 1:
         raise UnsupportedError(f"{where}: {up.name} has shape {list(up.shape)}; expected a kernel of 1 in lora_B")
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
+import os
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lorasurgery.adapters import config_values as values
+from lorasurgery.adapters.config_values import deepest, endings
+from lorasurgery.adapters.pattern_table import PatternTable
+from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
 
 # Each of these changes what the factors mean, so ignoring it would give wrong weights.
@@ -29,6 +35,7 @@ _NO_DELTA = {
     "ADAPTION_PROMPT",
     "CPT",
 }
+_FLAGS = ("use_rslora", "use_dora", "fan_in_fan_out", "ensure_weight_tying")
 # These begin by subtracting from the base; only the converted form (init true, rank doubled) fits the plain base.
 _UNCONVERTED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -46,7 +53,7 @@ class PeftConfig:
     r: int = 8
     alpha: float = 8.0
     rslora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, float] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     tied: bool = False
@@ -56,22 +63,41 @@ class PeftConfig:
     tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
     raw: dict[str, Any] = field(default_factory=dict)
 
+    where: str = "adapter_config.json"
+
     def scaling(self, path: str, rank: int, where: str = "adapter_config.json") -> tuple[float, float]:
         """Give (alpha, scale) of the module at `path`, whose factors have `rank` (LoRA section 4.1; rsLoRA 2023).
 
         Raises:
             MismatchError: the config says another rank than the tensors have.
         """
-        r = first_match(self.rank_pattern, path, self.r)
+        r = self.ranks.first(path, self.r)
         if r != rank:
             raise MismatchError(f"{where}: {path}: the factors have rank {rank} but adapter_config.json says {r}")
-        alpha = float(first_match(self.alpha_pattern, path, self.alpha))
+        alpha = float(self.alphas.first(path, self.alpha))
         return alpha, alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    @cached_property
+    def saved(self) -> dict[int, set[str]]:
+        """modules_to_save by length, to be looked up."""
+        table: dict[int, set[str]] = defaultdict(set)
+        for name in self.modules_to_save:
+            table[len(name)].add(name)
+        return dict(table)
+
+    @cached_property
+    def ranks(self) -> PatternTable:
+        """rank_pattern, ready to be asked."""
+        return PatternTable(self.rank_pattern, f"{self.where}: rank_pattern")
+
+    @cached_property
+    def alphas(self) -> PatternTable:
+        """alpha_pattern, the same."""
+        return PatternTable(self.alpha_pattern, f"{self.where}: alpha_pattern")
 
     def is_parameter(self, path: str) -> bool:
         """Whether factors at this path belong to parameters inside a module (target_parameters), such as experts."""
-        module = path.split(".base_layer")[0]
-        return any(f".{module}".endswith(f".{p.rpartition('.')[0]}") for p in self.parameters)
+        return bool(self._leaves(path.split(".base_layer")[0]))
 
     def parameter(self, path: str, rows: int, where: str) -> tuple[str, int, int]:
         """(path, rank, experts) of the wrapped parameter whose lora_A has rank·experts rows.
@@ -80,35 +106,37 @@ class PeftConfig:
         the module has them, so the first lies under the most `base_layer`s.
         """
         module, inside = path.split(".base_layer")[0], path.count(".base_layer")
-        mine = [p for p in self.parameters if f".{module}".endswith(f".{p.rpartition('.')[0]}")]
-        leaves = list(dict.fromkeys(p.rpartition(".")[2] for p in mine))
+        leaves = self._leaves(module)
         leaves.sort(key=lambda leaf: leaf.startswith("down"))  # every family has gate_up_proj before down_proj
         if inside >= len(leaves):
             raise FormatError(f"{where}: {path} wraps more parameters than adapter_config.json names ({len(leaves)})")
         found = f"{module}.{leaves[len(leaves) - 1 - inside]}"
-        rank = int(first_match(self.rank_pattern, found, self.r))
+        rank = int(self.ranks.first(found, self.r))
         if rank < 1 or rows % rank:
             raise MismatchError(f"{where}: {path}: lora_A has {rows} rows, which is no multiple of rank {rank}")
         return found, rank, rows // rank
 
+    def _leaves(self, module: str) -> list[str]:
+        """The names of a module's parameters that are adapted, in the config's order."""
+        table = self._parameters
+        found = sorted(item for end in endings(module, deepest(table)) for item in table.get(end, ()))
+        return list(dict.fromkeys(leaf for _, leaf in found))
+
+    @cached_property
+    def _parameters(self) -> dict[str, list[tuple[int, str]]]:
+        """target_parameters: end of a module's path -> (number, parameter)."""
+        table: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        for number, name in enumerate(self.parameters):
+            module, _, leaf = name.rpartition(".")
+            table[module].append((number, leaf))
+        return dict(table)
+
     def token_rows(self, path: str) -> tuple[int, ...]:
         """The row numbers of trainable_token_indices for an embedding; a plain list is for the input embedding."""
-        for name, rows in self.tokens.items():
-            if path == name or path.endswith("." + name):
-                return rows
+        found = set(endings(path, deepest(self.tokens))) & set(self.tokens)
+        if found:
+            return next(rows for name, rows in self.tokens.items() if name in found)
         return self.tokens.get("", next(iter(self.tokens.values()), ()))
-
-
-def first_match(pattern: dict[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the end of the path wins.
-
-    >>> first_match({r"layers\\.1\\..*": 4, "q_proj": 2}, "m.layers.1.q_proj", 8)
-    4
-    """
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
 
 
 def read_config(file: Path) -> PeftConfig:
@@ -117,25 +145,29 @@ def read_config(file: Path) -> PeftConfig:
     Raises:
         FormatError: missing, not JSON, or a value of the wrong kind. UnsupportedError: a refused variant.
     """
-    raw = _load(file)
-    refuse_variants(raw, str(file))
-    r = _number(raw, "r", 8, file)
-    if r != int(r) or r < 1:
-        raise FormatError(f"{file}: r is {raw['r']!r}; expected a whole number of at least 1")
-    return PeftConfig(
-        r=int(r),
-        alpha=_number(raw, "lora_alpha", 8, file),
-        rslora=bool(raw.get("use_rslora")),
-        rank_pattern=_pattern(raw, "rank_pattern", file),
-        alpha_pattern=_pattern(raw, "alpha_pattern", file),
-        modules_to_save=_strings(raw, "modules_to_save", file),
-        tied=bool(raw.get("ensure_weight_tying")),
-        fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
-        dora=bool(raw.get("use_dora")),
-        parameters=_strings(raw, "target_parameters", file),
+    if not os.path.lexists(file):
+        raise FormatError(f"{file}: missing; without it alpha is unknown; put PEFT's config beside the weights")
+    raw, where = load_object(file), str(file)
+    refuse_variants(raw, where)
+    values.check_selection(raw, where)
+    flags = {key: values.flag(raw.get(key), f"{where}: {key}") for key in _FLAGS}
+    found = PeftConfig(
+        r=values.rank(_given(raw, "r"), f"{where}: r"),
+        alpha=values.number(_given(raw, "lora_alpha"), f"{where}: lora_alpha"),
+        rslora=flags["use_rslora"],
+        rank_pattern=pattern(raw.get("rank_pattern"), f"{where}: rank_pattern", values.rank),
+        alpha_pattern=pattern(raw.get("alpha_pattern"), f"{where}: alpha_pattern", values.number),
+        modules_to_save=values.strings(raw.get("modules_to_save"), f"{where}: modules_to_save"),
+        tied=flags["ensure_weight_tying"],
+        fan_in_fan_out=flags["fan_in_fan_out"],
+        dora=flags["use_dora"],
+        parameters=values.strings(raw.get("target_parameters"), f"{where}: target_parameters"),
         tokens=_token_indices(raw.get("trainable_token_indices"), file),
         raw=raw,
+        where=where,
     )
+    _ = found.ranks, found.alphas  # what is no regular expression is found now
+    return found
 
 
 def refuse_variants(raw: dict[str, Any], where: str) -> None:
@@ -157,53 +189,23 @@ def refuse_variants(raw: dict[str, Any], where: str) -> None:
         )
 
 
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise FormatError(
-            f"{file}: missing; without it alpha is unknown; put PEFT's config beside the weights"
-        ) from None
-    except (ValueError, RecursionError, OSError) as problem:
-        raise FormatError(f"{file}: not readable as JSON ({_one_line(problem)})") from None
-    if not isinstance(raw, dict):
-        raise FormatError(f"{file}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+def pattern(value: Any, what: str, kind: Callable[[Any, str], float]) -> dict[str, float]:
+    """An object of numbers by module pattern; null is none.
+
+    Args:
+        kind: Holds each number against what it must be.
+
+    Raises:
+        FormatError: something else.
+    """
+    value = value or {}
+    if not isinstance(value, dict):
+        raise FormatError(f"{what} is {type(value).__name__}; expected an object of module patterns")
+    return {name: kind(item, f"{what}[{name!r}]") for name, item in value.items()}
 
 
-def _one_line(problem: BaseException) -> str:
-    return str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-
-
-def _number(raw: dict[str, Any], key: str, default: float, file: Path) -> float:
-    value = raw.get(key)
-    return default if value is None else _check_number(value, key, file)
-
-
-def _check_number(value: Any, key: str, file: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise FormatError(f"{file}: {key} is {value!r}; expected a finite number")
-    return value
-
-
-def _pattern(raw: dict[str, Any], key: str, file: Path) -> dict[str, Any]:
-    pattern = raw.get(key) or {}
-    if not isinstance(pattern, dict):
-        raise FormatError(f"{file}: {key} is {type(pattern).__name__}; expected an object of module patterns")
-    for name, value in pattern.items():
-        _check_number(value, f"{key}[{name!r}]", file)
-        try:
-            re.compile(name)
-        except re.error as problem:
-            raise FormatError(f"{file}: {key} key {name!r} is no regular expression ({problem})") from None
-    return pattern
-
-
-def _strings(raw: dict[str, Any], key: str, file: Path) -> tuple[str, ...]:
-    value = raw.get(key) or []
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise FormatError(f"{file}: {key} is {value!r}; expected a list of module names")
-    return tuple(value)
+def _given(raw: dict[str, Any], key: str) -> Any:
+    return 8 if raw.get(key) is None else raw[key]
 
 
 def _token_indices(value: Any, file: Path) -> dict[str, tuple[int, ...]]:

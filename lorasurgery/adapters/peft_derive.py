@@ -7,7 +7,7 @@ from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.peft_write import NO_TARGETS, rank_fields
-from lorasurgery.adapters.selection import selects
+from lorasurgery.adapters.selection import Selection
 
 # What PEFT selects modules by; kept together or not at all, for each restricts the others.
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -28,7 +28,8 @@ def derived_config(
     configs = [a.config for a in sources]
     wrapped = {path: d.parameter for a in sources for path, d in a.deltas.items() if d.parameter}
     known = {path for a in sources for path in a.deltas if path not in wrapped}
-    told = all(selects(a.config, path) for a in sources for path in a.deltas if path in known)
+    selections = [(Selection(a.config, a.path), a) for a in sources]
+    told = all(chosen.means(path) for chosen, a in selections for path in a.deltas if path in known)
     saved = sorted({m for c in configs for m in c.get("modules_to_save") or []})
     kinds = [c.get("bias") for c in configs]
     return {

@@ -60,9 +60,11 @@ def _vllm_whole(adapter: Adapter, _: Setting) -> Iterator[Finding]:
 
 def _vllm_rank(adapter: Adapter, setting: Setting) -> Iterator[Finding]:
     """The largest of r and rank_pattern must fit, whatever the tensors are."""
-    named = [adapter.config.get("r", 0), *(adapter.config.get("rank_pattern") or {}).values()]
+    if adapter.format != "peft":
+        return
+    named = [adapter.config.get("r") or 0, *(adapter.config.get("rank_pattern") or {}).values()]
     top, allowed = max(*named, *(d.rank for d in adapter.deltas.values()), 0), setting.max_lora_rank or 16
-    if top <= allowed or adapter.format != "peft":
+    if top <= allowed:
         return
     fitting = next((r for r in VLLM_RANKS if r >= top), None)
     mend = f"start vLLM with --max-lora-rank {fitting}, or " if fitting else ""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.finding import PORTABLE, TO_PEFT, Finding, Rule, Setting, some
 from lorasurgery.adapters.peft import PREFIX
-from lorasurgery.adapters.selection import selects
+from lorasurgery.adapters.selection import Selection
 
 # Inits that leave the base as it is; those that do not are refused when the adapter is opened.
 INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -57,7 +57,8 @@ def _targets(adapter: Adapter, _: Setting) -> Iterator[Finding]:
     for one in _single(adapter):
         if one.format != "peft":
             continue
-        outside = [p for p, d in one.deltas.items() if not d.experts and not selects(one.config, p)]
+        chosen = Selection(one.config, one.path)
+        outside = [p for p, d in one.deltas.items() if not d.experts and not chosen.means(p)]
         if outside:
             what = f"factors of {some(outside)}, which target_modules does not select, are not loaded"
             yield Finding("dropped", what, PORTABLE)

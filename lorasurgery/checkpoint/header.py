@@ -175,8 +175,8 @@ def _load(raw: bytes, where: str) -> dict[str, Any]:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) != len(items):
-            names = [n for n, _ in items]
-            twice = next(n for i, n in enumerate(names) if n in names[:i])
+            seen: set[str] = set()
+            twice = next(n for n, _ in items if n in seen or seen.add(n))  # type: ignore[func-returns-value]
             raise FormatError(f"{where}: {show(twice)} stands twice in the header")
         return found
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, refuse_pickle, show
+from lorasurgery.checkpoint.json_text import parse_object, read_bytes
 from lorasurgery.errors import FormatError
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
-
-
 PIPELINE = "model_index.json"
 
 
@@ -59,8 +57,10 @@ def locate(path: Path) -> Located:
 
 def _in_folder(folder: Path) -> Located:
     names = sorted(f.name for f in folder.iterdir())
-    if PIPELINE in names:
-        return _pipeline(folder, names)
+    return _pipeline(folder, names) if PIPELINE in names else _plain(folder, names)
+
+
+def _plain(folder: Path, names: list[str]) -> Located:
     for name in _SINGLE:
         if name in names:
             return Located(folder, [name])
@@ -95,7 +95,8 @@ def _pipeline(folder: Path, names: list[str]) -> Located:
         inside = folder / name
         if not inside.is_dir() or not any(f.suffix == ".safetensors" for f in inside.iterdir()):
             continue
-        found, prefix = _in_folder(inside), f"{name}."
+        # a part is no pipeline: a link back to the folder would have us look for ever
+        found, prefix = _plain(inside, sorted(f.name for f in inside.iterdir())), f"{name}."
         files += [f"{name}/{file}" for file in found.files]
         parts |= {f"{name}/{file}": prefix for file in found.files}
         weight_map |= {prefix + tensor: f"{name}/{file}" for tensor, file in (found.weight_map or {}).items()}
@@ -133,20 +134,37 @@ def read_index(file: Path) -> dict[str, str]:
 
 
 def _check_shard(folder: Path, shard: str, where: str) -> None:
-    parts = Path(shard).parts
-    if not shard or "\x00" in shard or Path(shard).is_absolute() or ".." in parts or "\\" in shard:
+    if not is_inside(shard):
         raise FormatError(
             f"{where}: shard {show(shard)} points outside the checkpoint's folder; a shard is a plain file name"
         )
     refuse_pickle(folder / shard)
     path = folder / shard
-    if not path.exists():
+    if path.suffix != ".safetensors":  # it would be written where another file of the folder belongs
+        raise FormatError(f"{where}: shard {show(shard)} is not named as a safetensors file")
+    try:
+        found = path.exists()
+    except OSError as problem:
+        raise FormatError(f"{where}: shard {show(shard)}: {problem.strerror}") from None
+    if not found:
         raise FormatError(f"{where}: shard {show(shard)} is missing; download or copy it again")
     real, home = path.resolve(), folder.resolve()
     # The Hub's cache keeps snapshots/<revision>/ as links into the blobs/ of the same repository.
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if not real.is_relative_to(home) and not (blobs and real.is_relative_to(blobs)):
         raise FormatError(f"{where}: shard {show(shard)} is a link that leads outside the checkpoint's folder")
+
+
+def is_inside(name: Any) -> bool:
+    """Whether a name from a file is that of a file in its folder or below, written in one way only.
+
+    >>> [is_inside(n) for n in ("a.safetensors", "unet/a.safetensors", "../a", "/a", "./a", "a//b", "")]
+    [True, True, False, False, False, False, False]
+    """
+    if not isinstance(name, str) or not name or set(name) & {"\x00", "\\"}:
+        return False
+    path = PurePosixPath(name)
+    return str(path) == name and name != "." and not path.is_absolute() and ".." not in path.parts
 
 
 def _load(file: Path, where: str) -> dict[str, Any]:
@@ -161,6 +179,23 @@ def _load(file: Path, where: str) -> dict[str, Any]:
     return load_object(file, pairs)
 
 
+def load_config(file: Path) -> dict[str, Any]:
+    """config.json; {} when it is missing or empty, for names and shapes often suffice.
+
+    Raises:
+        FormatError: no JSON object, or a word of another kind than it has in every model.
+    """
+    if not file.is_file() or not file.stat().st_size:
+        return {}
+    found = load_object(file)
+    kind, architectures = found.get("model_type"), found.get("architectures")
+    if not isinstance(kind, (str, type(None))):
+        raise FormatError(f"{show(str(file))}: model_type is {kind!r}; expected a name")
+    if architectures and not (isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)):
+        raise FormatError(f"{show(str(file))}: architectures is {architectures!r}; expected a list of names")
+    return found
+
+
 def load_object(file: Path, pairs: Any = None) -> dict[str, Any]:
     """Read a JSON file that must hold an object.
 
@@ -169,11 +204,9 @@ def load_object(file: Path, pairs: Any = None) -> dict[str, Any]:
     """
     where = show(str(file))
     try:
-        found = json.loads(file.read_bytes(), object_pairs_hook=pairs)
+        raw = read_bytes(file)
     except OSError as problem:
         raise FormatError(f"{where}: {problem.strerror or problem}") from None
-    except (ValueError, RecursionError) as problem:
-        raise FormatError(f"{where}: not JSON ({show(str(problem))})") from None
-    if not isinstance(found, dict):
-        raise FormatError(f"{where}: expected a JSON object, found {type(found).__name__}")
-    return found
+    except FormatError as problem:
+        raise FormatError(f"{where}: {problem}") from None
+    return parse_object(raw, where, pairs)

@@ -7,8 +7,12 @@ that were filled in (the alphas of an adapter, say); reading any other is refuse
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from lorasurgery.checkpoint.json_text import read_bytes
+from lorasurgery.errors import FormatError
 
 
 def write_stub(path: Path, start: bytes, size: int, tensors: Mapping[str, tuple[int, bytes]]) -> None:
@@ -30,11 +34,21 @@ def write_stub(path: Path, start: bytes, size: int, tensors: Mapping[str, tuple[
 
 
 def filled_in(path: Path) -> frozenset[str] | None:
-    """The tensors of a stub that can be read; None for a file that is whole."""
-    try:
-        return frozenset(json.loads(_mark(path).read_text()))
-    except FileNotFoundError:
+    """The tensors of a stub that can be read; None for a file that is whole.
+
+    Raises:
+        FormatError: a mark that this program did not write.
+    """
+    mark = _mark(path)
+    if not os.path.lexists(mark):  # nor where the mark's name would be too long for one
         return None
+    try:
+        found = json.loads(read_bytes(mark))
+        if isinstance(found, list) and all(isinstance(name, str) for name in found):
+            return frozenset(found)
+    except (OSError, ValueError, RecursionError, FormatError):
+        pass
+    raise FormatError(f"{mark}: should name tensors of the file beside it; where that is whole, remove this one")
 
 
 def _mark(path: Path) -> Path:

@@ -1,0 +1,255 @@
+"""Regular expressions that a config brings along, matched against module paths in bounded time.
+
+Python's re goes back and tries again, so that `(a+)+b` takes 2ⁿ steps on n letters. PEFT only asks whether a path
+matches, and for that all ways can be followed at once: a set of places in the path, one bit each of a number, goes
+through the expression from left to right. Groups that refer back to others can't be followed so; they are refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+_parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+_LONGEST, _DEEPEST = 100_000, 100
+STEPS = 20_000_000  # that one config may cost, ten seconds or so; real ones take thousands
+_IGNORE_CASE, _MULTILINE, _DOT_ALL, _ASCII = 2, 8, 16, 256  # re's flags
+
+Step = Callable[["_Path", int], int]
+"""From the places (a bit each) where a part of the expression may begin to those where it may end."""
+
+
+class PatternError(ValueError):
+    """A pattern that is no regular expression, or one that is refused; says why, without naming it."""
+
+
+class Budget:
+    """Steps that the patterns of one config may still take together."""
+
+    def __init__(self, steps: int = STEPS) -> None:
+        self.left = steps
+
+    def take(self, steps: int) -> None:
+        """Spend some.
+
+        Raises:
+            PatternError: more than there were.
+        """
+        self.left -= steps
+        if self.left < 0:
+            raise PatternError("takes too long to be matched with the adapter's modules")
+
+
+class PathRegex:
+    """One expression, parsed once.
+
+    >>> PathRegex(r".*\\.layers\\.[0-3]\\.(q|v)_proj").fullmatch("model.layers.2.v_proj", Budget())
+    True
+    >>> PathRegex("(a+)+b").fullmatch("a" * 5000, Budget())
+    False
+
+    Raises:
+        PatternError: not a regular expression, or one that can't be matched in bounded time.
+    """
+
+    def __init__(self, text: str) -> None:
+        if len(text) > _LONGEST:
+            raise PatternError(f"has {len(text):,} characters, more than any real one")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = _parser.parse(text)
+                self._step = _sequence(tree, tree.state.flags, 0)
+        except PatternError:
+            raise
+        except RecursionError:
+            raise PatternError("is nested too deeply") from None
+        except (ValueError, OverflowError, _parser.error) as problem:
+            raise PatternError(f"is no regular expression ({problem})") from None
+
+    def fullmatch(self, path: str, budget: Budget) -> bool:
+        """Whether all of a path matches."""
+        return bool(self.ends(path, 0, budget) >> len(path))
+
+    def ends(self, path: str, start: int, budget: Budget) -> int:
+        """The places where a match that begins at `start` may end, as bits."""
+        return self._step(_Path(path, budget), 1 << start)
+
+
+class _Path:
+    """A path while it is matched: where each of its characters stands, as bits."""
+
+    def __init__(self, text: str, budget: Budget) -> None:
+        self.text, self.budget, self.end = text, budget, len(text)
+        self.cost = 1 + (len(text) >> 10)
+        self.places: dict[str, int] = {}
+        self.known: dict[int, int] = {}  # of a class of characters
+        for i, c in enumerate(text):
+            self.places[c] = self.places.get(c, 0) | 1 << i
+
+    def where(self, one: _Single) -> int:
+        """Where the characters stand that a part of the expression means."""
+        if id(one) not in self.known:
+            self.known[id(one)] = sum(bits for c, bits in self.places.items() if one.means(c))
+        return self.known[id(one)]
+
+
+class _Single:
+    """A part that is one character: a letter, a dot, a class."""
+
+    def __init__(self, op: str, av: Any, flags: int) -> None:
+        self.flags, self.negated = flags, op == "NOT_LITERAL"
+        self.any = op == "ANY"
+        self.items = [(str(kind), value) for kind, value in av] if op == "IN" else [("LITERAL", av)]
+        if self.items and self.items[0][0] == "NEGATE":
+            self.negated, self.items = True, self.items[1:]
+
+    def means(self, c: str) -> bool:
+        """Whether a character is meant."""
+        if self.any:
+            return c != "\n" or bool(self.flags & _DOT_ALL)
+        forms = {c, c.lower(), c.upper(), c.swapcase()} if self.flags & _IGNORE_CASE else {c}
+        found = any(self._item(kind, value, form) for kind, value in self.items for form in forms if len(form) == 1)
+        return found != self.negated
+
+    def _item(self, kind: str, value: Any, c: str) -> bool:
+        if kind == "LITERAL":
+            return bool(ord(c) == value)
+        if kind == "RANGE":
+            return bool(value[0] <= ord(c) <= value[1])
+        name = str(value).removeprefix("CATEGORY_")
+        plain = c.isascii() or not self.flags & _ASCII
+        kinds: dict[str, bool] = {"DIGIT": c.isdecimal(), "SPACE": c.isspace(), "WORD": _is_word(c)}
+        return (plain and kinds[name.removeprefix("NOT_")]) != name.startswith("NOT_")
+
+    def __call__(self, path: _Path, starts: int) -> int:
+        path.budget.take(path.cost)
+        return (starts & path.where(self)) << 1
+
+
+def _is_word(c: str) -> bool:
+    return c.isalnum() or c == "_"
+
+
+def _sequence(tree: Any, flags: int, depth: int) -> Step:
+    if depth > _DEEPEST:
+        raise PatternError("is nested too deeply")
+    steps = [_part(str(op), av, flags, depth) for op, av in tree]
+
+    def run(path: _Path, places: int) -> int:
+        for step in steps:
+            if not places:
+                break
+            places = step(path, places)
+        return places
+
+    return steps[0] if len(steps) == 1 else run
+
+
+def _part(op: str, av: Any, flags: int, depth: int) -> Step:
+    if op in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
+        return _Single(op, av, flags)
+    if op == "SUBPATTERN":
+        return _sequence(av[3], (flags | av[1]) & ~av[2], depth + 1)
+    if op == "BRANCH":
+        branches = [_sequence(branch, flags, depth + 1) for branch in av[1]]
+        return lambda path, places: _union(branches, path, places)
+    if op in ("MAX_REPEAT", "MIN_REPEAT"):
+        inner = _sequence(av[2], flags, depth + 1)
+        return _repeated_single(inner, *av[:2]) if isinstance(inner, _Single) else _repeated(inner, *av[:2])
+    if op == "AT":
+        return lambda path, places: places & _at(str(av), path, flags)
+    if op in ("ASSERT", "ASSERT_NOT"):
+        return _assertion(av, flags, depth, wanted=op == "ASSERT")
+    if op == "FAILURE":
+        return lambda path, places: 0
+    raise PatternError(f"has what is not matched here ({op.lower().replace('_', ' ')})")
+
+
+def _union(branches: list[Step], path: _Path, places: int) -> int:
+    path.budget.take(len(branches) * path.cost)
+    found = 0
+    for branch in branches:
+        found |= branch(path, places)
+    return found
+
+
+def _repeated_single(one: _Single, least: int, most: int) -> Step:
+    """A run of characters of one kind: an addition carries every start to the end of its run."""
+
+    def run(path: _Path, places: int) -> int:
+        there = path.where(one)
+        for _ in range(min(int(least), path.end + 1)):
+            path.budget.take(path.cost)
+            places = (places & there) << 1
+        if most > path.end:
+            path.budget.take(path.cost)
+            return ((there + (places & there)) ^ there) | places
+        found = places
+        for _ in range(int(most) - int(least)):
+            path.budget.take(path.cost)
+            places = (places & there) << 1
+            found |= places
+        return found
+
+    return run
+
+
+def _repeated(inner: Step, least: int, most: int) -> Step:
+    """Any part repeated. After as many rounds as there are places nothing new can come."""
+
+    def run(path: _Path, places: int) -> int:
+        for _ in range(min(int(least), path.end + 1)):
+            path.budget.take(path.cost)
+            places = inner(path, places)
+        found = fresh = places
+        for _ in range(min(int(most) - int(least), path.end + 1)):
+            if not fresh:
+                break
+            path.budget.take(path.cost)
+            fresh = inner(path, fresh) & ~found
+            found |= fresh
+        return found
+
+    return run
+
+
+def _assertion(av: Any, flags: int, depth: int, *, wanted: bool) -> Step:
+    """Look ahead or behind, from each place by itself."""
+    behind, tree = av[0] < 0, av[1]
+    low, high = tree.getwidth()
+    if behind and low != high:
+        raise PatternError("is no regular expression (look-behind requires fixed-width pattern)")
+    inner = _sequence(tree, flags, depth + 1)
+
+    def holds(path: _Path, place: int) -> bool:
+        path.budget.take(path.cost)
+        if behind:
+            return place >= low and bool(inner(path, 1 << (place - low)) >> place & 1)
+        return inner(path, 1 << place) != 0
+
+    def run(path: _Path, places: int) -> int:
+        one_by_one = (i for i in range(path.end + 1) if places >> i & 1)
+        return sum(1 << i for i in one_by_one if holds(path, i) == wanted)
+
+    return run
+
+
+def _at(kind: str, path: _Path, flags: int) -> int:
+    """The places that are a beginning, an end or a boundary."""
+    text, end = path.text, path.end
+    everywhere = (2 << end) - 1
+    if kind in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
+        lines = path.places.get("\n", 0) << 1 if flags & _MULTILINE and kind == "AT_BEGINNING" else 0
+        return 1 | lines
+    if kind in ("AT_END", "AT_END_STRING"):
+        last = 1 << (end - 1) if text.endswith("\n") and kind == "AT_END" else 0
+        lines = path.places.get("\n", 0) if flags & _MULTILINE and kind == "AT_END" else 0
+        return 1 << end | last | lines
+    words = [bits for c, bits in path.places.items() if _is_word(c) and (c.isascii() or not flags & _ASCII)]
+    word = sum(words)
+    boundary = word ^ word << 1
+    return boundary & everywhere if kind == "AT_BOUNDARY" else ~boundary & everywhere
