@@ -167,6 +167,7 @@ class RowsJob:
         self._lent = self.buffers.take(size + PAGE)
         place = self.work.slot.place() + self._start
         skipped = (place - self._lent.data_ptr()) % PAGE
+        skipped -= skipped % self.work.dtype.itemsize  # in files of others numbers may begin anywhere
         return self._lent[skipped : skipped + size]
 
     @property

@@ -23,14 +23,15 @@ class Child:
         log: Where its stderr goes.
         write: Which write of weights (or of what is to become weights) it waits before; the first is 0.
         batch: Bytes that an operation in place writes twice before they count.
+        seconds: How long it waits; an interruption waits for writes under way, too.
     """
 
-    def __init__(self, words: list[str | Path], log: Path, write: int, *, batch: int = 1) -> None:
+    def __init__(self, words: list[str | Path], log: Path, write: int, *, batch: int = 1, seconds: float = 0.5) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         mine, theirs = context.Pipe(duplex=False)
         self.log, self._told = log, mine
-        self._process = context.Process(target=_work, args=([str(w) for w in words], log, write, batch, theirs))
+        self._process = context.Process(target=_work, args=([str(w) for w in words], log, write, batch, seconds, theirs))
         self._process.start()
         theirs.close()
 
@@ -44,6 +45,10 @@ class Child:
         """Send a signal and wait for the end: the exit status, negative for a signal."""
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
+        return self.end()
+
+    def end(self) -> int:
+        """Wait for the end."""
         self._process.join(60)
         assert self._process.exitcode is not None
         self._told.close()
@@ -55,7 +60,7 @@ class Child:
         return (self.log.read_text().splitlines() or [""])[-1]
 
 
-def _work(words: list[str], log: Path, write: int, batch: int, told: Any) -> None:
+def _work(words: list[str], log: Path, write: int, batch: int, seconds: float, told: Any) -> None:
     from lorasurgery.checkpoint import files, surgery
     from lorasurgery.cli.main import main
 
@@ -64,7 +69,7 @@ def _work(words: list[str], log: Path, write: int, batch: int, told: Any) -> Non
     def write_at(self: Any, place: int, view: memoryview) -> None:
         if seen[0] == write:
             told.send("here")
-            time.sleep(0.5)  # long enough for a signal; an interruption waits for writes under way
+            time.sleep(seconds)
         seen[0] += 1
         plain(self, place, view)
 
