@@ -36,6 +36,8 @@ what failed of a folder of adapters, or a `--push` after the work was done, is t
 GROUPS = {
     "extract": "extract base tuned -o adapter --rank 16",
     "merge": "merge base adapter -o merged --dtype bfloat16",
+    "undone": "unmerge kept adapter -o restored",
+    "settled": "switch kept --to lean --resume",
     "blend": "rerank adapter -o smaller --budget 25%",
     "convert": "convert lean -o portable --to peft --portable --base base",
     "inspect_adapter": "inspect adapter --spectrum --base base",
@@ -43,6 +45,7 @@ GROUPS = {
     "diff_checkpoints": "diff base tuned",
     "diff_adapters": "diff adapter smaller",
     "check": "check adapter --for vllm --base base",
+    "verify": "verify merged --against base --adapter adapter -w 0.5",
     "plan": "plan base --rank 8 --target attention",
     "push": "push adapter me/minilm",
     "folder": "rerank loras -o loras-8 --rank 8",

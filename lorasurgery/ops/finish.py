@@ -18,7 +18,7 @@ from lorasurgery.ops.edits import Edit
 from lorasurgery.ops.quantized import is_narrow
 from lorasurgery.ops.recorder import kept
 from lorasurgery.ops.undo_record import FOLDER, next_name, planned_record, stack, undo_folder, write_planned
-from lorasurgery.report import ModuleReport, Report
+from lorasurgery.report import RECORD_NAME, ModuleReport, Report
 
 INDEX = "model.safetensors.index.json"
 LEAST_RETENTION = 0.5
@@ -129,7 +129,7 @@ def _put_back(recipe: Recipe, output: Output, carried: dict[str, Path]) -> None:
     """Files that the merge changed, as they were before."""
     for name, data in (recipe.restored.files if recipe.restored else {}).items():
         carried.pop(name, None)
-        if data is not None:
+        if data is not None and name != RECORD_NAME:  # how this came about is another record
             output.write_bytes(name, data)
 
 

@@ -9,15 +9,17 @@ from typing import Any
 
 from lorasurgery.adapters.naming import BaseNames
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.settle import in_the_middle, unfinished
 from lorasurgery.ops.odd import odd_in_checkpoint
 from lorasurgery.ops.parameters import count_parameters
+from lorasurgery.ops.undo_record import read_record, stack
 from lorasurgery.places import place_of
 from lorasurgery.report import Report, Stored
 
 
 def inspect_checkpoint(path: str | Path) -> Report:
     """Say what a checkpoint is; the arguments and what can go wrong are inspect's."""
-    model = Checkpoint.open(path)
+    model = Checkpoint.open(path, unfinished=True)
     report = Report("inspect", [str(path)], "")
     report.modules = [
         Stored(_module(t.name), t.shape, kind=place_of(_module(t.name)).kind, dtype=t.dtype, bytes=t.nbytes,
@@ -25,6 +27,11 @@ def inspect_checkpoint(path: str | Path) -> Report:
         for t in model.tensors.values()
     ]  # fmt: skip
     report.totals = _totals(model)
+    report.totals["undo"] = [[a.name for a in read_record(p).adapters] for p in stack(Path(path))]
+    about = unfinished(Path(path))
+    if about is not None:
+        report.totals["unfinished"] = str(about.get("call", ""))
+        report.totals["odd"].insert(0, in_the_middle(Path(path), about))
     report.summary = _summary(report.totals)
     return report
 
@@ -86,4 +93,5 @@ def _summary(t: dict[str, Any]) -> str:
         f"{t['tensors']} tensors of {dtypes}, {t['bytes'] / 1e6:,.1f} MB"
         + (f"; {layers} layers" if layers else "")
         + ("; embedding and head are tied" if t["tied"] else "")
+        + "".join(f"; {', '.join(names)} merged, which can be undone to the bit" for names in t["undo"])
     )

@@ -37,6 +37,7 @@ def files_changed(recipe: Recipe) -> dict[str, bytes | None]:
     before = carried_files(base.folder, parts=base.parts)
     after = carried_files(base.folder, recipe.adapters, parts=base.parts)
     found = {n: _bytes(before.get(n)) for n in {**before, **after} if before.get(n) != after.get(n)}
+    found[RECORD_NAME] = _bytes(base.folder / RECORD_NAME)
     edits = recipe.edits
     if patched_config(base.config, untied=edits.untied, vocab_size=edits.vocab_size) != base.config:
         found[CONFIG] = _bytes(before.get(CONFIG))

@@ -59,7 +59,7 @@ def undo_merge(
 def describe_record(record: UndoRecord, report: Report) -> None:
     """Say which tensors a record is of, and how each is kept."""
     report.totals |= {
-        "exact": True, "undo_file": Path(record.path).name if record.path else "",
+        "what": "undone", "exact": True, "undo_file": Path(record.path).name if record.path else "",
         "tensors_touched": len(record.tensors), "adapter_tensors_matched": len(record.tensors),
     }  # fmt: skip
     report.modules = [

@@ -29,7 +29,7 @@ from referencing import Registry, Resource
 from safetensors.torch import load_file, save_file
 
 from lorasurgery.cli.main import COMMANDS, main
-from lorasurgery.report import Change, Comparison, ModuleReport, Planned, Report, Source, Spectrum, Stored
+from lorasurgery.report import Change, Checked, Comparison, ModuleReport, Planned, Report, Source, Spectrum, Stored
 
 sys.path.append(str(Path(__file__).parents[2] / "docs"))
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
@@ -68,6 +68,18 @@ plan base --rank 8 --target attention
 check adapter --for vllm --base base
 check portable --for vllm
 push adapter me/minilm --dry-run
+merge base adapter -o kept --undo
+inspect kept
+verify kept --against base --adapter adapter
+unmerge kept adapter -o undone
+verify merged --against base --adapter adapter
+verify merged --against base --adapter adapter -w 0.5
+verify adapter --against base
+switch kept --to lean
+unmerge kept lean --in-place
+merge kept adapter --in-place --undo
+verify spoilt
+verify grafted --against base
 """
 KINDS = """
 extract moe moe-tuned -o moe-adapter --rank 4
@@ -138,6 +150,10 @@ def make_real(root: Path) -> None:
             up, down = (torch.randn(size, 4, generator=generator) for size in weight.shape)
             weight += 1e-3 * up @ down.T
     write(root / "tuned/model.safetensors", weights)
+    name = "embeddings.position_embeddings.weight"
+    write(root / "grafted/model.safetensors", {k: w for k, w in weights.items() if k != name} | {"more": torch.ones(2)})
+    weights[name][0, 0] = torch.nan
+    write(root / "spoilt/model.safetensors", weights)
 
 
 def make_kinds(root: Path) -> None:
@@ -181,8 +197,21 @@ def run(words: list[str]) -> Found:
     assert done.stdout, (words, done.stderr, done.exception)
     report: Found = json.loads(done.stdout)
     totals = report["totals"]
-    assert done.exit_code == int(bool(totals.get("failed")) or totals.get("serves") is False), words
+    failed = bool(totals.get("failed")) or totals.get("serves") is False or totals.get("holds") is False
+    assert done.exit_code == int(failed), words
     return report
+
+
+def interrupted() -> Iterator[Found]:
+    """Operations in place that are cut off: what inspect says meanwhile, and what --resume does."""
+    from lorasurgery.checkpoint import surgery
+
+    for name, words in (("end", "switch kept --to lean"), ("apply", "unmerge kept lean --in-place")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(surgery, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert CliRunner().invoke(main, words.split()).exit_code
+        yield run(["inspect", "kept"])
+        yield run([*words.split(), "--resume"])
 
 
 def run_all(lines: str) -> Iterator[Found]:
@@ -217,7 +246,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def reports(root: Path) -> list[Found]:
     """Every report, those of the adapters of a folder among them."""
-    found = [*run_all(REAL), *run_all(KINDS), *run_on_hub(root)]
+    found = [*run_all(REAL), *interrupted(), *run_all(KINDS), *run_on_hub(root)]
     return found + [one for report in found for one in report.get("adapters", ())]
 
 
@@ -231,7 +260,9 @@ def group_of(report: Found) -> str:
     name, what = report["command"], report["totals"].get("what")
     if "adapters" in report or not report["totals"]:
         return "folder" if "adapters" in report else "failed"
-    return {"rerank": "blend", "unmerge": "merge"}.get(name, f"{name}_{what}".replace("_None", ""))
+    if what in ("undone", "settled"):
+        return str(what)
+    return {"rerank": "blend", "unmerge": "merge", "switch": "merge", "verify": "verify"}.get(name, f"{name}_{what}".replace("_None", ""))
 
 
 def paths(value: Found, prefix: str = "") -> Iterator[str]:
@@ -291,7 +322,7 @@ def test_classes_and_commands_are_all_there() -> None:
     assert {f.name for f in fields(Report)} == found["report", ""]
     assert {f.name for f in fields(Source)} == {name for name in found["source", ""] if "[]" not in name}
     lines = {name for (_, part), names in found.items() if part in LISTS for name in names}
-    kinds = (ModuleReport, Stored, Planned, Spectrum, Comparison, Change)
+    kinds = (ModuleReport, Stored, Planned, Spectrum, Comparison, Change, Checked)
     assert lines == {f.name for kind in kinds for f in fields(kind)}
     assert set(REPORT.whole["$defs"]["command"]["enum"]) == set(COMMANDS)
 
