@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lorasurgery.checkpoint.files import sync_folder
 from lorasurgery.checkpoint.header import show
 from lorasurgery.errors import MismatchError
 from lorasurgery.ranks import Ranks
@@ -35,6 +36,14 @@ def journals(out: Path, kind: str = JOURNAL) -> list[Path]:
     """The journals (or what else of a run lies beside its output) of runs that were to write `out`."""
     folder = _folder(out)
     return sorted(folder.glob(f"{_stem(out, kind)}*{PARTIAL}")) if folder.is_dir() else []
+
+
+def partials(out: Path) -> list[Path]:
+    """All that a run has written beside its output and in it; of a single file's only what bears its name."""
+    folder = _folder(out)
+    if folder == out:
+        return list(folder.rglob(f".*{PARTIAL}"))
+    return [*folder.glob(f".{out.name}*{PARTIAL}"), *folder.glob(f"{out.name}.*/.*{PARTIAL}")]
 
 
 class Run:
@@ -103,6 +112,8 @@ class Run:
         self._synced = time.monotonic()
         covered = self._lines
         wait_for_disk()
+        for folder in {partial.parent for partial in partials(self.out)}:
+            sync_folder(folder)  # a file may be on the disk without its name
         with self._lock:
             self._line({"synced": covered})
             os.fsync(self._file.fileno())
@@ -129,7 +140,8 @@ class Run:
             Whether there is something to go on with.
         """
         if hasattr(self, "_file"):
-            self._file.close()
+            with suppress(OSError):  # half a line may be left that the disk did not take; what failed is known
+                self._file.close()
         worth = self.ranks.size > 1 or self.resumed > 0 or self._size >= KEPT or self._naming
         kept = not committed and worth
         if self.ranks.first and not kept:
@@ -141,7 +153,7 @@ class Run:
     def _write_anew(self, old: list[Path]) -> None:
         """One journal with all that is finished, in place of those that were there."""
         if self.done:  # what others wrote must be on the disk before this journal says so
-            for partial in _folder(self.out).rglob(f".*{PARTIAL}"):
+            for partial in partials(self.out):
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
         scratch = self.path("new")
@@ -153,6 +165,7 @@ class Run:
             os.fsync(text.fileno())
         target = self.path("0")
         scratch.replace(target)
+        sync_folder(target.parent)
         for journal in old:
             if journal not in (target, scratch):
                 journal.unlink()
