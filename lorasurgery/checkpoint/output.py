@@ -10,13 +10,13 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
 from lorasurgery.checkpoint.files import ReadFile, WriteFile, clone, sync_folder
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, Run, journals, partial_of
+from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, Run, journals, partial_of, partials
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, PIPELINE
 from lorasurgery.checkpoint.plan import PlannedFile
 from lorasurgery.checkpoint.writer import TensorFile
@@ -136,6 +136,7 @@ class Output:
         """Stage a small file."""
         with self._stage(name).open("wb") as file:
             file.write(data)
+            file.flush()
             _sync(file.fileno())
         self._count(len(data))
 
@@ -152,8 +153,7 @@ class Output:
 
     def _clear(self) -> None:
         """Remove what an interrupted run left; of a single file only what bears its name."""
-        remains = self.folder.glob(f".{self.name}*{PARTIAL}") if self.single else self.folder.rglob(f".*{PARTIAL}")
-        for file in list(remains):
+        for file in partials(self.folder / self.name if self.single else self.folder):
             file.unlink()
 
     def commit(self, *, last: str) -> None:
@@ -164,24 +164,34 @@ class Output:
         """
         try:
             if self.run is not None:
+                self._sync_names()
                 self.run.committing(list(self._staged))
             # a resumed run may have begun with --overwrite; without it the folder was empty then
             if not self.single and (self.overwrite or (self.run is not None and self.run.resume)):
-                self._retire()
-            self._rename(last)
+                self._retire(last)
+            for names in ([n for n in self._staged if n != last], [last]):
+                self._sync_names()  # after a power cut too, no name is there before those that come first
+                self._rename(names)
             self._committed = True
-            for folder in {path.parent for path in self._named}:
-                sync_folder(folder)
+            self._sync_names()
         except OSError as problem:
             raise self._failed(problem, kept=self.run is not None) from None
 
-    def _rename(self, last: str) -> None:
-        for name in [n for n in self._staged if n != last] + [last]:
+    def _rename(self, names: Sequence[str]) -> None:
+        for name in names:
             self._staged[name].replace(self.folder / name)
             self._named.append(self.folder / name)
 
-    def _retire(self) -> None:
+    def _sync_names(self) -> None:
+        folders = {self.folder, *(path.parent for path in self._staged.values())}
+        for folder in sorted({*folders, *(path.parent for path in (self.folder, *self._made))}, reverse=True):
+            with nullcontext() if folder in folders else suppress(PermissionError):  # others may be closed to us
+                sync_folder(folder)
+
+    def _retire(self, last: str) -> None:
         """Remove what the old output's readers go by, and its weights; nothing else of the user's."""
+        with suppress(FileNotFoundError):
+            (self.folder / last).unlink()
         for folder in {(self.folder / name).parent for name in self._staged}:
             names = {f.name for f in folder.iterdir()}
             indexes = [n for n in names if n.endswith(INDEX_SUFFIX)]

@@ -16,6 +16,7 @@ from typing import Any
 from lorasurgery import __version__
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
+from lorasurgery.checkpoint.files import WriteFile, sync_folder
 from lorasurgery.checkpoint.journal import partial_of
 from lorasurgery.checkpoint.locate import load_object, locate
 from lorasurgery.errors import OutputError, SurgeryError
@@ -124,12 +125,17 @@ def record(report: Report, call: str) -> None:
     data = record_bytes(report, call)
     partial = partial_of(out / RECORD_NAME)
     try:
-        partial.write_bytes(data)
+        with WriteFile(partial) as file:
+            file.write_at(0, memoryview(data))
+            file.truncate(len(data))
+            file.sync()
         partial.replace(out / RECORD_NAME)
+        sync_folder(out)
     except OSError as problem:
-        with suppress(OSError):
-            partial.unlink()
         where = out / RECORD_NAME
+        for file in (partial, where):
+            with suppress(OSError):
+                file.unlink()
         raise OutputError(f"{where}: cannot be written ({problem.strerror}); the rest of {out} is whole") from None
     report.bytes_written += len(data)
 
