@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +15,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 PIPELINE = "model_index.json"
+_SHARD = re.compile(r"-\d+-of-(\d{1,9})\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def _plain(folder: Path, names: list[str]) -> Located:
         return Located(folder, list(dict.fromkeys(weight_map.values())), weight_map, indexes[0])
     files = [n for n in names if n.endswith(".safetensors") and not n.startswith(".") and n not in _ADAPTER]
     if len(files) == 1:
+        _refuse_shard(where, files[0])
         return Located(folder, files)
     if files:
         raise FormatError(
@@ -83,6 +86,16 @@ def _plain(folder: Path, names: list[str]) -> Located:
             f"model{INDEX_SUFFIX}"
         )
     raise _nothing(folder, names)
+
+
+def _refuse_shard(where: str, name: str) -> None:
+    """A sole shard is what a download or an output that was cut short begins with."""
+    found = _SHARD.search(name)
+    if found and int(found[1]) > 1:
+        raise FormatError(
+            f"{where}: has {show(name)}, one of {int(found[1])} shards, and no index; the others are missing, or not all "
+            "of it was written yet"
+        )
 
 
 def _pipeline(folder: Path, names: list[str]) -> Located:

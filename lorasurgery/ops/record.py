@@ -133,9 +133,9 @@ def record(report: Report, call: str) -> None:
         sync_folder(out)
     except OSError as problem:
         where = out / RECORD_NAME
-        for file in (partial, where):
+        for left in (partial, where):
             with suppress(OSError):
-                file.unlink()
+                left.unlink()
         raise OutputError(f"{where}: cannot be written ({problem.strerror}); the rest of {out} is whole") from None
     report.bytes_written += len(data)
 
