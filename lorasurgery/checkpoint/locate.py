@@ -93,8 +93,8 @@ def _refuse_shard(where: str, name: str) -> None:
     found = _SHARD.search(name)
     if found and int(found[1]) > 1:
         raise FormatError(
-            f"{where}: has {show(name)}, one of {int(found[1])} shards, and no index; the others are missing, or not all "
-            "of it was written yet"
+            f"{where}: has {show(name)}, one of {int(found[1])} shards, and no index; the others are missing, or not "
+            "all of it was written yet"
         )
 
 
