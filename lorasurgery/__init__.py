@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from lorasurgery.ops.push import Target as Target
     from lorasurgery.ops.push import push as push
     from lorasurgery.ops.rerank import rerank as rerank
+    from lorasurgery.ops.switch import switch as switch
     from lorasurgery.ops.unmerge import unmerge as unmerge
+    from lorasurgery.ops.verify import verify as verify
     from lorasurgery.plots import draw as draw
     from lorasurgery.report import Report as Report
 
@@ -46,7 +48,7 @@ _HOMES = {
     "ops.check": ("check",), "ops.convert": ("ConvertOptions", "convert"), "ops.diff": ("diff",),
     "ops.extract": ("ExtractOptions", "extract"), "ops.inspect": ("inspect",), "ops.merge": ("merge",),
     "ops.pairs": ("Selection",), "ops.plan": ("plan",), "ops.push": ("Target", "push"), "ops.rerank": ("rerank",),
-    "ops.unmerge": ("unmerge",), "plots": ("draw",), "report": ("Report",),
+    "ops.switch": ("switch",), "ops.unmerge": ("unmerge",), "ops.verify": ("verify",), "plots": ("draw",), "report": ("Report",),
 }  # fmt: skip
 _PLACES = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -209,10 +209,11 @@ def judge_retention(report: Report, recipe: Recipe) -> None:
     if report.modules and (kept < LOW_RETENTION or noise > math.sqrt(1 - LOW_RETENTION**2)):
         report.warnings.append(
             f"rounding keeps {kept:.1%} of the update and adds noise of {noise:.1%} of its norm "
-            f"(most in {', '.join(noisy)}): the update is small beside the weights' precision; "
-            "--dtype float32 keeps all of it" + _stochastic_hint(recipe)
+            f"(most in {', '.join(noisy)}): the update is small beside the weights' precision" + _ways_out(recipe)
         )
 
 
-def _stochastic_hint(recipe: Recipe) -> str:
-    return ", --rounding stochastic keeps it right on average" if recipe.rounding == "nearest" else ""
+def _ways_out(recipe: Recipe) -> str:
+    wider = [] if recipe.out == recipe.base.path else ["--dtype float32 keeps all of it"]
+    random = ["--rounding stochastic keeps it right on average"] if recipe.rounding == "nearest" else []
+    return "; " + ", ".join(wider + random) if wider + random else ""
