@@ -184,7 +184,8 @@ class Output:
 
     def _sync_names(self) -> None:
         folders = {self.folder, *(path.parent for path in self._staged.values())}
-        for folder in sorted({*folders, *(path.parent for path in (self.folder, *self._made))}, reverse=True):
+        made = self._made if self.single else [self.folder, *self._made]
+        for folder in sorted({*folders, *(path.parent for path in made)}, reverse=True):
             with nullcontext() if folder in folders else suppress(PermissionError):  # others may be closed to us
                 sync_folder(folder)
 

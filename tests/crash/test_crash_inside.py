@@ -1,0 +1,77 @@
+"""In-place operations stopped at every call of the system: readers are kept away, and --resume ends where it would."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from cases import CASES, INSIDE, World, remains, state
+from stopping import Stop, calls_of, run, spread, stops, tally
+
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import MismatchError
+from lorasurgery.ops.unmerge import unmerge
+
+
+def check(world: World, name: str, first: Stop, *more: Stop) -> bool:
+    """Stop there, and there again in what goes on with it; look, go on and look. Returns whether it was stopped."""
+    place = world.place(CASES[name])
+    old, new = state(place), world.whole(name)
+    stopped, _ = run(name, world.root, place, first)
+    for stop in more:
+        run(name, world.root, place, stop, resume=True)
+    found = state(place)
+    if found not in (old, new):
+        with pytest.raises(MismatchError, match="in the middle of"):
+            Checkpoint.open(place)
+    if not first.call:
+        assert found == new, "what was reported as done was not on the disk"
+    finish(world, name, place, untouched=found == old)
+    assert state(place) == new
+    assert not remains(place)
+    if CASES[name].adapter:
+        unmerge(place, [world.folder / CASES[name].adapter], in_place=True)
+        assert state(place) == world.before_merging(name)
+    shutil.rmtree(place.parent)
+    return stopped
+
+
+def finish(world: World, name: str, place: Path, *, untouched: bool) -> None:
+    """The same command with --resume; where nothing is unfinished and nothing was done, without it."""
+    try:
+        CASES[name].work(world.folder, place, resume=True)
+    except MismatchError as problem:
+        assert "nothing is unfinished here" in str(problem)
+        if untouched:
+            CASES[name].work(world.folder, place)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_some_stops(name: str, world: World) -> None:
+    """Killed or cut off at calls spread over the operation, it is gone on with to the same bytes, and then undone."""
+    found = spread(list(stops(calls_of(name, world), cuts=1)), 6)
+    assert sum(check(world, name, stop) for stop in found) >= 5, "too few of them came to pass"
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_stopped_again_while_it_goes_on(name: str, world: World) -> None:
+    """The second stop comes while the first is made good: before what was ready is copied again, or behind it."""
+    count = len(calls_of(name, world))
+    assert check(world, name, Stop(count // 2), Stop(9), Stop(7, seed=3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INSIDE)
+def test_every_stop(name: str, world: World) -> None:
+    """Each call of the system: a kill before it, a kill in the middle of a write, two power cuts before it."""
+    tally(name, [(stop, check(world, name, stop)) for stop in stops(calls_of(name, world), cuts=2)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INSIDE)
+def test_every_second_stop(name: str, world: World) -> None:
+    """Stopped half-way, and again at each call of going on: a kill and a power cut."""
+    first = Stop(len(calls_of(name, world)) // 2)
+    again = stops(calls_of(name, world, first), cuts=1)
+    tally(f"{name}, resumed", [(stop, check(world, name, first, stop)) for stop in again if stop.call])
