@@ -213,7 +213,7 @@ def guarded(function: F) -> F:
         signal.signal(signal.SIGTERM, _interrupted)
         gc.set_threshold(200_000)  # importing torch makes objects that all live on; looking for waste costs 0.2 s
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the line that says what failed is ours
-        COMMAND_LINE.set(command_line(click.get_current_context()))
+        token = COMMAND_LINE.set(command_line(click.get_current_context()))
         try:
             if torchrun().first or function.__module__.rpartition(".")[2] in SHARED:
                 return function(*args, **kwargs)
@@ -235,6 +235,8 @@ def guarded(function: F) -> F:
             _fail(SurgeryError(f"{problem.filename or 'system'}: {problem.strerror or problem}"), 1)
         except RuntimeError as problem:  # torch's errors, such as a GPU out of memory
             _fail(SurgeryError(f"{type(problem).__name__}: {problem}"), 1)
+        finally:
+            COMMAND_LINE.reset(token)
 
     return wrapper  # type: ignore[return-value]
 

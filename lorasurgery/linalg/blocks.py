@@ -66,7 +66,7 @@ class Streamed:
         room: int,
     ) -> None:  # fmt: skip
         self.make, self.shape, self.dtype, self.device = make, shape, dtype, device
-        block = block_rows(self)
+        block = block_rows(self) if device.type == "cpu" else _ROWS  # a GPU takes a span at once, whatever its height
         self.step = max(1, room // max(1, block * shape[1] * dtype.itemsize)) * block
 
     def spans(self) -> Iterator[tuple[int, Tensor]]:

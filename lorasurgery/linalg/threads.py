@@ -88,8 +88,10 @@ def own_stream(device: torch.device) -> Iterator[None]:
     if device not in streams:
         streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
     with torch.cuda.stream(streams[device]):
-        yield
-        streams[device].synchronize()
+        try:
+            yield
+        finally:  # after a failure too: what was queued may still copy from and to memory that is lent to others
+            streams[device].synchronize()
 
 
 def scratch(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:

@@ -13,6 +13,7 @@ from lorasurgery.checkpoint.header import FLOAT_DTYPES
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor, split_shards
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import OutputError
+from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.ops.edits import EditPlan
 from lorasurgery.ops.parameters import commonest_dtype
 from lorasurgery.ops.quantized import is_narrow, is_scale
@@ -33,6 +34,7 @@ class Recipe:
         allow_nonfinite: Write NaN and infinity where they come up.
         undo: Keep what it takes to undo this to the bit: the record as far as it is known beforehand.
         restored: The record whose merge is taken back by this; `base` then reads as it was before.
+        fallback: What was done where the device's memory did not suffice.
     """
 
     base: Checkpoint
@@ -51,6 +53,7 @@ class Recipe:
     allow_nonfinite: bool = False
     undo: UndoRecord | None = None
     restored: UndoRecord | None = None
+    fallback: Fallback = field(default_factory=Fallback)
     files: list[PlannedFile] = field(default_factory=list)
 
     @property

@@ -173,7 +173,9 @@ def _run(
     job = start_run(options.command, out, [a.path for a in sources], options, chosen, resume=resume, ranks=ranks())
     job.ranks.wait()  # until all have seen the output as it was
     with Output(out, overwrite=overwrite, run=job) as output:
-        Composition(joints, options, draft, chosen).run(budget, progress, job)
+        work = Composition(joints, options, draft, chosen)
+        work.run(budget, progress, job)
+        report.warnings += work.fallback.warnings
         if job.ranks.first:
             _finish(draft, options, budget, output)
     job.ranks.wait()

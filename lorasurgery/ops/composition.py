@@ -18,6 +18,7 @@ from lorasurgery.checkpoint.journal import Run
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.core import Core, distance, inner, recompress
 from lorasurgery.linalg.elementwise import combine, sum_of
+from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.linalg.knots import knots_ties
 from lorasurgery.linalg.methods import ELEMENTWISE, Elementwise
 from lorasurgery.linalg.norms import residual_norm
@@ -52,6 +53,7 @@ class Composition:
         self.alone = len(draft.sources) == 1
         self.choice = options.choice
         self.budget: int | None = None
+        self.fallback = Fallback()
 
     def run(self, budget: int | None, progress: Progress | None, run: Run | None = None) -> None:
         """Go through the modules in file order; a budget is spent when all of them are known.
@@ -85,29 +87,23 @@ class Composition:
     @torch.inference_mode()
     def take(self, joint: Joint) -> Factored:
         """One module of the new adapter."""
+        ways = [partial(self._take, joint, device) for device in (self.device, torch.device("cpu"))]
         try:
-            return self._take(joint)
+            return self.fallback.first(joint.path, ways)[0]
         except SurgeryError as problem:
             where = ", ".join(dict.fromkeys(t.adapter.path for t in joint.terms))
             raise type(problem)(f"{where}: {joint.path}: {problem}") from None
 
-    def _take(self, joint: Joint) -> Factored:
+    def _take(self, joint: Joint, device: torch.device) -> Factored:
         weights = [t.weight for t in joint.terms]
         method = self.options.method
         if method in ELEMENTWISE or not joint.is_thin:
-            found = self._dense(joint, [self._load_update(t) for t in joint.terms], weights)
+            found = self._dense(joint, [t.load_update().to(device) for t in joint.terms], weights)
         else:
-            terms = [self._load(t) for t in joint.terms]
+            terms = [_load(t, device) for t in joint.terms]
             found = (self._concatenated if method == "cat" else self._factored)(joint, terms, weights)
         bias = [t for t in joint.terms if t.delta.bias]
         return replace(found, bias=self._bias(joint, bias)) if bias else found
-
-    def _load(self, term: Term) -> LowRank:
-        update = term.load()
-        return LowRank(update.up.to(self.device), update.down.to(self.device), update.scale)
-
-    def _load_update(self, term: Term) -> Update:
-        return term.load_update().to(self.device)
 
     def _factored(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
         choice = self.choice or EVERYTHING
@@ -193,6 +189,11 @@ class Composition:
             delta_norm=norm, error=error, energy=1 - error**2,
         )  # fmt: skip
         return Factored(report, update, squares)
+
+
+def _load(term: Term, device: torch.device) -> LowRank:
+    update = term.load()
+    return LowRank(update.up.to(device), update.down.to(device), update.scale)
 
 
 def _finite(update: Update) -> bool:

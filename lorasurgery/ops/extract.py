@@ -116,6 +116,7 @@ def extract(
         job = _carry_out(first, second, options, chosen, run, pairs, out, overwrite, memory_limit, report, progress)
         report.bytes_read = first.bytes_read + second.bytes_read
         report.modules, report.full = job.modules, job.full
+        report.warnings += job.fallback.warnings
         summarise(report, job.left_out, first.nbytes, unchanged=job.unchanged)
         if job.capped:
             report.warnings.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -11,6 +11,7 @@ from lorasurgery.checkpoint.flow import Flow
 from lorasurgery.checkpoint.journal import Run
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError
+from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.linalg.threads import team
 from lorasurgery.ops.difference import Difference
 from lorasurgery.ops.extract import ExtractOptions
@@ -48,6 +49,12 @@ class Extraction:
         self.left_out: list[LeftOut] = []
         self.unchanged = 0
         self.budget: int | None = None
+        self.fallback = Fallback()
+
+    @cached_property
+    def on_cpu(self) -> Difference:
+        """Differences on the CPU, where the device's memory does not suffice."""
+        return Difference(self.base, self.tuned, torch.device("cpu"))
 
     def run(self, pairs: Sequence[Pair], progress: Progress | None) -> AdapterDraft:
         """Go through the pairs in the order they lie on disk; only the first rank's draft has all of them.

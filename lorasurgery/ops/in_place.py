@@ -63,6 +63,7 @@ def run_in_place(
             surgery.check_passed([s.to_dict() for s in report.sources or ()])
         report.sources = [Source(**s) for s in surgery.noted]  # the files as they were, whatever is in them by now
         work.perform()
+        report.warnings += recipe.fallback.warnings
         describe(recipe, work.notes(), report)
         work.end(files())
         report.bytes_written, report.resumed = surgery.bytes_written, surgery.resumed
@@ -89,7 +90,7 @@ class _Work:
         """Compute and write what is not there yet."""
         recorder = None
         if self.recipe.undo is not None:
-            recorder = Recorder(self.surgery.heap, self.recipe.base, self.device)
+            recorder = Recorder(self.surgery.heap, self.recipe.base, self.device, self.recipe.fallback)
         Flow(room(self.recipe), (1, 2, 1)).run(
             job for t in self.touched for job in self._jobs(t, _Placed(self, t), recorder)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any, Protocol
 
@@ -96,16 +97,26 @@ class WholeJob:
     @torch.inference_mode()
     def compute(self) -> None:
         """Compute the tensor."""
+        ways = [partial(self._computed, device) for device in (self.device, torch.device("cpu"))]
+        (value, self.survival), _ = self.recipe.fallback.first(self.tensor.name, ways)
+        self.value: Tensor | None = value
+        self.kept = self.recorder.whole(self.edit, self.tensor, self.value) if self.recorder else []
+
+    def _computed(self, device: torch.device) -> tuple[Tensor, Survival]:
         recipe = self.recipe
         try:
-            value, self.survival = apply_edit(
-                recipe.base, self.edit, self.tensor, self.device, rounding=recipe.rounding, seed=recipe.seed,
+            value, survival = apply_edit(
+                recipe.base,
+                self.edit,
+                self.tensor,
+                device,
+                rounding=recipe.rounding,
+                seed=recipe.seed,
                 finite=not recipe.allow_nonfinite,
             )
         except SurgeryError as problem:
             raise type(problem)(f"{recipe.base.path}: {self.tensor.name}: {problem}") from None
-        self.value: Tensor | None = value.cpu().contiguous()
-        self.kept = self.recorder.whole(self.edit, self.tensor, self.value) if self.recorder else []
+        return value.cpu().contiguous(), survival
 
     def write(self) -> None:
         """Write it."""

@@ -89,28 +89,47 @@ class GroupWork:
         self.result: Any = None
         self.cost = work_cost(pairs)
         self._delta: InMemory | None = None
+        self._way = 0
 
     @torch.inference_mode()
     def read(self) -> None:
         """Read and subtract both sides of all."""
         with own_stream(self.job.device):
-            self._delta = self.job.difference.read(*(Piece(p.base, p.tuned) for p in self.pairs if p.base is not None))
+            self._way = 0 if self.job.fallback.attempt(self._read) else 1
 
     @torch.inference_mode()
     def compute(self) -> None:
-        """Decompose all differences at once; those that are zero are unchanged."""
+        """Decompose all differences at once; one by one where the device's memory does not suffice for that."""
         with own_stream(self.job.device):
-            self.result = [Outcome(unchanged=1) for _ in self.pairs] if self._delta is None else self._factor()
-            self.job.difference.give(self._delta)
-            self._delta = None
+            ways = [self._together, self._one_by_one]
+            self.result, _ = self.job.fallback.first(self.pairs[0].name, ways, self._way, cpu=False)
 
-    def _factor(self) -> list[Outcome]:
-        assert self._delta is not None
-        stack = self._delta.matrix.view(len(self.pairs), *self.pairs[0].matrix)
-        return [
-            outcome_of(self.job, pair, InMemory(delta), found)
-            for pair, delta, found in zip(self.pairs, stack, self._decomposed(stack), strict=True)
-        ]
+    def _read(self) -> None:
+        self._delta = self.job.difference.read(*(Piece(p.base, p.tuned) for p in self.pairs if p.base is not None))
+
+    def _together(self) -> list[Outcome]:
+        """All at once; those that are zero are unchanged."""
+        delta, self._delta = self._delta, None
+        if delta is None:
+            return [Outcome(unchanged=1) for _ in self.pairs]
+        try:
+            stack = delta.matrix.view(len(self.pairs), *self.pairs[0].matrix)
+            return [
+                outcome_of(self.job, pair, InMemory(one), found)
+                for pair, one, found in zip(self.pairs, stack, self._decomposed(stack), strict=True)
+            ]
+        finally:
+            self.job.difference.give(delta)
+
+    def _one_by_one(self) -> list[Outcome]:
+        found = []
+        for pair in self.pairs:
+            work = PairWork(self.job, pair)
+            with named(pair.name):
+                work.read()
+                work.compute()
+            found.append(work.result)
+        return found
 
     def _decomposed(self, stack: Tensor) -> list[TruncatedSVD]:
         try:

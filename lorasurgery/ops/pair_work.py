@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from lorasurgery.linalg.norms import squared_norm
 from lorasurgery.linalg.svd import TruncatedSVD, finite, truncated_svd
 from lorasurgery.linalg.threads import own_stream
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops.difference import Piece
+from lorasurgery.ops.difference import Difference, Piece
 from lorasurgery.ops.expert_extraction import ExpertWork
 from lorasurgery.ops.expert_pairs import ExpertPair
 from lorasurgery.ops.factored import Factored
@@ -27,6 +28,8 @@ from lorasurgery.report import ModuleReport
 
 if TYPE_CHECKING:
     from lorasurgery.ops.extraction import Extraction
+
+_PARTS = 16  # of a difference that the device's memory does not suffice for: one of them at a time
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,17 @@ class Outcome:
 
 
 class PairWork:
-    """One pair: read() makes the difference, compute() takes it apart."""
+    """One pair: read() makes the difference, compute() takes it apart.
+
+    Where the device's memory does not suffice for that, compute() reads it anew, in blocks of rows or on the CPU.
+    """
 
     def __init__(self, job: Extraction, pair: Pair) -> None:
         self.job, self.pair = job, pair
         self.result: Any = None
         self.cost = difference_bytes(pair)
         self._delta: InMemory | Streamed | None = None
+        self._way = 0
         if pair.base is not None and pair.base.shape == pair.tuned.shape and not isinstance(pair, ExpertPair):
             job.difference.expect(pair.base, pair.tuned)  # while this waits for memory, the disk can work
 
@@ -59,13 +66,18 @@ class PairWork:
     def read(self) -> None:
         """Read and subtract both sides, where they can be compared."""
         with own_stream(self.job.device):
-            self._read()
+            self._way = 0 if self.job.fallback.attempt(self._read) else 1
 
     @torch.inference_mode()
     def compute(self) -> None:
         """Decompose the difference, or measure it."""
+        if self.result is not None:
+            return
+        ways = [self._as_read, self._in_blocks, self._on_cpu]
+        if isinstance(self.pair, ExpertPair):
+            ways = [partial(self._experts, self.pair, d) for d in (self.job.difference, self.job.on_cpu)]
         with own_stream(self.job.device):
-            self._compute()
+            self.result, _ = self.job.fallback.first(self.pair.name, ways, self._way)
 
     def _read(self) -> None:
         pair, difference = self.pair, self.job.difference
@@ -78,37 +90,55 @@ class PairWork:
         elif pair.base.dtype not in FLOAT_DTYPES or pair.tuned.dtype not in FLOAT_DTYPES:
             self.result = Outcome(unchanged=int(difference.same_bytes(pair.base, pair.tuned)))
         else:
-            piece, limit = Piece(pair.base, pair.tuned), self.job.limit
-            large = limit is not None and self.cost > limit // 4
-            self._delta = difference.streamed(piece, (limit or 0) // 4) if large else difference.read(piece)
+            self._delta = self._difference(difference)
             self.result = Outcome(unchanged=1) if self._delta is None else None
+
+    def _difference(self, difference: Difference) -> InMemory | Streamed | None:
+        """ΔW as it fits into --memory-limit; None where no byte differs."""
+        limit = self.job.limit
+        if limit is not None and self.cost > limit // 4:
+            return difference.streamed(self._piece, limit // 4)
+        return difference.read(self._piece)
+
+    @property
+    def _piece(self) -> Piece:
+        assert self.pair.base is not None
+        return Piece(self.pair.base, self.pair.tuned)
 
     def _check_stored(self) -> None:
         """A tensor that is stored whole is not looked at otherwise."""
         info = self.pair.tuned
         stored = self.pair.treatment == "full" and info.is_float and not self.job.options.allow_nonfinite
         if stored and count_nonfinite(self.job.tuned, info):
-            raise SurgeryError("holds NaN or infinity in the tuned checkpoint; --allow-nonfinite stores it all the same")
+            raise SurgeryError(
+                "holds NaN or infinity in the tuned checkpoint; --allow-nonfinite stores it all the same"
+            )
 
-    def _compute(self) -> None:
-        if isinstance(self.pair, ExpertPair):
-            self.result = self._experts(self.pair)
-        elif self.result is None:
-            assert self._delta is not None
-            square = squared_norm(self._delta)
-            if self.job.options.allow_nonfinite and not math.isfinite(square):
-                self.result = Outcome(broken=True)
-            elif self.pair.treatment in FACTORED:
-                self.result = self._factor(self._delta)
-            else:
-                self.result = Outcome(norm=math.sqrt(finite(square)))
-            if isinstance(self._delta, InMemory):
-                self.job.difference.give(self._delta)
-            self._delta = None
+    def _as_read(self) -> Outcome:
+        delta, self._delta = self._delta, None
+        try:
+            return self._apart(delta)
+        finally:
+            if isinstance(delta, InMemory):
+                self.job.difference.give(delta)
 
-    def _experts(self, pair: ExpertPair) -> Outcome:
+    def _in_blocks(self) -> Outcome:
+        return self._apart(self.job.difference.streamed(self._piece, self.cost // _PARTS))
+
+    def _on_cpu(self) -> Outcome:
+        return self._apart(self._difference(self.job.on_cpu))
+
+    def _apart(self, delta: InMemory | Streamed | None) -> Outcome:
+        if delta is None:
+            return Outcome(unchanged=1)
+        square = squared_norm(delta)
+        if self.job.options.allow_nonfinite and not math.isfinite(square):
+            return Outcome(broken=True)
+        return self._factor(delta) if self.pair.treatment in FACTORED else Outcome(norm=math.sqrt(finite(square)))
+
+    def _experts(self, pair: ExpertPair, difference: Difference) -> Outcome:
         job = self.job
-        found = ExpertWork(job.difference, job.options, job.choice, job.draft.factor_dtype(pair)).factor(pair)
+        found = ExpertWork(difference, job.options, job.choice, job.draft.factor_dtype(pair)).factor(pair)
         return Outcome(found, unchanged=len(pair.members) - (len(found.shares) if found else 0))
 
     def _factor(self, delta: Blocks) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from lorasurgery.checkpoint.heap import Heap
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.writer import as_bytes
+from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.linalg.threads import own_stream
-from lorasurgery.linalg.undo import Undoing
+from lorasurgery.linalg.undo import Corrections, Undoing
 from lorasurgery.ops.compute import placed
 from lorasurgery.ops.edits import Contribution, Edit
 from lorasurgery.ops.undo_pack import is_kept_as_steps, pack_corrections, pack_difference
@@ -30,13 +32,13 @@ class Recorder:
 
     Args:
         heap: Where the packed stretches go. base: What the weights were.
-        device: Where corrections are found; one without float64 leaves it to the CPU.
+        device: Where corrections are found; one without float64 leaves it to the CPU, as does one that is full.
     """
 
-    def __init__(self, heap: Heap, base: Checkpoint, device: torch.device) -> None:
-        self.heap, self.base = heap, base
-        self.device = torch.device("cpu") if device.type == "mps" else device
-        self._undoing: dict[tuple[str, int], Undoing] = {}
+    def __init__(self, heap: Heap, base: Checkpoint, device: torch.device, fallback: Fallback) -> None:
+        self.heap, self.base, self.fallback, cpu = heap, base, fallback, torch.device("cpu")
+        self.devices = (cpu if device.type == "mps" else device, cpu)
+        self._undoing: dict[tuple[str, int, str], Undoing] = {}
         self._lock = threading.Lock()
 
     def rows(
@@ -51,9 +53,8 @@ class Recorder:
         before, after = as_bytes(old), as_bytes(new)
         steps = is_undone_by_steps(edit, old.dtype)
         if steps:
-            with own_stream(self.device):
-                undoing = self._of(edit, expert, old)
-                found = undoing.corrections(old.to(self.device), new.to(self.device), first)
+            ways = [partial(self._corrections, device, edit, expert, first, old, new) for device in self.devices]
+            found, _ = self.fallback.first(tensor.name, ways)
             packed = pack_corrections(found, old.dtype.itemsize)
         else:
             packed = pack_difference(before, after, old.dtype.itemsize)
@@ -81,11 +82,18 @@ class Recorder:
             for key in [k for k in self._undoing if k[0] == tensor]:
                 del self._undoing[key]
 
-    def _of(self, edit: Edit, expert: int, old: Tensor) -> Undoing:
+    def _corrections(
+        self, device: torch.device, edit: Edit, expert: int, first: int, old: Tensor, new: Tensor
+    ) -> Corrections:
+        with own_stream(device):
+            undoing = self._of(edit, expert, old.dtype, device)
+            return undoing.corrections(old.to(device), new.to(device), first)
+
+    def _of(self, edit: Edit, expert: int, dtype: torch.dtype, device: torch.device) -> Undoing:
         with self._lock:
-            key = edit.tensor, expert
+            key = edit.tensor, expert, device.type
             if key not in self._undoing:
-                self._undoing[key] = undoing_of(edit, expert, old.dtype, self.device)
+                self._undoing[key] = undoing_of(edit, expert, dtype, device)
             return self._undoing[key]
 
     def _stretch(self, start: int, before: memoryview, after: memoryview | None, packed: bytes, how: str) -> list[Any]:

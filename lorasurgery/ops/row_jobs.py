@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -51,7 +52,8 @@ class Rows:
         self.info: TensorInfo = self.weights.tensors[name]
         self.source, self.dtype = torch_dtype(self.info.dtype), torch_dtype(tensor.dtype)
         self.stacked = edit is not None and any(c.stacked for c in edit.contributions)
-        self._mergers: dict[int, Merger | Turns] = {}
+        self._mergers: dict[tuple[int, str], Merger | Turns] = {}
+        self._way = 0
         self._lock = threading.Lock()
         self.pieces = list(self._pieces())
         self._left = len(self.pieces)
@@ -79,29 +81,51 @@ class Rows:
         width = columns * self.source.itemsize
         return [((e * rows + r.start) * width, (r.stop - r.start) * width) for e, r in self.pieces]
 
-    def merger(self, expert: int) -> Merger | Turns:
+    def merge(self, expert: int, weight: Tensor, out: Tensor, first: int) -> Survival:
+        """Merge some rows: all at once, a few at a time where the device's memory does not suffice, or on the CPU.
+
+        Args:
+            weight, out: (b, n), on the CPU. first: Which row of the matrix they begin with.
+        """
+        whole, cpu = max(1, weight.shape[0]), torch.device("cpu")
+        ways = [
+            partial(self._few, device, expert, weight, out, first, -(-whole // parts))
+            for device, parts in ((self.device, 1), (self.device, 2), (self.device, 8), (cpu, 1))
+        ]
+        found, way = self.recipe.fallback.first(self.tensor.name, ways, self._way)
+        self._way = max(self._way, way)  # for the next rows
+        return found
+
+    def _few(self, device: torch.device, expert: int, weight: Tensor, out: Tensor, first: int, height: int) -> Survival:
+        merger, found = self._merger(expert, device), Survival(0.0, 0.0, 0.0)
+        for start in range(0, weight.shape[0], height):
+            rows = slice(start, start + height)
+            found = found + _on_device(merger, weight[rows], out[rows], first + start, device)
+        return found
+
+    def _merger(self, expert: int, device: torch.device) -> Merger | Turns:
         """What is added to one matrix; the factors are read when the first piece needs them."""
         with self._lock:
-            if expert not in self._mergers:
-                self._mergers[expert] = self._load(expert)
-            return self._mergers[expert]
+            key = expert, device.type
+            if key not in self._mergers:
+                self._mergers[key] = self._load(expert, device)
+            return self._mergers[key]
 
-    def _load(self, expert: int) -> Merger | Turns:
+    def _load(self, expert: int, device: torch.device) -> Merger | Turns:
         contributions = self.edit.contributions if self.edit else []
         seed = self.recipe.seed ^ zlib.crc32(self.tensor.name.encode())
         how: dict[str, Any] = {
             "rounding": self.recipe.rounding, "seed": seed + expert, "finite": not self.recipe.allow_nonfinite
         }  # fmt: skip
+        merger: Merger | Turns
         if self.edit and any(c.decomposes for c in contributions):
-            return Turns(self.edit, self.matrix[0], self.source, self.dtype, self.device, **how)
-        if self.stacked:
-            updates = [c.load(expert) for c in contributions]
+            merger = Turns(self.edit, self.matrix[0], self.source, self.dtype, device, **how)
         else:
-            updates = [placed(c, self.matrix[0]) for c in contributions]
-        on_device = [u.to(self.device) for u in updates]
-        if self.device.type == "cuda":  # others use them on streams of their own
-            torch.cuda.current_stream(self.device).synchronize()
-        return Merger(self.source, on_device, self.dtype, **how)
+            updates = [c.load(expert) if self.stacked else placed(c, self.matrix[0]) for c in contributions]
+            merger = Merger(self.source, [u.to(device) for u in updates], self.dtype, **how)
+        if device.type == "cuda":  # others use them on streams of their own
+            torch.cuda.current_stream(device).synchronize()
+        return merger
 
     def skip(self) -> None:
         """Count a piece as done; after the last one the factors go."""
@@ -147,11 +171,7 @@ class RowsJob:
         weight = self._in[: self.count * work.source.itemsize].view(work.source).view(shape)
         out = self._out.view(work.dtype).view(shape)
         try:
-            merger = work.merger(self.expert)
-            if work.device.type == "cpu":
-                self.survival = merger.rows(weight, out, self.rows.start)
-            else:
-                self.survival = _on_device(merger, weight, out, self.rows.start, work.device)
+            self.survival = work.merge(self.expert, weight, out, self.rows.start)
         except SurgeryError as problem:
             raise type(problem)(f"{work.recipe.base.path}: {work.tensor.name}: {problem}") from None
         if work.recorder is not None:
@@ -186,7 +206,9 @@ class RowsJob:
 
 
 def _on_device(merger: Merger | Turns, weight: Tensor, out: Tensor, first: int, device: torch.device) -> Survival:
-    """The same on a GPU, from and to pinned memory."""
+    """Merge rows that are on the CPU; on a GPU from and to pinned memory."""
+    if device.type == "cpu":
+        return merger.rows(weight, out, first)
     with own_stream(device):
         here = weight.to(device, non_blocking=True)
         result = torch.empty(out.shape, dtype=out.dtype, device=device)

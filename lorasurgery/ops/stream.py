@@ -53,6 +53,7 @@ def run(recipe: Recipe, journal: Run, report: Report, device: torch.device, prog
             finish(recipe, output, done)
         report.bytes_written = output.bytes_written
     journal.ranks.wait()
+    report.warnings += recipe.fallback.warnings
     report.bytes_read = recipe.base.bytes_read + sum(a.weights.bytes_read for a in recipe.adapters)
 
 
@@ -76,7 +77,7 @@ class _Work:
         if recipe.undo is not None:
             older = len(journals(journal.out, UNDO))
             self._heap = Heap(journal.path(f"{journal.ranks.rank}-{older}", UNDO))
-            self.recorder = Recorder(self._heap, recipe.base, device)
+            self.recorder = Recorder(self._heap, recipe.base, device, recipe.fallback)
 
     def jobs(self) -> Iterator[Job]:
         """What is to be done, in the order of the files."""

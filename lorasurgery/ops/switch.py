@@ -70,6 +70,7 @@ def switch(
         allow_loss=allow_loss, allow_nonfinite=allow_nonfinite, memory_limit=memory_limit, restored=found[0] if found else None,
         undo=begin_record(opened, [str(a) for a in to], strengths, block_weights),
     )  # fmt: skip
+    recipe.fallback = base.fallback if isinstance(base, Undone) else recipe.fallback
     plan_files(recipe)
     report = start_report("switch", recipe, [str(checkpoint), *map(str, to)], strengths, dry_run)
     report.totals["from"] = [a.name for a in last.adapters] if last else []

@@ -30,7 +30,7 @@ def undo_merge(
     record, merged = recipe.restored, recipe.base
     chosen = None if dry_run else resolve_device(device)
     undone = Undone(merged, record, adapters, chosen)
-    recipe.base, recipe.dropped = undone, undone.added
+    recipe.base, recipe.dropped, recipe.fallback = undone, undone.added, undone.fallback
     plan_files(recipe)
     strengths = [a.weight for a in record.adapters]
     report = start_report("unmerge", recipe, inputs, strengths, dry_run)

@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,8 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import TensorInfo, show
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import FormatError, MismatchError
+from lorasurgery.errors import FormatError, MismatchError, UsageError
+from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.edits import Edit
 from lorasurgery.ops.undo_record import Stretch, UndoRecord
@@ -44,10 +46,13 @@ class Undone(Checkpoint):
         self.__dict__ |= merged.__dict__  # the same files, read by the same rules
         self.merged, self.record, self.device = merged, record, device
         strengths = [a.weight for a in record.adapters]
-        plan = weighed_plan(merged, adapters, strengths, record.block_weights, replaces=False)
+        try:
+            plan = weighed_plan(merged, adapters, strengths, record.block_weights, replaces=False)
+        except UsageError as problem:  # what is wrong is in the record, not in what was typed
+            raise FormatError(f"{_at(record)}: is a damaged undo record ({problem})") from None
         self._edits: dict[str, Edit] = plan.edits
-        self._held: OrderedDict[tuple[str, int], Undoing] = OrderedDict()
-        self._turn = threading.Lock()
+        self._held: OrderedDict[tuple[str, int, str], Undoing] = OrderedDict()
+        self._turn, self.fallback = threading.Lock(), Fallback()
         self.added = frozenset(n for n, k in record.tensors.items() if k.kind == "added")
         self.tensors = {n: self._info(n, info) for n, info in merged.tensors.items() if n not in self.added}
         for name, kept in record.tensors.items():
@@ -144,13 +149,19 @@ class Undone(Checkpoint):
         height = edit.shape[1] if _is_stacked(edit) else edit.shape[0] if edit.shape else 1
         raw = self.check(name, stretch)
         merged = torch.frombuffer(raw, dtype=dtype).view(-1, columns)
-        undoing = self._of(edit, first // height if _is_stacked(edit) else 0, dtype)
         kept = unpack_corrections(packed, dtype.itemsize, merged.numel())
-        with torch.inference_mode(), own_stream(device):
-            here = merged.to(device)
-            out = torch.empty_like(here)
-            undoing.restore(here, kept, out, first % height)
-            return out.cpu().reshape(-1).view(torch.uint8).numpy().data
+
+        def restored(device: torch.device) -> torch.Tensor:
+            undoing = self._of(edit, first // height if _is_stacked(edit) else 0, dtype, device)
+            with torch.inference_mode(), own_stream(device):
+                here = merged.to(device)
+                out = torch.empty_like(here)
+                undoing.restore(here, kept, out, first % height)
+                return out.cpu()
+
+        ways = [partial(restored, device) for device in (device, torch.device("cpu"))]
+        old, _ = self.fallback.first(name, ways)
+        return old.reshape(-1).view(torch.uint8).numpy().data
 
     @property
     def _device(self) -> torch.device:
@@ -159,13 +170,13 @@ class Undone(Checkpoint):
         assert self.device is not None
         return torch.device("cpu") if self.device.type == "mps" else self.device  # which has no float64
 
-    def _of(self, edit: Edit, expert: int, dtype: torch.dtype) -> Undoing:
+    def _of(self, edit: Edit, expert: int, dtype: torch.dtype, device: torch.device) -> Undoing:
         from lorasurgery.ops.recorder import undoing_of
 
         with self._turn:
-            key = edit.tensor, expert
+            key = edit.tensor, expert, device.type
             if key not in self._held:
-                self._held[key] = undoing_of(edit, expert, dtype, self._device)
+                self._held[key] = undoing_of(edit, expert, dtype, device)
                 if len(self._held) > _HELD:
                     self._held.popitem(last=False)
             self._held.move_to_end(key)

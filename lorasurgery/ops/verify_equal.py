@@ -27,6 +27,7 @@ from lorasurgery.report import Checked, Progress, Report
 
 _TOLERANCE = 2.0**-20  # of the largest value: what summing in float32 may differ by
 _ROOM = 96 << 20
+_BLOCK = 1 << 18  # values
 
 
 def same_by_record(
@@ -76,6 +77,7 @@ def compare(
             slots[name] = _Compared(model, name)
             jobs.append((recipe, planned, slots[name], device, buffers))
         Flow(_ROOM).run(job for given in jobs for _, job in jobs_of(*given))
+    report.warnings += recipe.fallback.warnings
     for name, slot in slots.items():
         slot.tell(lines[name])
     report.modules += [line for line in lines.values() if line.state != "equal"]
@@ -126,12 +128,19 @@ class _Compared:
         if data == there:
             differ = largest = wrong = 0
         else:
-            differ, largest, wrong = self._apart(torch.frombuffer(data, dtype=self.dtype),
+            differ, largest, wrong = self._blocks(torch.frombuffer(data, dtype=self.dtype),
                                                  torch.frombuffer(there, dtype=self.dtype))  # fmt: skip
         with self._lock:
             self.values += len(data) // self.dtype.itemsize
             self.differ, self.wrong = self.differ + differ, self.wrong + wrong
             self.largest = max(self.largest, largest)
+
+    def _blocks(self, wanted: torch.Tensor, there: torch.Tensor) -> tuple[int, int, int]:
+        """The same over blocks that take little memory."""
+        parts = [
+            self._apart(*pair) for pair in zip(torch.split(wanted, _BLOCK), torch.split(there, _BLOCK), strict=True)
+        ]
+        return sum(p[0] for p in parts), max(p[1] for p in parts), sum(p[2] for p in parts)
 
     def _apart(self, wanted: torch.Tensor, there: torch.Tensor) -> tuple[int, int, int]:
         """(values that differ, the most steps apart, those further apart than rounding explains)."""
