@@ -22,6 +22,7 @@ from lorasurgery.errors import MismatchError
 from lorasurgery.ranks import Ranks
 
 PARTIAL = ".lorasurgery-partial"
+UNDO_FOLDER = "lorasurgery-undo"  # of finished records, in a checkpoint's folder or behind the name of a file
 JOURNAL, FACTORS, UNDO = ".journal-", ".factors-", ".undo-"
 KEPT = 10**9  # bytes worked through: less is done again sooner than anyone could wonder about the remains
 _SECONDS = 20.0  # between two syncs

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from lorasurgery.checkpoint.files import ReadFile, WriteFile, clone, sync_folder
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, Run, journals, partial_of, partials
+from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, UNDO_FOLDER, Run, journals, partial_of, partials
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, PIPELINE
 from lorasurgery.checkpoint.plan import PlannedFile
 from lorasurgery.checkpoint.writer import TensorFile
@@ -167,7 +167,7 @@ class Output:
                 self._sync_names()
                 self.run.committing(list(self._staged))
             # a resumed run may have begun with --overwrite; without it the folder was empty then
-            if not self.single and (self.overwrite or (self.run is not None and self.run.resume)):
+            if self.overwrite or (self.run is not None and self.run.resume):
                 self._retire(last)
             for names in ([n for n in self._staged if n != last], [last]):
                 self._sync_names()  # after a power cut too, no name is there before those that come first
@@ -190,20 +190,33 @@ class Output:
                 sync_folder(folder)
 
     def _retire(self, last: str) -> None:
-        """Remove what the old output's readers go by, and its weights; nothing else of the user's."""
-        with suppress(FileNotFoundError):
-            (self.folder / last).unlink()
+        """Remove what the old output's readers go by, its weights and its undo records; nothing else of the user's.
+
+        Indexes go after the shards that only they tell of, so that whoever resumes still knows those; new names come
+        when neither is there any more, so that nobody reads a mixture.
+        """
+        for paths in ([], []) if self.single else self._stale(last):
+            for path in paths:
+                path.unlink(missing_ok=True)
+            self._sync_names()
+        records = self.folder / (f"{self.name}.{UNDO_FOLDER}" if self.single else UNDO_FOLDER)
+        for file in records.glob("[0-9]*.safetensors") if records.is_dir() else ():
+            if f"{records.name}/{file.name}" not in self._staged:
+                file.unlink()
+        with suppress(OSError):  # where there are none to come
+            records.rmdir()
+
+    def _stale(self, last: str) -> tuple[list[Path], list[Path]]:
+        """Weights that no new ones replace, and what a reader looks for first."""
+        weights, guides = [], [self.folder / name for name in (PIPELINE, last, RECORD_NAME)]
         for folder in {(self.folder / name).parent for name in self._staged}:
             names = {f.name for f in folder.iterdir()}
-            indexes = [n for n in names if n.endswith(INDEX_SUFFIX)]
-            stale = {n for i in indexes for n in _indexed(folder / i)} | {*_WEIGHTS, "adapter_config.json", RECORD_NAME}
+            indexes = {n for n in names if n.endswith(INDEX_SUFFIX)}
             staged = {Path(n).name for n in self._staged if (self.folder / n).parent == folder}
-            # a new index of the same name must not point at half-renamed shards, so indexes go in any case
-            for name in [*indexes, *sorted((stale & names) - staged)]:
-                with suppress(FileNotFoundError):
-                    (folder / name).unlink()
-        with suppress(FileNotFoundError):
-            (self.folder / PIPELINE).unlink()
+            old = {n for i in indexes for n in _indexed(folder / i)} | set(_WEIGHTS)
+            weights += [folder / n for n in sorted((old & names) - staged)]
+            guides += [folder / n for n in sorted({*indexes, "adapter_config.json"} & names)]
+        return weights, guides
 
     def _stage(self, name: str) -> Path:
         final = self.folder / name

@@ -18,6 +18,7 @@ from lorasurgery import __version__
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.heap import Place, read_back
+from lorasurgery.checkpoint.journal import UNDO_FOLDER
 from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
@@ -25,7 +26,7 @@ from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.errors import FormatError, SurgeryError
 from lorasurgery.ops.undo_check import parsed
 
-FOLDER = "lorasurgery-undo"
+FOLDER = UNDO_FOLDER
 _FORMAT, _MOST_ABOUT = 1, 1 << 28
 
 

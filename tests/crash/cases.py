@@ -92,7 +92,7 @@ class World:
         for name in ("merge --in-place", "merge --in-place, one file"):
             self.place(CASES[name], "merged")
             CASES[name].work(self.folder, self.folder / f"merged{FILE if CASES[name].file else ''}")
-        unmerge(base, [adapter], self.folder / "older", max_shard_size=100_000)
+        merge(base, [adapter], self.folder / "older", undo=True, max_shard_size=100_000)
         self._hashes, self._whole = hashes(self.folder), dict[str, dict[str, str]]()
         self._places = 0
 
@@ -114,6 +114,8 @@ class World:
             CASES[name].work(self.folder, place)
             self._whole[name] = state(place)
             assert not remains(place)
+            if CASES[name].start == "older":
+                assert self._whole[name] == self.whole(name.split()[0]), "something of the old output is left"
         return self._whole[name]
 
     def published(self, name: str) -> dict[str, str]:

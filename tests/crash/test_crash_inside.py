@@ -61,6 +61,26 @@ def test_stopped_again_while_it_goes_on(name: str, world: World) -> None:
     assert check(world, name, Stop(count // 2), Stop(9), Stop(7, seed=3))
 
 
+def test_a_part_of_a_mixture_is_refused_too(world: World) -> None:
+    """A shard of which some tensors are new is refused by its own name; one that is not touched is read."""
+    place = world.place(CASES["switch"])
+    late = next(i for i, c in enumerate(calls_of("switch", world), 1) if c.startswith("truncate"))  # of the new record
+    assert run("switch", world.root, place, Stop(late))[0]
+    shards = sorted(place.glob("*.safetensors"))
+    for shard in (shards[0], shards[2]):
+        with pytest.raises(MismatchError, match="in the middle of `switch out topic`"):
+            Checkpoint.open(shard)
+    Checkpoint.open(shards[1])
+
+
+def test_the_folder_of_a_mixture_is_refused_too(world: World) -> None:
+    """A folder is refused when the operation is on a file in it."""
+    place = world.place(CASES["merge --in-place, one file"])
+    assert run("merge --in-place, one file", world.root, place, Stop(60))[0]
+    with pytest.raises(MismatchError, match="in the middle of"):
+        Checkpoint.open(place.parent)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INSIDE)
 def test_every_stop(name: str, world: World) -> None:
