@@ -40,7 +40,17 @@ def samples(command: list[str]) -> tuple[Counter[str], float]:
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw"
         start = time.monotonic()
-        spy = ["py-spy", "record", "--nonblocking", "-r", "50", "-f", "raw", "-o", str(raw)]
+        spy = [
+            str(Path(sys.executable).with_name("py-spy")),
+            "record",
+            "--nonblocking",
+            "-r",
+            "50",
+            "-f",
+            "raw",
+            "-o",
+            str(raw),
+        ]
         spy += ["--", sys.executable, *command]
         subprocess.run(spy, check=True, capture_output=True)
         seconds, found = time.monotonic() - start, Counter[str]()

@@ -21,6 +21,7 @@ from lorasurgery.lowrank import Dense, Update
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _EPS = 2.0**-53
+_AT_ONCE = 1 << 18  # corrections that are put in together
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Corrections:
     """Where round(W' − Δ) is not W, in some rows taken as one list of values.
 
     Args:
-        places: (n,) int64, rising. steps: (n,) int64, how many representable values W lies above it.
-        doubtful: (k,) int64, where the rounding may turn from machine to machine. bits: (k,) W's own, as integers.
+        places: (n,) int32, rising. steps: (n,) int32 or int64, how many representable values W lies above it.
+        doubtful: (k,) int32, where the rounding may turn from machine to machine. bits: (k,) W's own, as integers.
     """
 
     places: Tensor
@@ -96,8 +97,10 @@ class Undoing:
 
         each(work, range(len(blocks)))
         bits = out.reshape(-1).view(BITS[self.dtype.itemsize])
-        places, steps = kept.places.to(out.device), kept.steps.to(out.device)
-        bits[places] = unordered(ordered(bits[places]) + steps, bits.dtype)
+        for start in range(0, len(kept.places), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            places, steps = kept.places[some].to(out.device), kept.steps[some].to(out.device)
+            bits[places] = unordered(ordered(bits[places]) + steps, bits.dtype)
         bits[kept.doubtful.to(out.device)] = kept.bits.to(out.device, bits.dtype)
 
     def _before(self, merged: Tensor, value: Tensor, first: int) -> None:
@@ -124,7 +127,8 @@ class Undoing:
             sure &= finite[at]
         places, doubtful = at[sure], at[~sure]
         steps = ordered(wanted[places]) - ordered(low[places])
-        return places + start, steps, doubtful + start, wanted[doubtful].to(torch.int64)
+        narrow = torch.int32 if self.dtype.itemsize <= 2 else torch.int64
+        return (places + start).int(), steps.to(narrow), (doubtful + start).int(), wanted[doubtful]
 
     def _doubt(self, value: Tensor) -> tuple[float, Tensor | None]:
         """How far another machine's values may lie from these, and which are finite where not all are."""

@@ -26,10 +26,11 @@ def pack_corrections(found: Corrections, itemsize: int) -> bytes:
     [1, -1]
     """
     steps = found.steps.numpy()
-    turned = ((steps << 1) ^ (steps >> 63)).astype("<u8")  # small numbers of either sign become small ones
+    size = 8 * steps.dtype.itemsize
+    turned = ((steps << 1) ^ (steps >> (size - 1))).view(f"<u{size // 8}")  # small ones of either sign become small
     wide = next(w for w in (1, 2, 4, 8) if not len(turned) or int(turned.max()) < 1 << (8 * w))
     parts = [_planes(_gaps(found.places), 4), _planes(turned, wide), _planes(_gaps(found.doubtful), 4),
-             _planes(found.bits.numpy().astype("<i8").view("<u8"), itemsize)]  # fmt: skip
+             _planes(found.bits.numpy(), itemsize)]  # fmt: skip
     head = _HEAD.pack(len(steps), len(found.bits), wide)
     return bytes(zstandard.ZstdCompressor(_LEVEL).compress(head + b"".join(parts)))
 
@@ -60,9 +61,10 @@ def unpack_corrections(data: bytes, itemsize: int, size: int) -> Corrections:
         arrays.append(_numbers(raw[start : start + count * width], count, width))
         start += count * width
     turned = arrays[1]
-    steps = (turned >> np.uint64(1)).astype(np.int64) ^ -(turned & np.uint64(1)).astype(np.int64)
+    signed = turned.dtype.str.replace("u", "i")
+    steps = (turned >> 1).view(signed) ^ -(turned & 1).view(signed)
     places, doubtful = _places(arrays[0], size), _places(arrays[2], size)
-    bits = arrays[3].astype(f"<u{itemsize}").view(f"<i{itemsize}").astype(np.int64)
+    bits = arrays[3].astype(f"<u{itemsize}").view(f"<i{itemsize}")
     return Corrections(places, torch.from_numpy(steps), doubtful, torch.from_numpy(bits))
 
 
@@ -109,22 +111,23 @@ def _opened(data: bytes, most: int) -> bytes:
 
 
 def _gaps(places: Tensor) -> Any:
-    return np.diff(places.numpy(), prepend=0).astype("<u8")
+    return np.diff(places.numpy(), prepend=np.int32(0))
 
 
 def _places(gaps: Any, size: int) -> Tensor:
-    places = np.cumsum(gaps, dtype=np.int64)
-    if len(places) and not 0 <= int(places[-1]) < size:
+    if int(gaps.sum(dtype=np.uint64)) >= max(1, min(size, 1 << 31)):
         raise FormatError("the record is damaged")
-    return torch.from_numpy(places)
+    return torch.from_numpy(np.cumsum(gaps, dtype=np.int32))
 
 
 def _planes(numbers: Any, width: int) -> bytes:
-    """The lowest `width` bytes of 64-bit numbers, all first bytes, then all second ones."""
-    return bytes(np.ascontiguousarray(numbers.view(np.uint8).reshape(-1, 8)[:, :width].T).tobytes())
+    """The lowest `width` bytes of numbers, all first bytes, then all second ones."""
+    size = numbers.dtype.itemsize
+    return bytes(np.ascontiguousarray(numbers.view(np.uint8).reshape(-1, size)[:, :width].T).tobytes())
 
 
 def _numbers(raw: bytes, count: int, width: int) -> Any:
-    wide = np.zeros((count, 8), np.uint8)
+    size = 4 if width <= 4 else 8
+    wide = np.zeros((count, size), np.uint8)
     wide[:, :width] = np.frombuffer(raw, np.uint8).reshape(width, count).T
-    return wide.reshape(-1).view("<u8")
+    return wide.reshape(-1).view(f"<u{size}")

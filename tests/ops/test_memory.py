@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,16 +47,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file(factors, path / f"adapter{k}/adapter_model.safetensors", {"format": "pt"})
         config = {"peft_type": "LORA", "r": 32, "lora_alpha": 32, "target_modules": ["up_proj"]}
         (path / f"adapter{k}/adapter_config.json").write_text(json.dumps(config))
+    merge(path / "base", [path / "adapter0"], path / "merged", undo=True)
     return path
 
 
-def peak(*command: str) -> int:
-    """The peak resident memory of a process, in bytes."""
+def peak(*command: str, holds: bool = True) -> int:
+    """The peak resident memory of a process, in bytes; where a check does not hold, its status is 1."""
     done = subprocess.run(
         [sys.executable, "-S", "-c", MEASURE, sys.executable, *command], capture_output=True, text=True
     )
     size, status = done.stderr.split()[-2:]
-    assert status == "0", done.stderr
+    assert status == str(int(not holds)), done.stderr
     return int(size)
 
 
@@ -75,17 +77,27 @@ COMMANDS = {
     "diff adapters": "diff adapter0 adapter1",
     "plan": "plan base --rank 8",
     "check": "check adapter0 --base base",
+    "merge --undo": "merge base adapter0 --undo",
+    "unmerge, exact": "unmerge merged adapter0",
+    "merge --in-place": "merge merged adapter1 --in-place",
+    "switch": "switch merged --to adapter1",
+    "verify": "verify merged --against base --adapter adapter1",
 }
+INSIDE = ("merge --in-place", "switch")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_memory_of_every_command(name: str, folder: Path, tmp_path: Path) -> None:
     """Peak over the interpreter with torch: under 3 times the largest touched tensor in float32 + adapters + 256 MB."""
-    words = [str(folder / w) if w.startswith(("base", "tuned", "adapter")) else w for w in COMMANDS[name].split()]
-    if words[0] in ("extract", "merge", "unmerge", "rerank", "blend", "convert"):
+    words = [
+        str(folder / w) if w.startswith(("base", "tuned", "adapter", "merged")) else w for w in COMMANDS[name].split()
+    ]
+    if name in INSIDE:
+        words[1] = str(shutil.copytree(folder / "merged", tmp_path / "merged"))
+    elif words[0] in ("extract", "merge", "unmerge", "rerank", "blend", "convert"):
         words += ["-o", str(tmp_path / "out")]
-    over = peak("-m", "lorasurgery", *words, "-q") - peak("-c", "import torch")
+    over = peak("-m", "lorasurgery", *words, "-q", holds=name != "verify") - peak("-c", "import torch")
     adapters = sum((folder / f"adapter{k}/adapter_model.safetensors").stat().st_size for k in (0, 1))
     print(f"{name}: {over / 1e6:.0f} MB over torch, allowed {(3 * LARGEST + adapters) / 1e6 + 256:.0f} MB")
     assert over < 3 * LARGEST + adapters + 256e6
