@@ -132,6 +132,16 @@ class Output:
         """Count on a file that another rank, or the run before this one, wrote."""
         self._stage(name)
 
+    def check_kept(self, names: Iterable[str]) -> None:
+        """See that files are there of which an interrupted run finished some: new ones would hold zeros in its place.
+
+        Raises:
+            OutputError: one was removed.
+        """
+        for partial in (partial_of(self.folder / name) for name in names):
+            if not partial.is_file():
+                raise OutputError(f"{show(str(partial))}: was removed, so --resume can't; --overwrite starts anew")
+
     def write_bytes(self, name: str, data: bytes) -> None:
         """Stage a small file."""
         with self._stage(name).open("wb") as file:

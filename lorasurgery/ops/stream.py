@@ -67,6 +67,7 @@ class _Work:
         self.buffers = Buffers(device)
         self._files: dict[str, TensorFile] = {}
         self._lock = threading.Lock()
+        output.check_kept(f.name for f in recipe.files if any(t.name in journal.done for t in f.tensors))
         self._share = _share(recipe, journal)
         self._sizes = {t.name: t.nbytes for tensors in self._share.values() for t in tensors}
         self._left = {name: len(tensors) for name, tensors in self._share.items()}

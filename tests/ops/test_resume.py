@@ -145,6 +145,17 @@ def test_damaged_factors_are_noticed(folder: Path, tmp_path: Path) -> None:
         operation("extract", folder, out, resume=True)
 
 
+def test_a_file_that_was_removed_is_noticed(folder: Path, tmp_path: Path) -> None:
+    """Half of a shard was written and somebody removed it: the resumed run must not make a new one with zeros in it."""
+    out = tmp_path / "out"
+    assert kill_after("merge", folder, out, 5, 0.0)
+    partial = out / ".model-00001-of-00003.safetensors.lorasurgery-partial"
+    partial.unlink()
+    with pytest.raises(OutputError, match=r"was removed.*--overwrite"):
+        operation("merge", folder, out, resume=True)
+    operation("merge", folder, out, overwrite=True)
+
+
 def test_small_remains_go_and_large_ones_stay(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that fails early leaves nothing; one that worked long keeps what it has for --resume."""
     for kept, expected in ((10**9, False), (1, True)):
