@@ -95,6 +95,8 @@ class Difference:
 
         def make(wanted: slice) -> Tensor:
             nonlocal held
+            if self.device.type == "cuda":  # others fill it, on streams of their own, while products of it may be queued
+                torch.cuda.current_stream(self.device).synchronize()
             size = (wanted.stop - wanted.start) * columns
             if held.numel() < size:
                 held = torch.empty(size, dtype=dtype, device=self.device)

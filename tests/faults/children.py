@@ -31,7 +31,9 @@ class Child:
         context.set_forkserver_preload(_PRELOADED)
         mine, theirs = context.Pipe(duplex=False)
         self.log, self._told = log, mine
-        self._process = context.Process(target=_work, args=([str(w) for w in words], log, write, batch, seconds, theirs))
+        self._process = context.Process(
+            target=_work, args=([str(w) for w in words], log, write, batch, seconds, theirs)
+        )
         self._process.start()
         theirs.close()
 

@@ -120,7 +120,16 @@ def test_nowhere_to_print(small: Path, tmp_path: Path) -> None:
     """A report that can't be printed fails the command, in one line; the result is whole all the same."""
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")
-    words = [sys.executable, "-m", "lorasurgery", "merge", str(small / "base"), str(small / "style"), "-o", str(tmp_path / "out")]
+    words = [
+        sys.executable,
+        "-m",
+        "lorasurgery",
+        "merge",
+        str(small / "base"),
+        str(small / "style"),
+        "-o",
+        str(tmp_path / "out"),
+    ]
     with Path("/dev/full").open("w") as nowhere:
         done = subprocess.run([*words, "--json"], stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, "lorasurgery: system: No space left on device\n")

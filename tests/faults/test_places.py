@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 from children import Child
 from long_runs import hashes
-from operations import INSIDE, OPERATIONS, OUTSIDE, make_world, run, state
+from operations import INSIDE, OPERATIONS, OUTSIDE, run, state
 from people import mounted
 
 SHARD = "model-00001-of-00003.safetensors"
@@ -61,7 +60,9 @@ def test_an_output_that_is_an_input(name: str, small: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names(name: str, small: Path, whole: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names(
+    name: str, small: Path, whole: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Spaces, other scripts, line breaks and what shells care about in a name: the whole round trip works, to the bit."""
     world = tmp_path / name
     for folder in ("base", "tuned", "style", "topic"):
