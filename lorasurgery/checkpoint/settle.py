@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.checkpoint.files import ReadFile, WriteFile, sync_folder
 from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.journal_lines import read_lines
 from lorasurgery.errors import FormatError, MismatchError, OutputError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+_CHUNK = 4 << 20
 FOLDER, LOCK = ".lorasurgery-surgery", ".lorasurgery-lock"
+MENDED = "--resume goes on once that is mended"
 
 
 def surgery_folder(checkpoint: Path) -> Path:
@@ -91,10 +94,14 @@ def lock(checkpoint: Path) -> BaseFileLock:
             f"{show(str(checkpoint))}: another command is changing it at this moment; wait until it is done"
         ) from None
     except OSError as problem:
-        raise OutputError(
-            f"{show(str(place))}: cannot be written ({problem.strerror or problem}); nothing was changed"
-        ) from None
+        raise cannot_write(place, problem, "nothing was changed") from None
     return found
+
+
+def cannot_write(checkpoint: Path, problem: OSError, left: str) -> OutputError:
+    """One line about what the system refused, and what was left."""
+    where = show(str(problem.filename or checkpoint))
+    return OutputError(f"{where}: cannot be written ({problem.strerror or problem}); {left}")
 
 
 def settle_first(checkpoint: Path, *, resume: bool) -> bool:
@@ -126,8 +133,15 @@ def settle(checkpoint: Path) -> dict[str, Any] | None:
         What the operation is when some of it is still missing; None when it is complete, or never began.
 
     Raises:
-        FormatError: what was made ready is damaged.
+        FormatError: what was made ready is damaged. OutputError: the disk refuses.
     """
+    try:
+        return _settle(checkpoint)
+    except OSError as problem:
+        raise cannot_write(checkpoint, problem, MENDED) from None
+
+
+def _settle(checkpoint: Path) -> dict[str, Any] | None:
     folder, home = surgery_folder(checkpoint), checkpoint if checkpoint.is_dir() else checkpoint.parent
     lines = lines_of(folder / "journal")
     if not lines or "about" not in lines[0]:
@@ -147,9 +161,19 @@ def settle(checkpoint: Path) -> dict[str, Any] | None:
 def _check(folder: Path, batch: Sequence[Sequence[Any]]) -> None:
     with ReadFile(folder / "redo") as redo:
         for _, _, start, size, crc in batch:
-            data = bytearray(size)
-            if redo.read_all(start, memoryview(data)) != size or zlib.crc32(data) != crc:
+            if _sum_of(redo, start, size) != crc:
                 raise FormatError(f"{show(str(folder / 'redo'))}: is damaged; leave it, and ask for help with it")
+
+
+def _sum_of(file: ReadFile, start: int, size: int) -> int | None:
+    """CRC-32 of some bytes of a file, None where it ends before them."""
+    buffer, found, done = memoryview(bytearray(min(size, _CHUNK))), 0, 0
+    while done < size:
+        piece = buffer[: size - done]
+        if file.read_all(start + done, piece) != len(piece):
+            return None
+        found, done = zlib.crc32(piece, found), done + len(piece)
+    return found
 
 
 def apply(home: Path, folder: Path, batch: Sequence[Sequence[Any]]) -> None:
@@ -204,23 +228,12 @@ def _cut(journal: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def lines_of(journal: Path) -> list[dict[str, Any]]:
-    """The lines of a journal up to the first that was not written to its end; none where there is no journal."""
-    found: list[dict[str, Any]] = []
-    raw = b""
-    if not journal.is_file():
-        return found
-    with journal.open("rb") as file:
-        for raw in file:
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                line = None
-            if not raw.endswith(b"\n") or not isinstance(line, dict):
-                break
-            found.append(line)
-        if not found and raw.endswith(b"\n"):  # no write that stopped half-way leaves this
-            raise FormatError(f"{show(str(journal))}: is damaged; leave it, and ask for help with it")
-    return found
+    """The lines of a journal, without a last one that was not written to its end; none where there is no journal.
+
+    Raises:
+        FormatError: it is damaged, or speaks of files that are not its checkpoint's.
+    """
+    return read_lines(journal, FOLDER)
 
 
 def as_line(line: Mapping[str, Any]) -> bytes:

@@ -21,8 +21,10 @@ from lorasurgery.checkpoint.files import WriteFile, sync_folder
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.heap import Heap
 from lorasurgery.checkpoint.settle import (
+    MENDED,
     apply,
     as_line,
+    cannot_write,
     discard,
     end,
     in_the_middle,
@@ -69,9 +71,10 @@ class Surgery:
         self._end, self._turn = 0, threading.Lock()
 
     def __enter__(self) -> Surgery:
-        self._lock = lock(self.checkpoint)
+        self._lock, begun = lock(self.checkpoint), False
         try:
             about = settle(self.checkpoint)
+            begun = about is None
             if about is None:
                 self._begin()
             elif not self.resume:
@@ -85,11 +88,12 @@ class Surgery:
                 files.callback(self.heap.close)
                 sync_folder(self.folder)  # what a line speaks of must have its name by then
                 self._files = files.pop_all()
-        except OSError as problem:
+        except BaseException as problem:
+            if begun:
+                discard(self.folder)
             self._lock.release()
-            raise self._failed(problem) from None
-        except BaseException:
-            self._lock.release()
+            if isinstance(problem, OSError):
+                raise self._failed(problem, changed=not begun) from None
             raise
         return self
 
@@ -101,9 +105,9 @@ class Surgery:
             if kind is not None and not self.done and not self.resumed:  # nothing was changed yet
                 discard(self.folder)
         self._lock.release()
-        if isinstance(problem, OSError):
-            raise self._failed(problem) from None
         changed = bool(self.done or self.resumed)
+        if isinstance(problem, OSError):
+            raise self._failed(problem, changed=changed) from None
         if isinstance(problem, (KeyboardInterrupt, MemoryError)):
             problem.args = (_GO_ON if changed else "nothing was changed",)
         elif isinstance(problem, (SurgeryError, RuntimeError)) and changed:
@@ -197,7 +201,5 @@ class Surgery:
             left = left[self._journal.write(left) or 0 :]
         os.fsync(self._journal.fileno())
 
-    def _failed(self, problem: OSError) -> OutputError:
-        where = show(str(problem.filename or self.checkpoint))
-        left = "--resume goes on once that is mended" if self.done else "nothing was changed"
-        return OutputError(f"{where}: cannot be written ({problem.strerror or problem}); {left}")
+    def _failed(self, problem: OSError, *, changed: bool) -> OutputError:
+        return cannot_write(self.checkpoint, problem, MENDED if changed else "nothing was changed")
