@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTS ?=
 ONLY ?=
+MINUTES ?= 30
 BENCH ?=
 
-.PHONY: help install demo test test-slow lint types check docs site bench clean
+.PHONY: help install demo test test-slow fuzz lint types check docs site bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -32,6 +33,10 @@ test: $(STAMP) ## Run the tests (minutes; needs no network once installed)
 
 test-slow: $(STAMP) ## The proofs that take minutes each
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(TESTS)
+
+fuzz: $(STAMP) ## Read hostile files for MINUTES=30 and say what was not refused in one line, in bounded time and memory
+	@echo "== fuzz: $(MINUTES) minutes"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/hostile/fuzz.py --minutes $(MINUTES)
 
 lint: $(STAMP) ## ruff, formatting included
 	@echo "== lint"

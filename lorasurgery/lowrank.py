@@ -184,6 +184,21 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return float64 if dtype == float64 else float32
 
 
+def common(one: torch.dtype, two: torch.dtype) -> torch.dtype:
+    """A dtype that holds the values of both; torch itself promotes no 8-bit floats.
+
+    >>> import torch
+    >>> common(torch.float8_e4m3fn, torch.float8_e4m3fn), common(torch.float8_e5m2, torch.bfloat16)
+    (torch.float8_e4m3fn, torch.float32)
+    """
+    from torch import float16, promote_types
+
+    if one == two:
+        return one
+    first, second = (d if d.itemsize > 1 else float16 for d in (one, two))
+    return promote_types(first, second)
+
+
 def _to(tensor: Tensor, where: tuple[torch.device | torch.dtype | str, ...]) -> Tensor:
     for place in where:
         tensor = tensor.to(place)

@@ -5,6 +5,7 @@ Everything here is known from headers and the config; factors are read one modul
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -187,8 +188,12 @@ class Adapter:
         return Dense(self.weights.read(self.diffs[name]).reshape(-1, 1))
 
     def _parts(self, delta: Delta) -> dict[str, Tensor]:
+        """The tensors of other forms, all in the widest of their dtypes, float32 at least."""
+        import torch
+
         found = {part: self.weights.read(name) for part, name in delta.parts.items()}
-        return {part: t.to(widened(t.dtype)) for part, t in found.items()}
+        wide = functools.reduce(torch.promote_types, (widened(t.dtype) for t in found.values()))
+        return {part: t.to(wide) for part, t in found.items()}
 
     def load_expert(self, delta: Delta, expert: int) -> LowRank:
         """One expert's factors: lora_A is expert-major, lora_B rank-major (peft.tuners.lora.layer.ParamWrapper)."""

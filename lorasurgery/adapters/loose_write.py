@@ -22,7 +22,7 @@ from lorasurgery.adapters.header_config import KEY
 from lorasurgery.adapters.module import Module
 from lorasurgery.adapters.peft_write import rank_fields, with_kernel
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
-from lorasurgery.lowrank import LowRank
+from lorasurgery.lowrank import LowRank, widened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,11 +129,10 @@ def baked(update: LowRank) -> LowRank:
     >>> baked(LowRank(torch.full((2, 1), 6e-8, dtype=torch.float16), torch.ones(1, 2), 0.5)).up.dtype
     torch.float32
     """
-    import torch
 
     if update.scale == 1 or math.frexp(abs(update.scale))[0] != 0.5:
         return update
-    wide = torch.promote_types(update.up.dtype, torch.float32)
+    wide = widened(update.up.dtype)
     for held in (update.up, update.up.to(wide)):
         up = held * update.scale
         if bool((up / update.scale == held).all()):

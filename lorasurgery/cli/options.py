@@ -234,7 +234,7 @@ def guarded(function: F) -> F:
         except OSError as problem:
             _fail(SurgeryError(f"{problem.filename or 'system'}: {problem.strerror or problem}"), 1)
         except RuntimeError as problem:  # torch's errors, such as a GPU out of memory
-            _fail(SurgeryError(f"{type(problem).__name__}: {problem}"), 1)
+            _fail(SurgeryError(f"{type(problem).__name__}: {' '.join(str(problem).split())}"), 1)
         finally:
             COMMAND_LINE.reset(token)
 
@@ -278,6 +278,6 @@ def _interrupted(*_: object) -> None:
 
 
 def _fail(problem: SurgeryError, status: int) -> None:
-    line, here = " ".join(str(problem).split()), os.environ.get("RANK", "0")
-    click.echo(f"lorasurgery{f' (rank {here})' if here != '0' else ''}: {line}", err=True)
+    here = os.environ.get("RANK", "0")
+    click.echo(f"lorasurgery{f' (rank {here})' if here != '0' else ''}: {problem}", err=True)
     sys.exit(status)

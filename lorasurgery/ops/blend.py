@@ -195,7 +195,8 @@ def _finish(draft: Composed, options: BlendOptions, budget: int | None, output: 
     if options.uniform_rank:
         draft.pad()
     if not draft.modules and not draft.whole and not first_keys(draft.sources):
-        raise MismatchError(f"the {options.command} is zero in every module, so there is nothing to write")
+        names = ", ".join(a.path for a in draft.sources)
+        raise MismatchError(f"{names}: the {options.command} is zero in every module, so there is nothing to write")
     draft.write(output)
 
 

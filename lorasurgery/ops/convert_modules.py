@@ -17,7 +17,7 @@ from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.errors import SurgeryError, UnsupportedError
 from lorasurgery.linalg.core import distance, inner
 from lorasurgery.linalg.thin import NOT_FINITE
-from lorasurgery.lowrank import LowRank
+from lorasurgery.lowrank import LowRank, common
 from lorasurgery.ops.factored import Factored
 
 
@@ -97,7 +97,7 @@ class Assembly:
     def _cast(self, update: LowRank) -> LowRank:
         dtype = self.dtype
         if dtype is None and update.up.dtype != update.down.dtype:
-            dtype = torch.promote_types(update.up.dtype, update.down.dtype)
+            dtype = common(update.up.dtype, update.down.dtype)
         if dtype is None or (update.up.dtype == dtype and update.down.dtype == dtype):
             return update
         cast = update.to(dtype)

@@ -30,6 +30,8 @@ def parsed(raw: bytes, version: int, room: int) -> dict[str, Any]:
         raise ValueError
     if about["format"] != version:
         return about  # which the caller says by its number
+    if not about["adapters"]:
+        raise ValueError
     for adapter in about["adapters"]:
         _all_text(adapter["name"], adapter["path"], adapter["sha256"])
         if type(adapter["weight"]) not in (int, float) or not math.isfinite(adapter["weight"]):

@@ -1,0 +1,299 @@
+"""What is fuzzed: each target makes one hostile input from good files, and says how the program meets it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hostile_mutate as mutate
+import torch
+import zstandard
+from click.testing import CliRunner
+from hostile_files import Files, bytes_of, data_of, header_of, laid_out, write_sparse
+
+from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.adapters.path_regex import Budget, PathRegex, PatternError
+from lorasurgery.adapters.pattern_table import PatternTable
+from lorasurgery.adapters.servers import SERVERS
+from lorasurgery.checkpoint.header import parse_header
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.settle import settle_first, unfinished
+from lorasurgery.cli.main import main
+from lorasurgery.errors import FormatError
+from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.linalg.undo import Corrections
+from lorasurgery.ops.blend import blend
+from lorasurgery.ops.check import check
+from lorasurgery.ops.convert import ConvertOptions, convert
+from lorasurgery.ops.diff import diff
+from lorasurgery.ops.extract import ExtractOptions, extract
+from lorasurgery.ops.inspect import inspect
+from lorasurgery.ops.merge import merge
+from lorasurgery.ops.plan import plan
+from lorasurgery.ops.record import read_record
+from lorasurgery.ops.rerank import rerank
+from lorasurgery.ops.undo_pack import pack_corrections, unpack_corrections, unpack_difference
+from lorasurgery.ops.undo_record import read_record as read_undo
+from lorasurgery.ops.undone import Undone
+from lorasurgery.ops.unmerge import unmerge
+from lorasurgery.ops.verify import verify
+
+Work = Callable[[], Any]
+Target = Callable[[Files, random.Random, Path], Work]
+
+
+def header(files: Files, rng: random.Random, folder: Path) -> Work:
+    """Headers as bytes, parsed without a file."""
+    source = rng.choice(sorted(files.folder.rglob("*.safetensors")))
+    raw = mutate.text(mutate.tree(header_of(source), rng), rng)
+    data = len(data_of(source)) if rng.random() < 0.8 else rng.choice((0, 8, 512, 2048, 2**40))
+    return lambda: parse_header(raw, 8 + len(raw) + data, folder.name)
+
+
+def file(files: Files, rng: random.Random, folder: Path) -> Work:
+    """Whole files of weights, bytes changed anywhere, opened and read."""
+    source = rng.choice(sorted(files.folder.rglob("*.safetensors")))
+    path = folder / "model.safetensors"
+    path.write_bytes(mutate.bytes_(source.read_bytes(), rng))
+
+    def work() -> None:
+        with Checkpoint.open(path) as found:
+            for name in found.tensors:
+                found.raw(name)
+
+    return work
+
+
+def index(files: Files, rng: random.Random, folder: Path) -> Work:
+    """Folders: index, config.json and their names, looked at and merged into."""
+    base = folder / "base"
+    shutil.copytree(files.base, base)
+    name = rng.choice(("model.safetensors.index.json", "model.safetensors.index.json", "config.json"))
+    target = base / name
+    target.write_bytes(mutate.text(mutate.tree(json.loads(target.read_bytes()), rng), rng))
+    if rng.random() < 0.1:
+        (base / "model_index.json").write_text("{}")
+        (base / "unet").symlink_to(".")
+    ways: list[Work] = [
+        lambda: inspect(base),
+        lambda: verify(base, device="cpu"),
+        lambda: plan(base),
+        lambda: diff(base, files.base, device="cpu"),
+        lambda: extract(files.base, base, folder / "out", ExtractOptions(RankChoice(rank=1)), dry_run=True),
+        lambda: merge(base, [files.adapter], folder / "out", device="cpu"),
+        lambda: merge(base, [files.adapter], folder / "out", dry_run=True),
+    ]
+    return rng.choice(ways)
+
+
+def adapter_config(files: Files, rng: random.Random, folder: Path) -> Work:
+    """adapter_config.json, opened, checked for every server and merged."""
+    adapter = _adapter(files, folder)
+    config = adapter / "adapter_config.json"
+    config.write_bytes(mutate.text(mutate.tree(json.loads(config.read_bytes()), rng), rng))
+    return _use(adapter, files, rng)
+
+
+def patterns(files: Files, rng: random.Random, folder: Path) -> Work:
+    """Regular expressions from configs, on paths of up to 64 KB."""
+    texts = [mutate._name(rng.choice(mutate.PATTERNS), rng) for _ in range(rng.choice((1, 1, 3)))]
+    paths = [rng.choice(("model.layers.0.self_attn.q_proj", "a" * 3000, "x." * 300, *mutate.NAMES)) for _ in range(3)]
+
+    def work() -> None:
+        table = PatternTable(dict.fromkeys(texts, 8), folder.name)
+        for path in paths:
+            table.first(path, 4)
+        try:
+            PathRegex(texts[0]).fullmatch(paths[0], Budget())
+        except PatternError as problem:
+            raise FormatError(f"{folder.name}: {problem}") from None
+
+    return work
+
+
+def adapter_keys(files: Files, rng: random.Random, folder: Path) -> Work:
+    """Keys, dtypes and shapes of a PEFT adapter, in files that are whole."""
+    adapter = _adapter(files, folder)
+    _write_changed(header_of(adapter / "adapter_model.safetensors"), adapter / "adapter_model.safetensors", rng)
+    return _use(adapter, files, rng)
+
+
+def loose(files: Files, rng: random.Random, folder: Path) -> Work:
+    """Adapters in one file: keys, shapes, and what the header says of alpha."""
+    source = rng.choice(sorted(files.loose.iterdir()))
+    path = folder / source.name
+    found = header_of(source)
+    said = found.get("__metadata__", {})
+    if "lora_adapter_metadata" in said and rng.random() < 0.6:
+        flat = json.loads(said["lora_adapter_metadata"])
+        said["lora_adapter_metadata"] = mutate.text(mutate.tree(flat, rng), rng).decode("utf-8", "replace")
+        path.write_bytes(bytes_of(found, data_of(source)))
+    else:
+        _write_changed(found, path, rng)
+    return _use(path, files, rng)
+
+
+def undo_record(files: Files, rng: random.Random, folder: Path) -> Work:
+    """Undo records: what they say of tensors, stretches and files, then every tensor as it was."""
+    merged = folder / "merged"
+    shutil.copytree(files.merged, merged)
+    path = merged / "lorasurgery-undo" / "0001.safetensors"
+    found, data = header_of(path), data_of(path)
+    start, end = found["about"]["data_offsets"]
+    about = mutate.text(mutate.tree(json.loads(data[start:end]), rng), rng)
+    kept = data[found["data"]["data_offsets"][0] : found["data"]["data_offsets"][1]]
+    kept = mutate.bytes_(kept, rng) if rng.random() < 0.3 else kept
+    header_, _ = laid_out({"about": ("U8", [len(about)]), "data": ("U8", [len(kept)])})
+    path.write_bytes(bytes_of(header_, about + kept))
+
+    def read() -> None:
+        record = read_undo(path)
+        if len(record.adapters) != 1:  # they would not match those given
+            return
+        undone = Undone(Checkpoint.open(merged), record, [open_adapter(files.adapter)], torch.device("cpu"))
+        for name in undone.tensors:
+            undone.raw(name)
+
+    ways: list[Work] = [read, read, lambda: unmerge(merged, [files.adapter], in_place=True, device="cpu", dry_run=True)]
+    return rng.choice(ways)
+
+
+def undo_pack(files: Files, rng: random.Random, folder: Path) -> Work:
+    """What is kept of a stretch: the packed bytes, and what is in them."""
+    some = Corrections(torch.tensor([2, 9]), torch.tensor([1, -1]), torch.tensor([4]), torch.tensor([77]))
+    packed = pack_corrections(some, 2)
+    raw = zstandard.ZstdDecompressor().decompress(packed)
+    bomb = rng.random() < 0.1
+    if rng.random() < 0.5:
+        packed = mutate.bytes_(packed, rng)
+    else:
+        packed = zstandard.ZstdCompressor().compress(bytes(10**8) if bomb else mutate.bytes_(raw, rng))
+    itemsize, size = rng.choice((1, 2, 4)), rng.choice((0, 1, 10, 100))
+
+    def work() -> None:
+        try:
+            if rng.random() < 0.5:
+                unpack_corrections(packed, itemsize, size)
+            else:
+                unpack_difference(packed, None, itemsize, size)
+        except FormatError as problem:  # whoever calls names the file
+            raise FormatError(f"{folder.name}: {problem}") from None
+
+    return work
+
+
+def surgery(files: Files, rng: random.Random, folder: Path) -> Work:
+    """The journal of an operation in place."""
+    base = folder / "base"
+    shutil.copytree(files.base, base)
+    shard = "model-00001-of-00002.safetensors"
+    lines: list[Any] = [
+        {"about": {"call": "merge base adapter --in-place"}}, {"checked": True, "noted": []},
+        {"ready": [[shard, 900, 0, 4, 558161692]], "done": {"0 x": [None, []]}}, {"applied": True},
+        {"ending": {"0": "config.json"}, "removed": ["lorasurgery-undo/0001.safetensors"]},
+    ]  # fmt: skip
+    lines = lines[: rng.randrange(1, 6)]
+    place = rng.randrange(len(lines))
+    lines[place] = mutate.tree(lines[place], rng)
+    raw = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    work = base / ".lorasurgery-surgery"
+    work.mkdir()
+    (work / "redo").write_bytes(b"\1\2\3\4")
+    (work / "new-0").write_bytes(b"{}")
+    (work / "journal").write_bytes(mutate.bytes_(raw, rng) if rng.random() < 0.3 else raw)
+    ways: list[Work] = [
+        lambda: unfinished(base),
+        lambda: Checkpoint.open(base),
+        lambda: settle_first(base, resume=True),
+    ]
+    return rng.choice(ways)
+
+
+def record(files: Files, rng: random.Random, folder: Path) -> Work:
+    """lorasurgery.json."""
+    found = json.loads((files.merged / "lorasurgery.json").read_bytes())
+    (folder / "lorasurgery.json").write_bytes(mutate.text(mutate.tree(found, rng), rng))
+    return lambda: read_record(folder)
+
+
+def command_line(files: Files, rng: random.Random, folder: Path) -> Work:
+    """Whole commands, their output included: names that no terminal shows."""
+    adapter = _adapter(files, folder)
+    if rng.random() < 0.5:
+        config = adapter / "adapter_config.json"
+        config.write_bytes(mutate.text(mutate.tree(json.loads(config.read_bytes()), rng), rng))
+    else:
+        _write_changed(header_of(adapter / "adapter_model.safetensors"), adapter / "adapter_model.safetensors", rng)
+    words = rng.choice((["inspect", "-v"], ["inspect", "--json"], ["check"], ["check", "--for", "vllm", "--json"],
+                        ["inspect", "--spectrum"], ["verify"]))  # fmt: skip
+
+    def work() -> None:
+        done = CliRunner().invoke(main, [words[0], str(adapter), *words[1:]])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        if done.stderr and done.exit_code and not done.stdout:
+            raise FormatError(done.stderr.removesuffix("\n"))
+
+    return work
+
+
+def _adapter(files: Files, folder: Path) -> Path:
+    adapter = folder / "adapter"
+    shutil.copytree(files.adapter, adapter)
+    return adapter
+
+
+def _use(adapter: Path, files: Files, rng: random.Random) -> Work:
+    """One of the things that are done with an adapter."""
+    server, out = rng.choice(sorted(SERVERS)), adapter.parent / "out"
+    ways: list[Work] = [
+        lambda: check(adapter, server),
+        lambda: check(adapter, server, base=files.base),
+        lambda: inspect(adapter),
+        lambda: inspect(adapter, base=files.base),
+        lambda: inspect(adapter, spectrum=True, device="cpu"),
+        lambda: merge(files.base, [adapter], out, dry_run=True),
+        lambda: verify(adapter, device="cpu"),
+        lambda: merge(files.base, [adapter], out, device="cpu", undo=rng.random() < 0.5),
+        lambda: rerank(adapter, out, RankChoice(rank=1), device="cpu"),
+        lambda: blend([adapter, files.adapter], out, device="cpu"),
+        lambda: convert(adapter, out, ConvertOptions("peft", portable=True), device="cpu"),
+        lambda: convert(adapter, f"{out}.safetensors", ConvertOptions("kohya"), base=files.base, device="cpu"),
+    ]
+    return rng.choice(ways)
+
+
+def _write_changed(found: dict[str, Any], path: Path, rng: random.Random) -> None:
+    """Change names, dtypes and shapes of a header, and write a file in which they are true."""
+    metadata = found.pop("__metadata__", {})
+    tensors = {name: (entry["dtype"], entry["shape"]) for name, entry in found.items()}
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        name = rng.choice(list(tensors))
+        dtype, shape = tensors[name]
+        kind = rng.randrange(6)
+        if kind < 2:
+            tensors[mutate._name(name, rng)] = tensors.pop(name)
+        elif kind == 2:
+            tensors[mutate._name(name, rng)] = tensors[name]
+        elif kind == 3:
+            tensors[name] = (rng.choice(("F32", "BF16", "F16", "I64", "U8", "BOOL", "F8_E4M3", "F64")), shape)
+        elif kind == 4:
+            new = [rng.choice((0, 1, 2, 3, 8, 16, 1000)) for _ in range(rng.randrange(7))]
+            tensors[name] = (dtype, rng.choice((new, shape[::-1], [2**62, 0], [1] * 64)))
+        else:
+            metadata = {mutate._name(k, rng): mutate._name(v, rng) for k, v in (metadata or {"alpha": "1"}).items()}
+    header_, size = laid_out(tensors, metadata)
+    if size > 1 << 26 or struct.calcsize("<Q") + len(json.dumps(header_)) > 1 << 26:
+        header_, size = laid_out({"a": ("F32", [0])})
+    write_sparse(path, header_, size)
+
+
+TARGETS: dict[str, Target] = {
+    t.__name__: t for t in (header, file, index, adapter_config, patterns, adapter_keys, loose, undo_record, undo_pack, surgery,
+                            record, command_line)
+}  # fmt: skip
