@@ -16,6 +16,7 @@ from typing import Literal
 Node = int | Literal["folder"] | None
 """What bears a name: a file by its inode, a folder, or nothing."""
 CALLS = "open write pwrite pread fsync replace rename unlink remove mkdir rmdir ftruncate".split()
+_SECTOR = 512
 raw = {name: getattr(os, name) for name in CALLS}
 
 
@@ -46,10 +47,10 @@ class _File:
         for place, data in self.pending:
             if data is None and keep():
                 found = found[:place].ljust(place, b"\0")
-            elif data is not None and (share := keep.share()):
-                data = data[: round(share * len(data))]
-                found = found.ljust(place + len(data), b"\0")
-                found[place : place + len(data)] = data
+            elif data is not None and keep():
+                for start, stop in keep.parts(len(data)):
+                    found = found.ljust(place + stop, b"\0")
+                    found[place + start : place + stop] = data[start:stop]
         return bytes(found)
 
 
@@ -70,9 +71,14 @@ class _Chance:
     def __call__(self) -> bool:
         return self._random.random() < self._share
 
-    def share(self) -> float:
-        """Of one write, for it may have stopped in the middle."""
-        return self._random.choice((1.0, 1.0, self._random.random())) if self() else 0.0
+    def parts(self, size: int) -> list[tuple[int, int]]:
+        """Of one write: all, what comes before some place, or some sectors."""
+        how = self._random.randrange(4)
+        if how < 2:
+            return [(0, size)]
+        if how == 2:
+            return [(0, self._random.randrange(size + 1))]
+        return [(i, min(i + _SECTOR, size)) for i in range(0, size, _SECTOR) if self._random.random() < 0.5]
 
 
 class Disk:
