@@ -18,7 +18,8 @@ from typing import Any
 
 from lorasurgery.checkpoint.files import sync_folder
 from lorasurgery.checkpoint.header import show
-from lorasurgery.errors import MismatchError
+from lorasurgery.checkpoint.locate import is_inside
+from lorasurgery.errors import FormatError, MismatchError
 from lorasurgery.ranks import Ranks
 
 PARTIAL = ".lorasurgery-partial"
@@ -113,8 +114,7 @@ class Run:
         self._synced = time.monotonic()
         covered = self._lines
         wait_for_disk()
-        for folder in {partial.parent for partial in partials(self.out)}:
-            sync_folder(folder)  # a file may be on the disk without its name
+        self._sync_names()
         with self._lock:
             self._line({"synced": covered})
             os.fsync(self._file.fileno())
@@ -157,6 +157,7 @@ class Run:
             for partial in partials(self.out):
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
+            self._sync_names()
         scratch = self.path("new")
         lines = [{"about": self.about, "boot": _boot()}]
         lines += [{"done": key, "record": record} for key, record in self.done.items()]
@@ -170,6 +171,11 @@ class Run:
         for journal in old:
             if journal not in (target, scratch):
                 journal.unlink()
+
+    def _sync_names(self) -> None:
+        """A file may be on the disk without its name."""
+        for folder in {partial.parent for partial in partials(self.out)}:
+            sync_folder(folder)
 
     def _line(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -196,18 +202,28 @@ def _read(files: list[Path], about: dict[str, Any], out: Path) -> tuple[dict[str
     done: dict[str, Any] = {}
     renamed: list[str] = []
     for file in files:
-        records: list[tuple[str, Any]] = []
-        trusted, here = 0, False
-        for line in _lines(file):
-            if "about" in line:
-                _compare(line["about"], about, out)
-                here = bool(line["boot"]) and line["boot"] == _boot()
-            elif "done" in line:
-                records.append((line["done"], line["record"]))
-            trusted = line.get("synced", trusted)
-            renamed = line.get("renamed", renamed)
-        done |= dict(records if here else records[:trusted])
+        try:
+            found, renamed = _read_one(file, about, out, renamed)
+        except (KeyError, TypeError, ValueError):
+            raise FormatError(f"{show(str(file))}: is damaged, so --resume can't; --overwrite starts anew") from None
+        done |= found
     return done, renamed
+
+
+def _read_one(file: Path, about: dict[str, Any], out: Path, renamed: list[str]) -> tuple[dict[str, Any], list[str]]:
+    records: list[tuple[str, Any]] = []
+    trusted, here = 0, False
+    for line in _lines(file):
+        if "about" in line:
+            _compare(line["about"], about, out)
+            here = bool(line["boot"]) and line["boot"] == _boot()
+        elif "done" in line:
+            records.append((line["done"], line["record"]))
+        trusted = line.get("synced", trusted)
+        renamed = line.get("renamed", renamed)
+    if not all(map(is_inside, renamed)):  # they are given other names, so no others may be meant
+        raise ValueError
+    return dict(records if here else records[:trusted]), renamed
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -216,7 +232,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
         for line in text:
             try:
                 found = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return
             if not line.endswith("\n") or not isinstance(found, dict):
                 return

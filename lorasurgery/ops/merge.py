@@ -84,7 +84,7 @@ def merge(
     check_memory_limit(memory_limit)
     undo = in_place if undo is None else undo
     target = check_target(base, out, in_place, dtype, max_shard_size, undo=undo)
-    if in_place and is_settled(target, resume=resume):
+    if in_place and is_settled(target, resume=resume, dry_run=dry_run):
         return clock.stamp(settled("merge", str(base)))
     checkpoint, opened = Checkpoint.open(base, unfinished=in_place), [open_adapter(a) for a in adapters]
     if not in_place:

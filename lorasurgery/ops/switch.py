@@ -56,7 +56,7 @@ def switch(
     strengths = check_weights(weights, len(to))
     check_device_name(device)
     check_memory_limit(memory_limit)
-    if is_settled(path, resume=resume):
+    if is_settled(path, resume=resume, dry_run=dry_run):
         return clock.stamp(settled("switch", str(path)))
     merged, opened = Checkpoint.open(path, unfinished=True), [open_adapter(a) for a in to]
     last = top_record(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import settle_first, unfinished
+from lorasurgery.checkpoint.settle import refuse_unfinished, settle_first, unfinished
 from lorasurgery.errors import MismatchError, OutputError, UsageError
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.record import record_bytes
@@ -34,13 +34,18 @@ def check_target(
     return Path(base if out is None else out)
 
 
-def is_settled(checkpoint: Path, *, resume: bool) -> bool:
+def is_settled(checkpoint: Path, *, resume: bool, dry_run: bool) -> bool:
     """Before an operation in place: finish what an interrupted one had ready; whether nothing of it is left to do.
+
+    A dry run finishes nothing, and is refused where something is unfinished.
 
     Raises:
         MismatchError: another one is unfinished; or none is, and this was to go on with it: it may be complete, and
             would be done twice.
     """
+    if dry_run:
+        refuse_unfinished(checkpoint)
+        return False
     began = unfinished(checkpoint) is not None
     done = settle_first(checkpoint, resume=resume)
     if resume and not began:

@@ -72,7 +72,7 @@ def unmerge(
     check_device_name(device)
     check_memory_limit(memory_limit)
     target = check_target(merged, out, in_place, dtype, max_shard_size)
-    if in_place and is_settled(target, resume=resume):
+    if in_place and is_settled(target, resume=resume, dry_run=dry_run):
         return clock.stamp(settled("unmerge", str(merged)))
     checkpoint, opened = Checkpoint.open(merged, unfinished=in_place), [open_adapter(a) for a in adapters]
     original = Checkpoint.open(base) if base is not None else None

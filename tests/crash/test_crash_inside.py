@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from cases import CASES, INSIDE, World, remains, state
+from long_runs import hashes
 from stopping import Stop, calls_of, run, spread, stops, tally
 
 from lorasurgery.checkpoint.reader import Checkpoint
@@ -71,6 +72,18 @@ def test_a_part_of_a_mixture_is_refused_too(world: World) -> None:
         with pytest.raises(MismatchError, match="in the middle of `switch out topic`"):
             Checkpoint.open(shard)
     Checkpoint.open(shards[1])
+
+
+def test_a_dry_run_settles_nothing(world: World) -> None:
+    """Where an operation was interrupted, --dry-run says so and copies nothing to its place, with --resume or without."""
+    place = world.place(CASES["switch"])
+    late = next(i for i, c in enumerate(calls_of("switch", world), 1) if c.startswith("copy"))
+    assert run("switch", world.root, place, Stop(late))[0]
+    before = hashes(place)
+    for resume in (False, True):
+        with pytest.raises(MismatchError, match="in the middle of"):
+            CASES["switch"].work(world.folder, place, dry_run=True, resume=resume)
+    assert hashes(place) == before
 
 
 def test_the_folder_of_a_mixture_is_refused_too(world: World) -> None:
