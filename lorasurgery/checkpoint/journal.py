@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def partial_of(final: Path) -> Path:
 def journals(out: Path, kind: str = JOURNAL) -> list[Path]:
     """The journals (or what else of a run lies beside its output) of runs that were to write `out`."""
     folder = _folder(out)
-    return sorted(folder.glob(f"{_stem(out, kind)}*{PARTIAL}")) if folder.is_dir() else []
+    return sorted(folder.glob(f"{escape(_stem(out, kind))}*{PARTIAL}")) if folder.is_dir() else []
 
 
 def partials(out: Path) -> list[Path]:
@@ -45,7 +46,8 @@ def partials(out: Path) -> list[Path]:
     folder = _folder(out)
     if folder == out:
         return list(folder.rglob(f".*{PARTIAL}"))
-    return [*folder.glob(f".{out.name}*{PARTIAL}"), *folder.glob(f"{out.name}.*/.*{PARTIAL}")]
+    name = escape(out.name)
+    return [*folder.glob(f".{name}*{PARTIAL}"), *folder.glob(f"{name}.*/.*{PARTIAL}")]
 
 
 class Run:

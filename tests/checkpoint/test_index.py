@@ -116,3 +116,14 @@ def test_what_does_not_exist_says_so(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / "nothing")
     with pytest.raises(FormatError, match="hf download org/name"):
         Checkpoint.open("org/name")
+
+
+def test_a_sole_shard_is_no_checkpoint(tmp_path: Path) -> None:
+    """One shard of several without an index is what a copy or an output that was cut short begins with."""
+    folder = sharded(tmp_path / "m")
+    (folder / INDEX).unlink()
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FormatError, match="one of 2 shards, and no index"):
+        Checkpoint.open(folder)
+    (folder / "model-00001-of-00002.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    assert set(Checkpoint.open(folder).tensors) == {"w0", "b0"}

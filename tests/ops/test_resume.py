@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from long_runs import hashes, kill_after, operation, world
+from safetensors.torch import load_file, save_file
 
 from lorasurgery.checkpoint import journal
 from lorasurgery.checkpoint.journal import journals
 from lorasurgery.errors import MismatchError, OutputError, SurgeryError
+from lorasurgery.ops.merge import merge
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +93,6 @@ def test_other_inputs_or_options_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert kill_after("merge", tmp_path, out, 5, 0.0)
     before = hashes(out)
-    from lorasurgery.ops.merge import merge
-
     with pytest.raises(MismatchError, match="another options"):
         merge(tmp_path / "base", [tmp_path / "adapter"], out, rounding="stochastic", seed=1, resume=True)
     with pytest.raises(MismatchError, match="another command"):
@@ -170,6 +170,22 @@ def test_small_remains_go_and_large_ones_stay(folder: Path, tmp_path: Path, monk
             operation("merge", folder, out, progress=stop)
         assert bool(out.exists() and journals(out)) == expected
     assert operation("merge", folder, tmp_path / "1", resume=True).resumed
+
+
+def test_a_name_that_looks_like_a_pattern(folder: Path, tmp_path: Path) -> None:
+    """An output named m[1].safetensors is gone on with, and its journal goes, like that of any other."""
+    shard, out = folder / "base" / "model-00001-of-00003.safetensors", tmp_path / "m[1].safetensors"
+    (tmp_path / "base").mkdir()
+    base = tmp_path / "base" / "model.safetensors"
+    base.write_bytes(shard.read_bytes())
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter").mkdir()
+    save_file({k: v for k, v in tensors.items() if ".layers.0." in k}, tmp_path / "adapter/adapter_model.safetensors")
+    (tmp_path / "adapter/adapter_config.json").write_bytes((folder / "adapter/adapter_config.json").read_bytes())
+    merge(base, [tmp_path / "adapter"], out, undo=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", out.name, f"{out.name}.lorasurgery-undo"]
+    merge(base, [tmp_path / "adapter"], out, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", out.name]  # no record of what is gone
 
 
 def test_what_overwrite_was_to_replace_goes(folder: Path, whole: dict[str, dict[str, str]], tmp_path: Path) -> None:
