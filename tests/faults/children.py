@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,21 @@ _PRELOADED = ["lorasurgery.cli.main", "lorasurgery.ops.stream", "lorasurgery.ops
 
 
 class Child:
-    """A command that tells before its n-th write, and then waits for what comes.
+    """A command that tells before its n-th write, and then waits until it may go on.
 
     Args:
         words: The command line.
         log: Where its stderr goes.
         write: Which write of weights (or of what is to become weights) it waits before; the first is 0.
         batch: Bytes that an operation in place writes twice before they count.
-        seconds: How long it waits; an interruption waits for writes under way, too.
     """
 
-    def __init__(self, words: list[str | Path], log: Path, write: int, *, batch: int = 1, seconds: float = 0.5) -> None:
+    def __init__(self, words: list[str | Path], log: Path, write: int, *, batch: int = 1) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
-        mine, theirs = context.Pipe(duplex=False)
+        mine, theirs = context.Pipe()
         self.log, self._told = log, mine
-        self._process = context.Process(
-            target=_work, args=([str(w) for w in words], log, write, batch, seconds, theirs)
-        )
+        self._process = context.Process(target=_work, args=([str(w) for w in words], log, write, batch, theirs))
         self._process.start()
         theirs.close()
 
@@ -47,10 +45,13 @@ class Child:
         """Send a signal and wait for the end: the exit status, negative for a signal."""
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
+        time.sleep(0.3)  # until it was heard; an interruption waits for the write under way
         return self.end()
 
     def end(self) -> int:
-        """Wait for the end."""
+        """Let it go on, and wait for the end."""
+        with suppress(OSError):
+            self._told.send("go on")
         self._process.join(60)
         assert self._process.exitcode is not None
         self._told.close()
@@ -62,17 +63,16 @@ class Child:
         return (self.log.read_text().splitlines() or [""])[-1]
 
 
-def _work(words: list[str], log: Path, write: int, batch: int, seconds: float, told: Any) -> None:
+def _work(words: list[str], log: Path, write: int, batch: int, told: Any) -> None:
     from lorasurgery.checkpoint import files, surgery
     from lorasurgery.cli.main import main
 
-    plain, seen = files.WriteFile.write_at, [0]
+    plain, numbers = files.WriteFile.write_at, count()
 
     def write_at(self: Any, place: int, view: memoryview) -> None:
-        if seen[0] == write:
+        if next(numbers) == write:
             told.send("here")
-            time.sleep(seconds)
-        seen[0] += 1
+            told.poll(60)
         plain(self, place, view)
 
     files.WriteFile.write_at = write_at  # type: ignore[method-assign]

@@ -106,7 +106,7 @@ def test_a_file_with_such_a_name(small: Path, tmp_path: Path) -> None:
 def test_two_writers_at_once(name: str, small: Path, whole: dict[str, dict[str, str]], tmp_path: Path) -> None:
     """The second gets one line and exit status 1, whatever it wants to do; the first is not disturbed."""
     out = OPERATIONS[name].prepare(small, tmp_path / "out")
-    child = Child(OPERATIONS[name].words(small, out), tmp_path / "log", 1, seconds=1.5)
+    child = Child(OPERATIONS[name].words(small, out), tmp_path / "log", 1)
     assert child.wait()
     for second in (OPERATIONS[name].words(small, out), [*OPERATIONS[name].words(small, out), "--resume"]):
         done = run(*second, fails=True)
