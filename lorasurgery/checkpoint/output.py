@@ -170,22 +170,19 @@ class Output:
         """Give every file its name, `last` at the end; a kill in between leaves a folder no reader takes for whole.
 
         Raises:
-            OutputError: the system refuses a rename.
+            OSError: the system refuses a rename; at the end of the `with` it becomes an OutputError.
         """
-        try:
-            if self.run is not None:
-                self._sync_names()
-                self.run.committing(list(self._staged))
-            # a resumed run may have begun with --overwrite; without it the folder was empty then
-            if self.overwrite or (self.run is not None and self.run.resume):
-                self._retire(last)
-            for names in ([n for n in self._staged if n != last], [last]):
-                self._sync_names()  # after a power cut too, no name is there before those that come first
-                self._rename(names)
-            self._committed = True
+        if self.run is not None:
             self._sync_names()
-        except OSError as problem:
-            raise self._failed(problem, kept=self.run is not None) from None
+            self.run.committing(list(self._staged))
+        # a resumed run may have begun with --overwrite; without it the folder was empty then
+        if self.overwrite or (self.run is not None and self.run.resume):
+            self._retire(last)
+        for names in ([n for n in self._staged if n != last], [last]):
+            self._sync_names()  # after a power cut too, no name is there before those that come first
+            self._rename(names)
+        self._committed = True
+        self._sync_names()
 
     def _rename(self, names: Sequence[str]) -> None:
         for name in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,34 @@ def test_a_new_output_at_every_call(
     assert state(out) == whole[name]
     assert hashes(small) == inputs
     assert seen == set(OUTCOMES) if step == 1 else "absent" in seen
+
+
+@EVERY
+@pytest.mark.parametrize("name, old", [("merge", "tuned"), ("extract", "topic")])
+def test_an_old_output_at_every_call(
+    name: str, old: str, step: int, small: Path, whole: dict[str, dict[str, str]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With --overwrite the old output stays until the new one is complete; from then on --resume finishes it."""
+    operation = OPERATIONS[name]
+    faults = Faults(monkeypatch, *KINDS["broken"][:2], once=True)
+    for first in range(0, 200, step):
+        out = tmp_path / str(first)
+        shutil.copytree(small / old, out)
+        faults.begin(first)
+        done = run(*operation.words(small, out), "--overwrite", fails=True)
+        if not faults.end():
+            break
+        assert done.status == 1
+        if done.line.endswith(OUTCOMES["absent"]):
+            assert state(out) == state(small / old)
+            continue
+        if done.line.endswith("--resume"):
+            run(*operation.words(small, out), "--resume")
+        found, wanted = state(out), whole[name]
+        assert all(found[n] == digest for n, digest in wanted.items() if n != RECORD_NAME)
+        assert set(found) <= set(wanted)
+    assert state(out) == whole[name]
 
 
 @EVERY
