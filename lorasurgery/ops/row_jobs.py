@@ -94,6 +94,9 @@ class Rows:
         ]
         found, way = self.recipe.fallback.first(self.tensor.name, ways, self._way)
         self._way = max(self._way, way)  # for the next rows
+        if way == len(ways) - 1 and self.device != cpu:
+            with self._lock:  # factors on a full device are in others' way
+                self._mergers.pop((expert, self.device.type), None)
         return found
 
     def _few(self, device: torch.device, expert: int, weight: Tensor, out: Tensor, first: int, height: int) -> Survival:
