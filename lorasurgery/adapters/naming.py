@@ -210,6 +210,7 @@ class BaseNames:
         """The token embedding's tensor name; None when no name tells it."""
         for leaf in _INPUTS:
             found = [n for n in self.tensors if n == f"{leaf}.weight" or n.endswith(f".{leaf}.weight")]
+            found = [n for n in found if len(self.tensors[n].shape) == 2]
             if found:
                 return min(found, key=len)
         return None

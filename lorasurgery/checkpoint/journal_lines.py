@@ -17,6 +17,8 @@ from lorasurgery.checkpoint.json_text import MOST, is_shallow
 from lorasurgery.checkpoint.locate import is_inside
 from lorasurgery.errors import FormatError
 
+_NAME = 20  # characters of a staged file's name, which is a number or a word
+
 
 def read_lines(journal: Path, folder_name: str) -> list[dict[str, Any]]:
     """The lines of a journal, without a last one that was not written to its end; none where there is no journal.
@@ -42,7 +44,7 @@ def read_lines(journal: Path, folder_name: str) -> list[dict[str, Any]]:
                 break  # a power cut may leave some pages of it
             _check(line, home, file_name, first=not number)
             found.append(line or {})
-    except (_WrongError, ValueError, KeyError, TypeError) as problem:
+    except (_WrongError, ValueError, KeyError, TypeError, OSError) as problem:
         what = str(problem) if isinstance(problem, _WrongError) else "is damaged"
         raise FormatError(f"{show(str(journal))}: {what}; leave it, and ask for help with it") from None
     return found
@@ -118,7 +120,7 @@ def _ending(line: dict[str, Any], home: Path, file_name: str) -> None:
     if not isinstance(moves, dict) or not isinstance(removed, list):
         raise TypeError
     for name in moves:
-        if not is_inside(name) or "/" in name:
+        if not (name.isascii() and name.isalnum() and len(name) <= _NAME):
             raise _WrongError(f"would move {name!r}, which it did not write")
     for path in (*moves.values(), *removed):
         _own(home, path)
@@ -130,6 +132,10 @@ def _own(home: Path, name: Any) -> str:
     """The name of a file below the checkpoint's folder, which no link leads away from."""
     if not is_inside(name) or not (home / name).parent.resolve().is_relative_to(home.resolve()):
         raise _WrongError(f"speaks of {name!r}, which is not in its checkpoint")
+    path = home / name
+    deep = not path.parent.is_dir() and (path.parent.parent != home or os.path.lexists(path.parent))
+    if deep or path.is_dir():
+        raise _WrongError(f"speaks of {name!r}, which can't be a file")
     return str(name)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg.thin import NOT_FINITE
 from lorasurgery.lowrank import LowRank
 
 
@@ -52,7 +54,12 @@ def kronecker_factors(left: Tensor, right: Tensor) -> LowRank:
 
     >>> kronecker_factors(torch.eye(2), torch.ones(3, 3)).rank
     2
+
+    Raises:
+        SurgeryError: a value that is not finite.
     """
+    if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
+        raise SurgeryError(NOT_FINITE)
     (u, s, vt), (x, t, yt) = (torch.linalg.svd(m.to(torch.float64), full_matrices=False) for m in (left, right))
     i, j = (k[m > torch.finfo(torch.float32).eps * m.max()] for k, m in ((torch.arange(len(s)), s),
                                                                         (torch.arange(len(t)), t)))  # fmt: skip

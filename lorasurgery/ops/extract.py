@@ -110,10 +110,13 @@ def extract(
     pairs = group_experts(plan_pairs(first, second, options.selection), first.config | second.config)
     report = plan_report(first, second, out, pairs, options.choice, dry_run)
     if not dry_run:
+        from lorasurgery.ops.workload import named  # imports torch
+
         chosen = resolve_device(device)
         report.device = str(chosen)
         run = start_run("extract", out, [base, tuned], options, chosen, resume=resume, ranks=ranks())
-        job = _carry_out(first, second, options, chosen, run, pairs, out, overwrite, memory_limit, report, progress)
+        with named(str(tuned), str(base), str(out)):
+            job = _carry_out(first, second, options, chosen, run, pairs, out, overwrite, memory_limit, report, progress)
         report.bytes_read = first.bytes_read + second.bytes_read
         report.modules, report.full = job.modules, job.full
         report.warnings += job.fallback.warnings

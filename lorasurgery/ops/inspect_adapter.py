@@ -122,12 +122,13 @@ def _spectrum(adapter: Adapter, delta: Delta, expert: int | None, device: str) -
     from lorasurgery.linalg.core import recompress
     from lorasurgery.lowrank import LowRank
 
-    update = adapter.load(delta) if expert is None else adapter.load_expert(delta, expert)
     name = delta.path if expert is None else f"{delta.path}[{expert}]"
     try:
+        update = adapter.load(delta) if expert is None else adapter.load_expert(delta, expert)
         core = recompress([LowRank(update.up.to(device), update.down.to(device), update.scale)])
     except SurgeryError as problem:
-        raise type(problem)(f"{adapter.path}: {delta.path}: {problem}") from None
+        text = str(problem)  # what can't be read says so by itself
+        raise type(problem)(text if delta.path in text else f"{adapter.path}: {delta.path}: {text}") from None
     values = core.singular[: core.rank]
     return Spectrum(
         name, delta.shape, kind=delta.kind, rank=delta.rank, alpha=delta.alpha, delta_norm=core.total**0.5,

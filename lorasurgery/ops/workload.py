@@ -143,8 +143,8 @@ class _Job:
 
 
 @contextmanager
-def named(name: str) -> Iterator[None]:
-    """Put a module's name before the message of what fails, where it does not name it itself.
+def named(name: str, *others: str) -> Iterator[None]:
+    """Put a module's or a file's name before the message of what fails, where it names neither it nor one of `others`.
 
     Example:
         with named("lm_head.weight"):
@@ -154,4 +154,4 @@ def named(name: str) -> Iterator[None]:
         yield
     except SurgeryError as problem:
         text = str(problem)
-        raise type(problem)(text if name in text else f"{name}: {text}") from None
+        raise type(problem)(text if any(n in text for n in (name, *others)) else f"{name}: {text}") from None

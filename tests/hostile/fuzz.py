@@ -1,7 +1,7 @@
 """Fuzzing for as long as one likes: `make fuzz MINUTES=30`. Each target in turn; an input can be made again from its seed.
 
 An input is met well when it is read, or refused by one line that names its file, in bounded time and memory, and when
-nothing was written. Anything else is a finding, printed with its seed; `--target NAME --seed N` meets that one again.
+nothing was written. Anything else is a finding, printed with its seed; `--target NAME --again N` meets that one again.
 """
 
 from __future__ import annotations
@@ -177,20 +177,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--target", choices=sorted(TARGETS), action="append")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=int, help="of the first input of each target")
+    parser.add_argument("--again", type=int, help="the seed of one input")
     given = parser.parse_args()
     faulthandler.enable()
     torch.set_num_threads(1)
-    again = given.seed is not None and given.target is not None
     seed = given.seed if given.seed is not None else random.SystemRandom().randrange(10**9) * 10**8
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="hostile-") as name, watched():
         folder = Path(name).resolve()
-        if again:
+        if given.again is not None:
             files = Files(folder / "good")
             limit_memory()
-            for target in given.target:
-                print(target, *meet(files, target, seed, folder / "hostile-input"), sep="\n")
+            for target in given.target or TARGETS:
+                print(target, *meet(files, target, given.again, folder / "hostile-input"), sep="\n")
             return
         warm = {t: meet(Files(folder / f"warm-{t}"), t, 0, folder / "hostile-input") for t in TARGETS}  # imports
         assert len(warm) == len(TARGETS)

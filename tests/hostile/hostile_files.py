@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from lorasurgery.ops.merge import merge
+
+Work = Callable[[], Any]
+"""What is done with one hostile input."""
 
 BITS = {"F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U8": 8, "F64": 64, "F8_E4M3": 8, "BOOL": 8, "F4": 4}
 WIDTH, RANK = 8, 2

@@ -11,22 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import hostile_mutate as mutate
-import torch
-import zstandard
+import hostile_remains as remains
 from click.testing import CliRunner
-from hostile_files import Files, bytes_of, data_of, header_of, laid_out, write_sparse
+from hostile_files import Files, Work, bytes_of, data_of, header_of, laid_out, write_sparse
 
-from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.adapters.path_regex import Budget, PathRegex, PatternError
 from lorasurgery.adapters.pattern_table import PatternTable
 from lorasurgery.adapters.servers import SERVERS
 from lorasurgery.checkpoint.header import parse_header
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import settle_first, unfinished
 from lorasurgery.cli.main import main
 from lorasurgery.errors import FormatError
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.linalg.undo import Corrections
 from lorasurgery.ops.blend import blend
 from lorasurgery.ops.check import check
 from lorasurgery.ops.convert import ConvertOptions, convert
@@ -35,15 +31,9 @@ from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.inspect import inspect
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.plan import plan
-from lorasurgery.ops.record import read_record
 from lorasurgery.ops.rerank import rerank
-from lorasurgery.ops.undo_pack import pack_corrections, unpack_corrections, unpack_difference
-from lorasurgery.ops.undo_record import read_record as read_undo
-from lorasurgery.ops.undone import Undone
-from lorasurgery.ops.unmerge import unmerge
 from lorasurgery.ops.verify import verify
 
-Work = Callable[[], Any]
 Target = Callable[[Files, random.Random, Path], Work]
 
 
@@ -79,14 +69,32 @@ def index(files: Files, rng: random.Random, folder: Path) -> Work:
     if rng.random() < 0.1:
         (base / "model_index.json").write_text("{}")
         (base / "unet").symlink_to(".")
+    return _use_base(base, files, rng)
+
+
+def base_tensors(files: Files, rng: random.Random, folder: Path) -> Work:
+    """Names, dtypes and shapes of a checkpoint, in a file that is whole."""
+    base = folder / "base"
+    base.mkdir()
+    shutil.copy(files.base / "config.json", base)
+    found = {n: e for shard in sorted(files.base.glob("*.safetensors")) for n, e in header_of(shard).items()}
+    _write_changed(found, base / "model.safetensors", rng)
+    return _use_base(base, files, rng)
+
+
+def _use_base(base: Path, files: Files, rng: random.Random) -> Work:
+    """One of the things that are done with a checkpoint."""
+    out = base.parent / "out"
     ways: list[Work] = [
         lambda: inspect(base),
         lambda: verify(base, device="cpu"),
         lambda: plan(base),
         lambda: diff(base, files.base, device="cpu"),
-        lambda: extract(files.base, base, folder / "out", ExtractOptions(RankChoice(rank=1)), dry_run=True),
-        lambda: merge(base, [files.adapter], folder / "out", device="cpu"),
-        lambda: merge(base, [files.adapter], folder / "out", dry_run=True),
+        lambda: merge(base, [files.adapter], in_place=True, device="cpu"),
+        lambda: extract(base, files.merged, out, ExtractOptions(RankChoice(rank=1)), device="cpu"),
+        lambda: extract(files.base, base, out, ExtractOptions(RankChoice(rank=1)), dry_run=True),
+        lambda: merge(base, [files.adapter], out, device="cpu"),
+        lambda: merge(base, [files.adapter], out, dry_run=True),
     ]
     return rng.choice(ways)
 
@@ -136,89 +144,6 @@ def loose(files: Files, rng: random.Random, folder: Path) -> Work:
     else:
         _write_changed(found, path, rng)
     return _use(path, files, rng)
-
-
-def undo_record(files: Files, rng: random.Random, folder: Path) -> Work:
-    """Undo records: what they say of tensors, stretches and files, then every tensor as it was."""
-    merged = folder / "merged"
-    shutil.copytree(files.merged, merged)
-    path = merged / "lorasurgery-undo" / "0001.safetensors"
-    found, data = header_of(path), data_of(path)
-    start, end = found["about"]["data_offsets"]
-    about = mutate.text(mutate.tree(json.loads(data[start:end]), rng), rng)
-    kept = data[found["data"]["data_offsets"][0] : found["data"]["data_offsets"][1]]
-    kept = mutate.bytes_(kept, rng) if rng.random() < 0.3 else kept
-    header_, _ = laid_out({"about": ("U8", [len(about)]), "data": ("U8", [len(kept)])})
-    path.write_bytes(bytes_of(header_, about + kept))
-
-    def read() -> None:
-        record = read_undo(path)
-        if len(record.adapters) != 1:  # they would not match those given
-            return
-        undone = Undone(Checkpoint.open(merged), record, [open_adapter(files.adapter)], torch.device("cpu"))
-        for name in undone.tensors:
-            undone.raw(name)
-
-    ways: list[Work] = [read, read, lambda: unmerge(merged, [files.adapter], in_place=True, device="cpu", dry_run=True)]
-    return rng.choice(ways)
-
-
-def undo_pack(files: Files, rng: random.Random, folder: Path) -> Work:
-    """What is kept of a stretch: the packed bytes, and what is in them."""
-    some = Corrections(torch.tensor([2, 9]), torch.tensor([1, -1]), torch.tensor([4]), torch.tensor([77]))
-    packed = pack_corrections(some, 2)
-    raw = zstandard.ZstdDecompressor().decompress(packed)
-    bomb = rng.random() < 0.1
-    if rng.random() < 0.5:
-        packed = mutate.bytes_(packed, rng)
-    else:
-        packed = zstandard.ZstdCompressor().compress(bytes(10**8) if bomb else mutate.bytes_(raw, rng))
-    itemsize, size = rng.choice((1, 2, 4)), rng.choice((0, 1, 10, 100))
-
-    def work() -> None:
-        try:
-            if rng.random() < 0.5:
-                unpack_corrections(packed, itemsize, size)
-            else:
-                unpack_difference(packed, None, itemsize, size)
-        except FormatError as problem:  # whoever calls names the file
-            raise FormatError(f"{folder.name}: {problem}") from None
-
-    return work
-
-
-def surgery(files: Files, rng: random.Random, folder: Path) -> Work:
-    """The journal of an operation in place."""
-    base = folder / "base"
-    shutil.copytree(files.base, base)
-    shard = "model-00001-of-00002.safetensors"
-    lines: list[Any] = [
-        {"about": {"call": "merge base adapter --in-place"}}, {"checked": True, "noted": []},
-        {"ready": [[shard, 900, 0, 4, 558161692]], "done": {"0 x": [None, []]}}, {"applied": True},
-        {"ending": {"0": "config.json"}, "removed": ["lorasurgery-undo/0001.safetensors"]},
-    ]  # fmt: skip
-    lines = lines[: rng.randrange(1, 6)]
-    place = rng.randrange(len(lines))
-    lines[place] = mutate.tree(lines[place], rng)
-    raw = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-    work = base / ".lorasurgery-surgery"
-    work.mkdir()
-    (work / "redo").write_bytes(b"\1\2\3\4")
-    (work / "new-0").write_bytes(b"{}")
-    (work / "journal").write_bytes(mutate.bytes_(raw, rng) if rng.random() < 0.3 else raw)
-    ways: list[Work] = [
-        lambda: unfinished(base),
-        lambda: Checkpoint.open(base),
-        lambda: settle_first(base, resume=True),
-    ]
-    return rng.choice(ways)
-
-
-def record(files: Files, rng: random.Random, folder: Path) -> Work:
-    """lorasurgery.json."""
-    found = json.loads((files.merged / "lorasurgery.json").read_bytes())
-    (folder / "lorasurgery.json").write_bytes(mutate.text(mutate.tree(found, rng), rng))
-    return lambda: read_record(folder)
 
 
 def command_line(files: Files, rng: random.Random, folder: Path) -> Work:
@@ -293,7 +218,6 @@ def _write_changed(found: dict[str, Any], path: Path, rng: random.Random) -> Non
     write_sparse(path, header_, size)
 
 
-TARGETS: dict[str, Target] = {
-    t.__name__: t for t in (header, file, index, adapter_config, patterns, adapter_keys, loose, undo_record, undo_pack, surgery,
-                            record, command_line)
-}  # fmt: skip
+_ALL = (header, file, index, base_tensors, adapter_config, patterns, adapter_keys, loose, remains.undo_record,
+        remains.undo_pack, remains.surgery, remains.record, remains.resume, command_line)  # fmt: skip
+TARGETS: dict[str, Target] = {target.__name__: target for target in _ALL}
