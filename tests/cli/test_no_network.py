@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.save(models.perturb(models.make("llama")), root / "tuned")
     models.peft_adapter("llama", root / "adapter", r=4, target_modules=["q_proj", "up_proj"])
     (root / "base/README.md").write_text("---\nlicense: mit\n---\n")  # read for its licence
+    shutil.copytree(root / "base", root / "model")  # to be changed in place
     return root
 
 
@@ -49,6 +51,8 @@ COMMANDS = {
     "diff": "diff base tuned --plot OUT.svg",
     "diff adapters": "diff adapter adapter",
     "plan": "plan base --rank 8",
+    "switch": "switch model --to adapter",
+    "verify": "verify base --against base",
     "push": "push adapter me/adapter --dry-run",
     "a dry run": "merge base adapter -o OUT --dry-run",
 }
