@@ -95,7 +95,7 @@ class Difference:
 
         def make(wanted: slice) -> Tensor:
             nonlocal held
-            if self.device.type == "cuda":  # others fill it, on streams of their own, while products of it may be queued
+            if self.device.type == "cuda":  # other streams fill it, while products of it may be queued on this one
                 torch.cuda.current_stream(self.device).synchronize()
             size = (wanted.stop - wanted.start) * columns
             if held.numel() < size:
