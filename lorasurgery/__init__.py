@@ -48,7 +48,8 @@ _HOMES = {
     "ops.check": ("check",), "ops.convert": ("ConvertOptions", "convert"), "ops.diff": ("diff",),
     "ops.extract": ("ExtractOptions", "extract"), "ops.inspect": ("inspect",), "ops.merge": ("merge",),
     "ops.pairs": ("Selection",), "ops.plan": ("plan",), "ops.push": ("Target", "push"), "ops.rerank": ("rerank",),
-    "ops.switch": ("switch",), "ops.unmerge": ("unmerge",), "ops.verify": ("verify",), "plots": ("draw",), "report": ("Report",),
+    "ops.switch": ("switch",), "ops.unmerge": ("unmerge",), "ops.verify": ("verify",),
+    "plots": ("draw",), "report": ("Report",),
 }  # fmt: skip
 _PLACES = {name: home for home, names in _HOMES.items() for name in names}
 

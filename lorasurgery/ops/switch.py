@@ -67,7 +67,8 @@ def switch(
     recipe = Recipe(
         base, [a for a, w in zip(opened, strengths, strict=True) if w],
         weighed_plan(base, opened, strengths, block_weights), path, rounding=rounding, seed=seed,
-        allow_loss=allow_loss, allow_nonfinite=allow_nonfinite, memory_limit=memory_limit, restored=found[0] if found else None,
+        allow_loss=allow_loss, allow_nonfinite=allow_nonfinite, memory_limit=memory_limit,
+        restored=found[0] if found else None,
         undo=begin_record(opened, [str(a) for a in to], strengths, block_weights),
     )  # fmt: skip
     recipe.fallback = base.fallback if isinstance(base, Undone) else recipe.fallback

@@ -37,7 +37,12 @@ class Turns:
         def work(i: int) -> None:
             old, at = weight[blocks[i]].to(self.wide), first + blocks[i].start
             new, found[i] = set_values(
-                old, self._turned(old.clone(), at), self.dtype, rounding=self.rounding, seed=self.seed, first=at,
+                old,
+                self._turned(old.clone(), at),
+                self.dtype,
+                rounding=self.rounding,
+                seed=self.seed,
+                first=at,
                 finite=self.finite,
             )
             out[blocks[i]] = new

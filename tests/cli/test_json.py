@@ -262,7 +262,9 @@ def group_of(report: Found) -> str:
         return "folder" if "adapters" in report else "failed"
     if what in ("undone", "settled"):
         return str(what)
-    return {"rerank": "blend", "unmerge": "merge", "switch": "merge", "verify": "verify"}.get(name, f"{name}_{what}".replace("_None", ""))
+    return {"rerank": "blend", "unmerge": "merge", "switch": "merge", "verify": "verify"}.get(
+        name, f"{name}_{what}".replace("_None", "")
+    )
 
 
 def paths(value: Found, prefix: str = "") -> Iterator[str]:

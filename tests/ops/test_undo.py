@@ -63,9 +63,7 @@ def weights(generator: torch.Generator, dtype: torch.dtype, rows: int, columns: 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(seed=st.integers(0, 2**31), rank=st.integers(1, 9), size=st.floats(-12, 1), terms=st.integers(1, 3))
-def test_whatever_order_the_sum_is_taken_in(
-    dtype: torch.dtype, seed: int, rank: int, size: float, terms: int
-) -> None:
+def test_whatever_order_the_sum_is_taken_in(dtype: torch.dtype, seed: int, rank: int, size: float, terms: int) -> None:
     """A machine whose Δ is off by as much as float64 sums can be restores the same bits, each value off its own way."""
     generator = torch.Generator().manual_seed(seed)
     old = weights(generator, dtype, 7, 11)
