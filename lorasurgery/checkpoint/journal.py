@@ -148,8 +148,11 @@ class Run:
         worth = self.ranks.size > 1 or self.resumed > 0 or self._size >= KEPT or self._naming
         kept = not committed and worth
         if self.ranks.first and not kept:
-            with suppress(OSError):  # in this order: what a journal speaks of is there as long as the journal is
-                for file in [*journals(self.out), *journals(self.out, FACTORS), *journals(self.out, UNDO)]:
+            with suppress(OSError):
+                for file in journals(self.out):
+                    file.unlink()
+                sync_folder(_folder(self.out))  # a journal that a power cut brings back must find what it speaks of
+                for file in [*journals(self.out, FACTORS), *journals(self.out, UNDO)]:
                     file.unlink()
         return kept
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -82,10 +82,12 @@ class Spill:
         name, place, dtype, shape, wanted = where
         tensor = torch.empty(shape, dtype=torch_dtype(dtype))
         view = as_bytes(tensor)
-        with ReadFile(self._path.with_name(name)) as file:
+        path, got = self._path.with_name(name), -1
+        with suppress(FileNotFoundError), ReadFile(path) as file:
             got = file.read_all(place, view)
         if got != len(view) or zlib.crc32(view) != wanted:
-            raise FormatError(f"{self._path.with_name(name)}: is damaged, so --resume can't; --overwrite starts anew")
+            what = "was removed" if got < 0 else "is damaged"
+            raise FormatError(f"{path}: {what}, so --resume can't; --overwrite starts anew")
         return tensor
 
 

@@ -134,7 +134,7 @@ def test_a_kill_between_the_renames(folder: Path, whole: dict[str, dict[str, str
 
 
 def test_damaged_factors_are_noticed(folder: Path, tmp_path: Path) -> None:
-    """Factors that are not what was written are not taken."""
+    """Factors that are not what was written, or gone, are not taken."""
     out = tmp_path / "out"
     assert kill_after("extract", folder, out, 8, 0.0)
     (factors,) = journals(out, journal.FACTORS)
@@ -142,6 +142,9 @@ def test_damaged_factors_are_noticed(folder: Path, tmp_path: Path) -> None:
     data[10] ^= 1
     factors.write_bytes(data)
     with pytest.raises(SurgeryError, match="damaged"):
+        operation("extract", folder, out, resume=True)
+    factors.unlink()
+    with pytest.raises(SurgeryError, match=r"was removed.*--overwrite"):
         operation("extract", folder, out, resume=True)
 
 
