@@ -185,6 +185,9 @@ class _Reader:
     def _half(self, path: str, parts: Parts, core: str, a: str, b: str) -> tuple[tuple[int, int], tuple[int, ...]]:
         """(out, in·kernel) of core ×₁ a ×₂ b, or of a @ b, and the kernel if the tensors tell it."""
         first, second = self._shape(parts[a]), self._shape(parts[b])
+        for name, flat in ((a, first), (b, second if core in parts else ())):
+            if math.prod(flat[2:]) != 1:
+                raise UnsupportedError(f"{self.where}: {parts[name]} has shape {list(flat)}; expected a kernel of 1")
         if core in parts:
             shape = self._shape(parts[core])
             if len(shape) < 3 or shape[:2] != (first[0], second[0]):

@@ -18,7 +18,7 @@ _LONGEST, _DEEPEST = 100_000, 100
 STEPS = 20_000_000  # that one config may cost, ten seconds or so; real ones take thousands
 _IGNORE_CASE, _MULTILINE, _DOT_ALL, _ASCII = 2, 8, 16, 256  # re's flags
 
-Step = Callable[["_Path", int], int]
+Step = Callable[["PathText", int], int]
 """From the places (a bit each) where a part of the expression may begin to those where it may end."""
 
 
@@ -29,8 +29,8 @@ class PatternError(ValueError):
 class Budget:
     """Steps that the patterns of one config may still take together."""
 
-    def __init__(self, steps: int = STEPS) -> None:
-        self.left = steps
+    def __init__(self) -> None:
+        self.left = STEPS
 
     def take(self, steps: int) -> None:
         """Spend some.
@@ -46,9 +46,9 @@ class Budget:
 class PathRegex:
     """One expression, parsed once.
 
-    >>> PathRegex(r".*\\.layers\\.[0-3]\\.(q|v)_proj").fullmatch("model.layers.2.v_proj", Budget())
+    >>> PathRegex(r".*\\.layers\\.[0-3]\\.(q|v)_proj").fullmatch(PathText("model.layers.2.v_proj"))
     True
-    >>> PathRegex("(a+)+b").fullmatch("a" * 5000, Budget())
+    >>> PathRegex("(a+)+b").fullmatch(PathText("a" * 5000))
     False
 
     Raises:
@@ -70,20 +70,25 @@ class PathRegex:
         except (ValueError, OverflowError, _parser.error) as problem:
             raise PatternError(f"is no regular expression ({problem})") from None
 
-    def fullmatch(self, path: str, budget: Budget) -> bool:
-        """Whether all of a path matches."""
-        return bool(self.ends(path, 0, budget) >> len(path))
+    def fullmatch(self, path: PathText) -> bool:
+        """Whether all of a path matches.
 
-    def ends(self, path: str, start: int, budget: Budget) -> int:
+        Raises:
+            PatternError: its budget is spent.
+        """
+        return bool(self.ends(path, 0) >> path.end)
+
+    def ends(self, path: PathText, start: int) -> int:
         """The places where a match that begins at `start` may end, as bits."""
-        return self._step(_Path(path, budget), 1 << start)
+        return self._step(path, 1 << start)
 
 
-class _Path:
-    """A path while it is matched: where each of its characters stands, as bits."""
+class PathText:
+    """A path as it is matched, by many expressions in turn: where each of its characters stands, as bits."""
 
-    def __init__(self, text: str, budget: Budget) -> None:
-        self.text, self.budget, self.end = text, budget, len(text)
+    def __init__(self, text: str, budget: Budget | None = None) -> None:
+        self.text, self.budget, self.end = text, budget or Budget(), len(text)
+        self.budget.take(len(text))
         self.cost = 1 + (len(text) >> 10)
         self.places: dict[str, int] = {}
         self.known: dict[int, int] = {}  # of a class of characters
@@ -92,7 +97,10 @@ class _Path:
 
     def where(self, one: _Single) -> int:
         """Where the characters stand that a part of the expression means."""
+        if one.letter:
+            return self.places.get(one.letter, 0)
         if id(one) not in self.known:
+            self.budget.take(len(self.places))
             self.known[id(one)] = sum(bits for c, bits in self.places.items() if one.means(c))
         return self.known[id(one)]
 
@@ -103,12 +111,19 @@ class _Single:
     def __init__(self, op: str, av: Any, flags: int) -> None:
         self.flags, self.negated = flags, op == "NOT_LITERAL"
         self.any = op == "ANY"
+        self.letter = chr(av) if op == "LITERAL" and not flags & _IGNORE_CASE else ""
+        self._known: dict[str, bool] = {}
         self.items = [(str(kind), value) for kind, value in av] if op == "IN" else [("LITERAL", av)]
         if self.items and self.items[0][0] == "NEGATE":
             self.negated, self.items = True, self.items[1:]
 
     def means(self, c: str) -> bool:
         """Whether a character is meant."""
+        if c not in self._known:
+            self._known[c] = self._means(c)
+        return self._known[c]
+
+    def _means(self, c: str) -> bool:
         if self.any:
             return c != "\n" or bool(self.flags & _DOT_ALL)
         forms = {c, c.lower(), c.upper(), c.swapcase()} if self.flags & _IGNORE_CASE else {c}
@@ -125,7 +140,7 @@ class _Single:
         kinds: dict[str, bool] = {"DIGIT": c.isdecimal(), "SPACE": c.isspace(), "WORD": _is_word(c)}
         return (plain and kinds[name.removeprefix("NOT_")]) != name.startswith("NOT_")
 
-    def __call__(self, path: _Path, starts: int) -> int:
+    def __call__(self, path: PathText, starts: int) -> int:
         path.budget.take(path.cost)
         return (starts & path.where(self)) << 1
 
@@ -139,7 +154,7 @@ def _sequence(tree: Any, flags: int, depth: int) -> Step:
         raise PatternError("is nested too deeply")
     steps = [_part(str(op), av, flags, depth) for op, av in tree]
 
-    def run(path: _Path, places: int) -> int:
+    def run(path: PathText, places: int) -> int:
         for step in steps:
             if not places:
                 break
@@ -169,7 +184,7 @@ def _part(op: str, av: Any, flags: int, depth: int) -> Step:
     raise PatternError(f"has what is not matched here ({op.lower().replace('_', ' ')})")
 
 
-def _union(branches: list[Step], path: _Path, places: int) -> int:
+def _union(branches: list[Step], path: PathText, places: int) -> int:
     path.budget.take(len(branches) * path.cost)
     found = 0
     for branch in branches:
@@ -180,7 +195,7 @@ def _union(branches: list[Step], path: _Path, places: int) -> int:
 def _repeated_single(one: _Single, least: int, most: int) -> Step:
     """A run of characters of one kind: an addition carries every start to the end of its run."""
 
-    def run(path: _Path, places: int) -> int:
+    def run(path: PathText, places: int) -> int:
         there = path.where(one)
         for _ in range(min(int(least), path.end + 1)):
             path.budget.take(path.cost)
@@ -201,7 +216,7 @@ def _repeated_single(one: _Single, least: int, most: int) -> Step:
 def _repeated(inner: Step, least: int, most: int) -> Step:
     """Any part repeated. After as many rounds as there are places nothing new can come."""
 
-    def run(path: _Path, places: int) -> int:
+    def run(path: PathText, places: int) -> int:
         for _ in range(min(int(least), path.end + 1)):
             path.budget.take(path.cost)
             places = inner(path, places)
@@ -225,20 +240,20 @@ def _assertion(av: Any, flags: int, depth: int, *, wanted: bool) -> Step:
         raise PatternError("is no regular expression (look-behind requires fixed-width pattern)")
     inner = _sequence(tree, flags, depth + 1)
 
-    def holds(path: _Path, place: int) -> bool:
+    def holds(path: PathText, place: int) -> bool:
         path.budget.take(path.cost)
         if behind:
             return place >= low and bool(inner(path, 1 << (place - low)) >> place & 1)
         return inner(path, 1 << place) != 0
 
-    def run(path: _Path, places: int) -> int:
+    def run(path: PathText, places: int) -> int:
         one_by_one = (i for i in range(path.end + 1) if places >> i & 1)
         return sum(1 << i for i in one_by_one if holds(path, i) == wanted)
 
     return run
 
 
-def _at(kind: str, path: _Path, flags: int) -> int:
+def _at(kind: str, path: PathText, flags: int) -> int:
     """The places that are a beginning, an end or a boundary."""
     text, end = path.text, path.end
     everywhere = (2 << end) - 1

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from lorasurgery.adapters.path_regex import Budget, PathRegex, PatternError
+from lorasurgery.adapters.path_regex import Budget, PathRegex, PathText, PatternError
 from lorasurgery.errors import FormatError, UnsupportedError
 
 _MOST = 10_000  # regular expressions in one config
@@ -52,12 +52,13 @@ class PatternTable:
         Raises:
             UnsupportedError: it would take too long to tell.
         """
-        best = min(self._looked_up(path), default=len(self._values))
         try:
+            best = min(self._looked_up(path), default=len(self._values))
+            text = PathText(path, self._budget)
             for number, regex in self._regexes:
                 if number > best:
                     break
-                if regex.fullmatch(path, self._budget):
+                if regex.fullmatch(text):
                     best = number
         except PatternError as problem:
             raise UnsupportedError(f"{self.where} {problem}") from None
@@ -67,6 +68,7 @@ class PatternTable:
         if len(self._regexes) == _MOST:
             raise UnsupportedError(f"{self.where} has more than {_MOST:,} regular expressions")
         try:
+            self._budget.take(len(key))
             self._regexes.append((number, PathRegex(rf"(.*\.)?({key})$")))
         except PatternError as problem:
             raise FormatError(f"{self.where} key {key!r} {problem}") from None
@@ -85,10 +87,7 @@ class PatternTable:
         found = []
         for table, start in tables:
             shapes = table.get(len(path) - start, {})
-            try:
-                self._budget.take(len(shapes))
-            except PatternError as problem:
-                raise UnsupportedError(f"{self.where} {problem}") from None
+            self._budget.take(1 + len(shapes))
             rest = ((_without(path[start:], dots), keys) for dots, keys in shapes.items())
             found += [keys[text] for text, keys in rest if text in keys]
         return found

@@ -14,6 +14,7 @@ from typing import Any
 from lorasurgery.adapters import config_values as values
 from lorasurgery.adapters.config_values import deepest, endings
 from lorasurgery.adapters.pattern_table import PatternTable
+from lorasurgery.checkpoint.json_text import MOST_CONFIG
 from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
 
@@ -147,7 +148,7 @@ def read_config(file: Path) -> PeftConfig:
     """
     if not os.path.lexists(file):
         raise FormatError(f"{file}: missing; without it alpha is unknown; put PEFT's config beside the weights")
-    raw, where = load_object(file), str(file)
+    raw, where = load_object(file, most=MOST_CONFIG), str(file)
     refuse_variants(raw, where)
     values.check_selection(raw, where)
     flags = {key: values.flag(raw.get(key), f"{where}: {key}") for key in _FLAGS}

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from lorasurgery.adapters.config_values import deepest, endings
-from lorasurgery.adapters.path_regex import Budget, PathRegex, PatternError
+from lorasurgery.adapters.path_regex import Budget, PathRegex, PathText, PatternError
 from lorasurgery.errors import FormatError
 
 _NUMBER = re.compile(r"\.(\d{1,6})\.")
@@ -64,14 +64,15 @@ class Selection:
 
     def _is_named(self, names: PathRegex | frozenset[str], path: str) -> bool:
         if isinstance(names, PathRegex):
-            return names.fullmatch(path, self._budget)
+            return names.fullmatch(PathText(path, self._budget))
         return any(end in names for end in endings(path, deepest(names)))
 
     def _layer(self, path: str) -> int | None:
         """The number that follows the first place where a layers_pattern matches."""
+        text = PathText(path, self._budget)
         for pattern in self._patterns:
             for start in (i + 1 for i, c in enumerate(path) if c == "."):
-                ends = pattern.ends(path, start, self._budget)
+                ends = pattern.ends(text, start)
                 for end in range(len(path), start - 1, -1):
                     number = _NUMBER.match(path, end) if ends >> end & 1 else None
                     if number:

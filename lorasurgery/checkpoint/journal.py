@@ -27,6 +27,7 @@ PARTIAL = ".lorasurgery-partial"
 UNDO_FOLDER = "lorasurgery-undo"  # of finished records, in a checkpoint's folder or behind the name of a file
 JOURNAL, FACTORS, UNDO = ".journal-", ".factors-", ".undo-"
 KEPT = 10**9  # bytes worked through: less is done again sooner than anyone could wonder about the remains
+_NAME = 200  # bytes of a file's name
 _SECONDS = 20.0  # between two syncs
 
 
@@ -226,7 +227,7 @@ def _read_one(file: Path, about: dict[str, Any], out: Path, renamed: list[str]) 
             records.append((line["done"], line["record"]))
         trusted = line.get("synced", trusted)
         renamed = line.get("renamed", renamed)
-    if not all(map(is_inside, renamed)):  # they are given other names, so no others may be meant
+    if not all(is_inside(name) and len(name.encode()) <= _NAME for name in renamed):  # which get other names
         raise ValueError
     return dict(records if here else records[:trusted]), renamed
 

@@ -14,6 +14,7 @@ from typing import Any
 from lorasurgery.errors import FormatError
 
 MOST = 100_000_000  # bytes: an index of a million tensors; as for headers
+MOST_CONFIG = 32_000_000  # an adapter's config: the modules of the largest models, several times
 DEEPEST = 64  # what is parsed is written, compared and shown by functions that call themselves
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that may be half a character
 

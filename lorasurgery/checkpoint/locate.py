@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, refuse_pickle, show
-from lorasurgery.checkpoint.json_text import parse_object, read_bytes
+from lorasurgery.checkpoint.json_text import MOST, parse_object, read_bytes
 from lorasurgery.errors import FormatError
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -209,15 +209,15 @@ def load_config(file: Path) -> dict[str, Any]:
     return found
 
 
-def load_object(file: Path, pairs: Any = None) -> dict[str, Any]:
+def load_object(file: Path, pairs: Any = None, most: int = MOST) -> dict[str, Any]:
     """Read a JSON file that must hold an object.
 
     Raises:
-        FormatError: unreadable, not JSON, or something else than an object.
+        FormatError: unreadable, larger than `most`, not JSON, or something else than an object.
     """
     where = show(str(file))
     try:
-        raw = read_bytes(file)
+        raw = read_bytes(file, most)
     except OSError as problem:
         raise FormatError(f"{where}: {problem.strerror or problem}") from None
     except FormatError as problem:

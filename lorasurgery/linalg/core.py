@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorasurgery.linalg.thin import Thin, thin_qr
-from lorasurgery.lowrank import LowRank
+from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg.thin import NOT_FINITE, Thin, thin_qr
+from lorasurgery.lowrank import LowRank, common, widened
 
 # Singular values below float32's precision of the largest are rounding of the factors, not update.
 NOISE = torch.finfo(torch.float32).eps
@@ -90,13 +91,15 @@ def recompress(terms: Sequence[LowRank], most: int | None = None) -> Core:
             well-conditioned, float32 and an eigensolver then tell the energies to about 1e-6 in half the time.
 
     Raises:
-        SurgeryError: a factor holds NaN or infinity.
+        SurgeryError: a factor holds NaN or infinity, or becomes so with its scale.
     """
     if most is not None and sum(t.rank for t in terms) > max(_LARGE, 4 * most):
         fast = _leading(terms, most)
         if fast is not None:
             return fast
     left, right, core, size = _core(terms, torch.float64)
+    if not bool(torch.isfinite(core).all()):  # a scale beyond all measure
+        raise SurgeryError(NOT_FINITE)
     x, s, yt = torch.linalg.svd(core, full_matrices=False)
     return Core(left, right, s, x, yt.mT, size)
 
@@ -104,7 +107,7 @@ def recompress(terms: Sequence[LowRank], most: int | None = None) -> Core:
 def _leading(terms: Sequence[LowRank], most: int) -> Core | None:
     """The same from float32 and the squared core; None where columns depend, terms cancel or σ falls too far."""
     left, right, core, size = _core(terms, torch.float32)
-    if core.dtype != torch.float32:
+    if core.dtype != torch.float32 or not bool(torch.isfinite(core).all()):
         return None
     squares, vectors = torch.linalg.eigh(core @ core.mT)
     s = squares.flip(0).clamp(min=0).to(torch.float64).sqrt()
@@ -133,7 +136,8 @@ def distance(exact: LowRank, written: LowRank) -> float:
     >>> distance(a, LowRank(a.up, a.down * 1.5))
     1.5
     """
-    up, down = written.up.to(exact.up.dtype), written.down.to(exact.down.dtype)
+    wide = widened(common(exact.up.dtype, exact.down.dtype))
+    exact, (up, down) = exact.to(wide), (written.up.to(wide), written.down.to(wide))
     terms = [LowRank(exact.up - up, exact.down), LowRank(up, exact.down - down)]
     return math.sqrt(max(inner(terms, terms, torch.float32), 0.0))
 

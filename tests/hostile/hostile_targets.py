@@ -15,7 +15,7 @@ import hostile_remains as remains
 from click.testing import CliRunner
 from hostile_files import Files, Work, bytes_of, data_of, header_of, laid_out, write_sparse
 
-from lorasurgery.adapters.path_regex import Budget, PathRegex, PatternError
+from lorasurgery.adapters.path_regex import PathRegex, PathText, PatternError
 from lorasurgery.adapters.pattern_table import PatternTable
 from lorasurgery.adapters.servers import SERVERS
 from lorasurgery.checkpoint.header import parse_header
@@ -117,7 +117,7 @@ def patterns(files: Files, rng: random.Random, folder: Path) -> Work:
         for path in paths:
             table.first(path, 4)
         try:
-            PathRegex(texts[0]).fullmatch(paths[0], Budget())
+            PathRegex(texts[0]).fullmatch(PathText(paths[0]))
         except PatternError as problem:
             raise FormatError(f"{folder.name}: {problem}") from None
 
