@@ -82,7 +82,9 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """
     name, names = name[:_COMPARED_LENGTH], [k for k in known if len(k) <= _COMPARED_LENGTH]
     if len(names) > _COMPARED:
-        leaf = name.rpartition(".")[2]
-        names = nsmallest(_COMPARED, names, lambda k: (not k.endswith(leaf), abs(len(k) - len(name))))
+        leaf, letters = name.rpartition(".")[2], set(name)
+        names = nsmallest(
+            _COMPARED, names, lambda k: (not k.endswith(leaf), -len(letters.intersection(k)), abs(len(k) - len(name)))
+        )
     close = get_close_matches(name, names, n=n, cutoff=0.5)
     return "; nearest: " + ", ".join(close) if close else ""

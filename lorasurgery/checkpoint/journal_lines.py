@@ -35,8 +35,8 @@ def read_lines(journal: Path, folder_name: str) -> list[dict[str, Any]]:
     file_name = journal.parent.name.removesuffix(folder_name).removeprefix(".")
     home = journal.parent.parent
     try:
-        if journal.parent.is_symlink():
-            raise _WrongError("lies in a folder that is a link")
+        if any(path.is_symlink() for path in (journal.parent, *journal.parent.iterdir())):
+            raise _WrongError("lies beside a link, or in a folder that is one")
         raw_lines = _raw_lines(journal)
         for number, raw in enumerate(raw_lines):
             line = _line(raw)

@@ -86,6 +86,8 @@ def lock(checkpoint: Path) -> BaseFileLock:
     from filelock import FileLock, Timeout
 
     place = checkpoint / LOCK if checkpoint.is_dir() else checkpoint.with_name(f".{checkpoint.name}{LOCK}")
+    if place.is_symlink():  # locking would empty the file that it leads to
+        raise OutputError(f"{show(str(place))}: is a link, which no lock is; remove it")
     found = FileLock(place)
     try:
         found.acquire(timeout=0)

@@ -83,7 +83,7 @@ def surgery(files: Files, rng: random.Random, folder: Path) -> Work:
     shard = "model-00001-of-00002.safetensors"
     lines: list[Any] = [
         {"about": {"call": "merge base adapter --in-place"}}, {"checked": True, "noted": []},
-        {"ready": [[shard, 900, 0, 4, 558161692]], "done": {"0 x": [None, []]}}, {"applied": True},
+        {"ready": [[shard, 900, 0, 4, 3057449933]], "done": {"0 x": [None, []]}}, {"applied": True},
         {"ending": {"0": "config.json"}, "removed": ["lorasurgery-undo/0001.safetensors"]},
     ]  # fmt: skip
     lines = lines[: rng.randrange(1, 6)]
