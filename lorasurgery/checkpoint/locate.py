@@ -176,6 +176,8 @@ def is_inside(name: Any) -> bool:
     """
     if not isinstance(name, str) or not name or set(name) & {"\x00", "\\"}:
         return False
+    if any("\ud800" <= c <= "\udfff" for c in name):  # half a character, which no file system takes
+        return False
     path = PurePosixPath(name)
     return str(path) == name and name != "." and not path.is_absolute() and ".." not in path.parts
 

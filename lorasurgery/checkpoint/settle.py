@@ -86,7 +86,7 @@ def lock(checkpoint: Path) -> BaseFileLock:
     from filelock import FileLock, Timeout
 
     place = checkpoint / LOCK if checkpoint.is_dir() else checkpoint.with_name(f".{checkpoint.name}{LOCK}")
-    if place.is_symlink():  # locking would empty the file that it leads to
+    if place.is_symlink():  # older versions of filelock would empty what it leads to
         raise OutputError(f"{show(str(place))}: is a link, which no lock is; remove it")
     found = FileLock(place)
     try:

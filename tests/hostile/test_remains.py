@@ -135,6 +135,7 @@ JOURNALS: dict[str, list[Any]] = {
     "a file removed elsewhere": [ABOUT, {"ending": {}, "removed": ["../secret"]}],
     "a folder removed": [ABOUT, {"ending": {}, "removed": ["sub"]}],
     "a name too long": [ABOUT, {"ending": {"0": "n" * 5000}, "removed": []}],
+    "half a character": [ABOUT, {"ending": {"0": "\ud800"}, "removed": []}],
     "numbers for names": [ABOUT, {"ending": {"0": 5}, "removed": [None]}],
     "no lists": [ABOUT, {"ready": 5, "done": 6}],
     "no operation": [{"about": []}],
@@ -211,7 +212,7 @@ def test_a_journal_behind_a_link_is_refused(files: Files, tmp_path: Path) -> Non
 
 
 def test_a_lock_that_is_a_link_is_refused(files: Files, tmp_path: Path) -> None:
-    """To lock a file is to empty it, so a lock that leads to another file is none."""
+    """To lock a file may empty it, so a lock that leads to another file is none."""
     base = Path(shutil.copytree(files.base, tmp_path / "base"))
     (tmp_path / "secret").write_bytes(b"secret")
     (base / ".lorasurgery-lock").symlink_to(tmp_path / "secret")
