@@ -53,9 +53,18 @@ def one_line(message: str) -> str:
     if len(message) > _LONGEST_WORD:
         message = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: _cut(word[0], _LONGEST_WORD), message)
         message = _cut(message, _LONGEST_LINE)
-    if message.isprintable():
-        return message
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in message)
+    return plain(message)
+
+
+def plain(text: str) -> str:
+    """A text as any terminal shows it: control characters and half characters as escapes.
+
+    >>> plain("a\\tb")
+    'a\\\\tb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _cut(text: str, most: int) -> str:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import click
 
 from lorasurgery.cli import tables
+from lorasurgery.errors import plain
 from lorasurgery.report import Progress, Report
 
 _PLAIN_STEPS = 10  # lines of progress when stderr is no terminal
@@ -40,14 +41,14 @@ def _bar(command: str) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[tensor]}", style="dim"))  # fmt: skip
+               TimeRemainingColumn(), TextColumn("{task.fields[tensor]}", style="dim", markup=False))  # fmt: skip
     console = Console(stderr=True)
     room = min(40, max(8, console.width - 85))  # what the bar and its numbers leave on the line
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task(command, tensor="")
 
         def callback(name: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, tensor=name[-room:])
+            bar.update(task, completed=done, total=total, tensor=plain(name)[-room:])
 
         yield callback
 
@@ -62,7 +63,7 @@ def _plain(command: str) -> Progress:
         step = done * _PLAIN_STEPS // total if total else _PLAIN_STEPS
         if step > shown:
             shown = step
-            click.echo(f"{command}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB ({name})", err=True)
+            say(f"{command}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB ({name})", err=True)
 
     return callback
 
@@ -73,16 +74,16 @@ def show(report: Report, *, as_json: bool, quiet: bool, verbose: bool) -> None:
         _show_each(report, report.adapters, as_json=as_json, quiet=quiet, verbose=verbose)
         return
     for warning in report.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {plain(warning)}", err=True)
     if as_json:
         click.echo(json.dumps(report.to_dict(), allow_nan=False))
     elif not quiet:
         tables.show(report, verbose=verbose)
-        click.echo(f"{'plan: ' if report.dry_run else ''}{report.summary}")
+        say(f"{'plan: ' if report.dry_run else ''}{report.summary}")
         for sentence in report.totals.get("odd", ()):
-            click.echo(f"odd: {sentence}")
+            say(f"odd: {plain(sentence)}")
         if report.output and not report.dry_run and report.command != "push":
-            click.echo(
+            say(
                 f"{report.output}: {report.bytes_written / 1e6:,.1f} MB written, "
                 f"{report.bytes_read / 1e6:,.1f} MB read, "
                 f"{report.seconds:.1f} s on {report.device}, {report.peak_memory_bytes / 1e6:,.0f} MB of memory at most"
@@ -93,20 +94,21 @@ def _show_each(report: Report, adapters: list[Report], *, as_json: bool, quiet: 
     """A folder of adapters: each one's report under its name, then the sum, then those that failed."""
     for one in adapters if not as_json else ():
         if not one.error:
-            click.echo(f"{one.inputs[0]}:") if not quiet else None
+            say(f"{one.inputs[0]}:") if not quiet else None
             show(one, as_json=False, quiet=quiet, verbose=verbose)
     if as_json:
         click.echo(json.dumps(report.to_dict(), allow_nan=False))
     elif not quiet:
-        click.echo(f"{'plan: ' if report.dry_run else ''}{report.summary}")
+        say(f"{'plan: ' if report.dry_run else ''}{report.summary}")
     for one in adapters:
         if one.error:
-            click.echo(f"lorasurgery: {one.error}", err=True)
+            say(f"lorasurgery: {one.error}", err=True)
 
 
-def say(line: str) -> None:
-    """One more line for a person."""
-    click.echo(line)
+def say(text: str, *, err: bool = False) -> None:
+    """A line or more for a person; what names from files hold of a terminal's control characters is escaped."""
+    for line in text.split("\n"):
+        click.echo(plain(line), err=err)
 
 
 def leave(report: Report) -> None:

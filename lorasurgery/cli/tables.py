@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lorasurgery.errors import plain
 from lorasurgery.report import Comparison, ModuleReport, Report, Spectrum, percent
 
 Columns = dict[str, tuple[str, str | Callable[[float], str]]]
@@ -109,7 +110,7 @@ def _cell(text: str | Callable[[float], str], value: Any) -> str:
         return "–"
     if isinstance(value, (list, tuple)):
         return "×".join(map(str, value))
-    return text(value) if callable(text) else text.format(value)
+    return plain(text(value) if callable(text) else text.format(value))
 
 
 def _bar(share: float, length: int) -> str:
@@ -132,7 +133,8 @@ def _table() -> Any:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    # names come from files: brackets in them are no markup, and words between colons no pictures
+    return Console(width=None if sys.stdout.isatty() else 150, highlight=False, markup=False, emoji=False)
 
 
 def _modules(modules: Sequence[ModuleReport]) -> None:
@@ -149,7 +151,7 @@ def _modules(modules: Sequence[ModuleReport]) -> None:
     for i, m in enumerate(modules):
         values = [getattr(m, c, None) for c in used]
         cells = [_cell(_COLUMNS[c][1], v) if v is not None else "" for c, v in zip(used, values, strict=True)]
-        table.add_row(m.name, "×".join(map(str, m.shape)), *cells, *(column[i] for column in extra.values()))
+        table.add_row(plain(m.name), "×".join(map(str, m.shape)), *cells, *(column[i] for column in extra.values()))
     _console().print(table)
 
 

@@ -16,7 +16,7 @@ NAMES = [
     "model.layers.99999999999.q_proj", "layers." + "9" * 5000 + ".q_proj", "٣.q", "__metadata__", "lora_A", "alpha",
     "model.layers.0.self_attn.q_proj.weight", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
     "lora_unet_a.lora_down.weight", "lora_unet_a.alpha", "x.lora_A.default.weight", "a.modules_to_save.b.weight",
-    "aux", "config.json", "model.safetensors", "lorasurgery-undo/0001.safetensors",
+    "[/b][red]x[bold", ":smile:", "aux", "config.json", "model.safetensors", "lorasurgery-undo/0001.safetensors",
 ]  # fmt: skip
 PATTERNS = [
     "(a+)+$", "(.*)*x", "(a|a)*b", "(a|aa)+$", ".*.*.*.*.*.*x", "((((.*)*)*)*)*y", "(x+x+)+y", "a{99999999999999}",

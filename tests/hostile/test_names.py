@@ -22,7 +22,7 @@ NAMES = {
     "a path": "../../etc/passwd", "absolute": "/etc/passwd", "a NUL": "a\0b", "a line break": "a\nb", "a return": "a\rb",
     "a terminal's words": "\x1b[2J\x1b]0;x\x07", "turned around": "\u202egnp.x", "empty": "", "dots": "." * 3000,
     "64 KB": "q" * 65_536, "wrapped for ever": ".base_layer" * 6000, "endless digits": f"layers.{'9' * 5000}.q_proj",
-    "a far layer": "layers.99999999999.q_proj", "digits of another script": "layers.٣.q_proj",
+    "markup": "[/b][red]x[bold", "pictures": ":smile:", "a far layer": "layers.99999999999.q_proj", "digits of another script": "layers.٣.q_proj",
 }  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def test_checkpoints_with_odd_names(case: str, files: Files, tmp_path: Path) -> 
     with within():
         done = CliRunner().invoke(main, ["inspect", "-v", str(base)])
         assert done.exit_code == 0, done.output
+        assert all(line.isprintable() for line in done.stdout.splitlines())
         merge(base, [files.adapter], tmp_path / "out", device="cpu")
     assert Checkpoint.open(tmp_path / "out").raw(name).tolist() == list(range(16))
     assert {f.name for f in tmp_path.iterdir()} == {"base", "out"}
