@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lorasurgery.adapters.config_values import check_selection, flag
+from lorasurgery.adapters.config_values import check_selection, deepest, flag
 from lorasurgery.adapters.pattern_table import PatternTable
 from lorasurgery.adapters.peft_config import pattern, refuse_variants
 from lorasurgery.checkpoint.json_text import parse_object
@@ -33,12 +33,24 @@ class HeaderConfig:
 
     def scaling(self, path: str, rank: int) -> tuple[float, float] | None:
         """(alpha, scale) of a module; None when the header doesn't say."""
-        for prefix, config in self.components.items():
-            if not prefix or path.startswith(f"{prefix}."):  # a component's own file has no prefixes
-                inner = path[len(prefix) + 1 :] if prefix else path
-                alpha = float(self._alphas[prefix].first(inner, config.get("lora_alpha", 8)))
-                return alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        return None if self.alpha is None else (self.alpha, self.alpha / rank)
+        prefix = self._component(path)
+        if prefix is None:
+            return None if self.alpha is None else (self.alpha, self.alpha / rank)
+        config, inner = self.components[prefix], path[len(prefix) + 1 :] if prefix else path
+        alpha = float(self._alphas[prefix].first(inner, config.get("lora_alpha", 8)))
+        return alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    def _component(self, path: str) -> str | None:
+        """The first component that a module is in; a component's own file has no prefixes."""
+        numbers, most = self._numbers
+        parts = path.split(".")[: most + 2]
+        prefixes = ["", *(".".join(parts[:n]) for n in range(1, len(parts)))]
+        return min((p for p in prefixes if p in numbers), key=lambda p: numbers[p], default=None)
+
+    @cached_property
+    def _numbers(self) -> tuple[dict[str, int], int]:
+        """The order of the components, and the most dots in any of their prefixes."""
+        return {prefix: number for number, prefix in enumerate(self.components)}, deepest(self.components)
 
     @cached_property
     def _alphas(self) -> dict[str, PatternTable]:

@@ -7,8 +7,10 @@ Facts: ComfyUI's QUANTIZATION.md for `_quantization_metadata` and `.weight_scale
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
+from lorasurgery.adapters.config_values import endings
 from lorasurgery.adapters.naming import module_of
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
@@ -17,6 +19,7 @@ KEY, MARKER = "_quantization_metadata", "scaled_fp8"
 _BESIDE = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "scale_weight", "scale_input",
            "input_scale", "pre_quant_scale", "comfy_quant")  # fmt: skip
 _markers: WeakKeyDictionary[Checkpoint, str | None] = WeakKeyDictionary()
+_DEEPEST = 64  # dots in a layer's name
 _AFTER = ("_scale", "_scale_inv")  # of parameters without a module: `experts.down_proj_scale`
 
 
@@ -55,8 +58,8 @@ def scale_of(base: Checkpoint, info: TensorInfo) -> str | None:
         return marker
     file = base.file_of[info.name]
     layers = _layers(base.files[file].metadata.get(KEY))
-    named = layers is not None and any(stem == layer or stem.endswith(f".{layer}") for layer in layers)
-    unknown = narrow and layers == []
+    named = layers is not None and any(end in layers for end in endings(stem, _DEEPEST))
+    unknown = narrow and layers is not None and not layers
     return f"{KEY} in the header of {file}" if named or unknown else None
 
 
@@ -67,13 +70,17 @@ def _marker(base: Checkpoint) -> str | None:
     return _markers[base]
 
 
-def _layers(text: str | None) -> list[str] | None:
-    """The layers that the header calls quantized: None without such a word, [] when it can't be understood."""
+@lru_cache(maxsize=16)
+def _layers(text: str | None) -> frozenset[str] | None:
+    """The layers that the header calls quantized: None without such a word, empty when it can't be understood.
+
+    Parsed once, for it is asked for every tensor.
+    """
     if text is None:
         return None
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        return []
+        return frozenset()
     layers = found.get("layers") if isinstance(found, dict) else None
-    return list(layers) if isinstance(layers, dict) else []
+    return frozenset(layers) if isinstance(layers, dict) else frozenset()
