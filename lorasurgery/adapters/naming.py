@@ -36,6 +36,7 @@ _WRAPPERS = {
     "base_model", "model", "module", "_orig_mod", "transformer", "backbone", "decoder", "encoder", "language_model",
     "bert", "roberta", "distilbert", "electra", "gpt_neox", "vit", "deit", "beit", "dinov2", "esm", "rwkv",
 }  # fmt: skip
+_MOST_WRAPPERS = 8  # that lie in one another
 _INPUTS = ("embed_tokens", "wte", "shared", "word_embeddings", "tok_embeddings", "embed_in", "word_embedding")
 
 
@@ -116,7 +117,8 @@ class BaseNames:
             if self._fits(candidate, shapes):
                 return candidate
         parts = name.split(".")
-        for i in range(1, len(parts) - 1):  # the adapter's path is the longer one: `transformer.h.0…` on disk as `h.0…`
+        # the adapter's path is the longer one: `transformer.h.0…` on disk as `h.0…`
+        for i in range(1, min(len(parts) - 1, _MOST_WRAPPERS)):
             if not self._is_wrapper(parts[i - 1]):
                 break
             candidate = ".".join(parts[i:])

@@ -146,18 +146,15 @@ def exact_suffixes(chosen: set[str], paths: set[str], *, whole_parts: bool = Tru
     >>> exact_suffixes({"a.q"}, {"a", "a.q", "b", "b.q"})
     ['a.q']
     """
-    every = {prefix for path in paths for prefix in _prefixes(path)}
-    by_leaf: dict[str, set[str]] = defaultdict(set)
-    for path in every:
-        by_leaf[path.rpartition(".")[2]].add(path)
-    names: set[str] = set()
-    for leaf in {p.rpartition(".")[2] for p in chosen}:
-        group = by_leaf[leaf]
-        if not whole_parts:
-            group = {p for other, ps in by_leaf.items() if other.endswith(leaf) for p in ps}
-        mine = {p for p in chosen if p.rpartition(".")[2] == leaf}
-        names |= {leaf} if group <= chosen else mine
-    return sorted(names)
+    mine: dict[str, set[str]] = defaultdict(set)
+    for path in chosen:
+        mine[path.rpartition(".")[2]].add(path)
+    sizes = {len(leaf) for leaf in mine}
+    wide = set()  # leaves that would also mean modules that are not chosen
+    for other in {prefix for path in paths for prefix in _prefixes(path)} - chosen:
+        leaf = other.rpartition(".")[2]
+        wide |= {leaf} if whole_parts else {leaf[len(leaf) - n :] for n in sizes if n <= len(leaf)}
+    return sorted(name for leaf, own in mine.items() for name in (own if leaf in wide else {leaf}))
 
 
 def _prefixes(path: str) -> Iterable[str]:

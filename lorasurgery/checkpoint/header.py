@@ -23,6 +23,7 @@ DTYPE_BITS = {
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 MAX_NDIM = 64
+MAX_NAME, MAX_DOTS = 1000, 64  # of a tensor's name, of which each part may be looked at for itself
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAGIC = {
     b"PK\x03\x04": "a zip archive, as torch.save writes (a pickle inside)",
@@ -206,6 +207,8 @@ def _metadata(found: Any, where: str) -> dict[str, str]:
 def _entry(name: str, entry: Any, start: int, where: str) -> TensorInfo:
     _check_text(name, where)
     tensor = f"{where}: {show(name)}"
+    if len(name) > MAX_NAME or name.count(".") > MAX_DOTS:
+        raise FormatError(f"{tensor}: is a name of {len(name):,} characters, which no tensor has")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{tensor}: expected an object with dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
@@ -71,9 +72,11 @@ def _in_layers(model: Checkpoint, said: Any) -> Iterator[str]:
     if 0 < most < said:
         yield f"config.json: num_hidden_layers is {said} but the files hold {most}"
     for stack, found in stacks.items():
-        gaps = sorted(set(range(most)) - found)
-        if gaps and max(found) + 1 == most <= said:
-            yield f"{stack}: layers {some([str(g) for g in gaps])} are missing"
+        gaps = most - len(found)
+        if gaps and max(found) + 1 == most <= said:  # the first few are looked for, not all up to a far number
+            first = [str(n) for n in islice((n for n in range(most) if n not in found), 3)]
+            more = f" and {gaps - 3} more" if gaps > 3 else ""
+            yield f"{stack}: layers {', '.join(first)}{more} are missing"
 
 
 def _unreadable(model: Checkpoint) -> Iterator[str]:
