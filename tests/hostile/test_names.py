@@ -137,3 +137,17 @@ def test_names_keep_their_files_apart(files: Files, tmp_path: Path) -> None:
         assert "shard" in refused(["inspect", base], tmp_path)
         shutil.rmtree(base)
     assert read_header(files.base / "model-00001-of-00002.safetensors").tensors
+
+
+def test_matrices_without_elements(files: Files, tmp_path: Path) -> None:
+    """A matrix of no elements, and an embedding that is one number, are passed over by what looks at sizes."""
+    tensors = {"model.layers.0.q_proj.weight": ("F32", [0, 0]), "model.layers.0.k_proj.weight": ("F32", [2**62, 0]),
+               "model.embed_tokens.weight": ("F32", []), "model.layers.0.v_proj.weight": ("F32", [8, 8])}  # fmt: skip
+    header, size = laid_out(tensors, {"format": "pt"})
+    (tmp_path / "model.safetensors").write_bytes(bytes_of(header, size))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 16, "num_hidden_layers": 1}')
+    for words in (["inspect", "-v"], ["plan"], ["verify"]):
+        with within():
+            done = CliRunner().invoke(main, [*words, str(tmp_path)])
+        assert isinstance(done.exception, SystemExit | None), repr(done.exception)
+        assert done.stdout
