@@ -124,7 +124,7 @@ class BaseNames:
             candidate = ".".join(parts[i:])
             if candidate in self.tensors and self._fits(candidate, shapes):
                 return candidate
-        longer = [n for n in self._by_suffix.get(".".join(parts[-2:]), []) if n.endswith("." + name)]
+        longer = self._by_ending(len(parts)).get(name, []) if len(parts) > 1 else []
         longer = [n for n in longer if self._fits(n, shapes)]
         return longer[0] if len(longer) == 1 else None
 
@@ -238,6 +238,20 @@ class BaseNames:
         for name in self.tensors:
             table[".".join(name.split(".")[-2:])].append(name)
         return table
+
+    def _by_ending(self, count: int) -> dict[str, list[str]]:
+        """Tensors by the last `count` parts of their names."""
+        if count not in self._endings:
+            table: dict[str, list[str]] = defaultdict(list)
+            for name in self.tensors:
+                if name.count(".") >= count:
+                    table[".".join(name.rsplit(".", count)[1:])].append(name)
+            self._endings[count] = table
+        return self._endings[count]
+
+    @cached_property
+    def _endings(self) -> dict[int, dict[str, list[str]]]:
+        return {}
 
     def _fits(self, name: str, shapes: tuple[tuple[int, ...], ...]) -> bool:
         return not shapes or self.tensors[name].shape in shapes

@@ -57,7 +57,7 @@ def plan(
     selection = Selection(tuple(target) or TARGET, tuple(exclude), ("none",))
     pairs = group_experts(plan_pairs(checkpoint, checkpoint, selection), checkpoint.config)
     report = Report("plan", [str(model)], "")
-    report.modules = [_module(p, rank) for p in pairs if p.treatment in FACTORED and prod(p.matrix)]
+    report.modules = [_module(p, rank) for p in pairs if p.treatment in FACTORED and all(p.matrix)]
     if not report.modules:
         raise MismatchError(f"{checkpoint.path}: --target and --exclude leave no matrix that LoRA fits")
     report.totals = _totals(report, checkpoint, rank, dtype or commonest_dtype(checkpoint))
