@@ -98,7 +98,7 @@ def recompress(terms: Sequence[LowRank], most: int | None = None) -> Core:
         if fast is not None:
             return fast
     left, right, core, size = _core(terms, torch.float64)
-    if not bool(torch.isfinite(core).all()):  # a scale beyond all measure
+    if not bool(torch.isfinite(core.square().sum())) or not math.isfinite(size * size):  # a scale beyond all measure
         raise SurgeryError(NOT_FINITE)
     x, s, yt = torch.linalg.svd(core, full_matrices=False)
     return Core(left, right, s, x, yt.mT, size)

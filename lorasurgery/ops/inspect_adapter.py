@@ -140,11 +140,12 @@ def _shares(values: Tensor) -> dict[str, Any]:
     """Effective rank, stable rank and energies of singular values in falling order; nothing for a zero update."""
     if not len(values):
         return {}
+    values = values / values[0]  # the squares of very small ones would be nothing
     share, energy = values / values.sum(), values.square()
     total = float(energy.sum())
     return {
         "effective_rank": float((-share * share.log()).sum().exp()),
-        "stable_rank": total / float(energy[0]),
+        "stable_rank": total,
         "energy_at": {r: float(energy[:r].sum()) / total for r in RANKS},
     }
 

@@ -15,6 +15,9 @@ from hostile_mutate import nested
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.adapters.peft_config import PeftConfig
 from lorasurgery.checkpoint import json_text
+from lorasurgery.errors import SurgeryError
+from lorasurgery.ops.inspect import inspect
+from lorasurgery.report import Spectrum
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -155,3 +158,18 @@ def test_real_scales_are_what_they_were() -> None:
     assert config.scaling("m.layers.1.q_proj", 2) == (16, 8)
     assert config.scaling("m.layers.2.q_proj", 1) == (16, 16)
     assert config.scaling("m.layers.2.v_proj", 8) == (16, 2)
+
+
+@pytest.mark.parametrize("alpha", [1e-320, 1e-200, 5e-324, -1e300])
+def test_scales_beyond_all_measure(alpha: float, files: Files, tmp_path: Path) -> None:
+    """An alpha whose square is nothing, or more than any number, gives spectra all the same, or one line."""
+    adapter = Path(shutil.copytree(files.adapter, tmp_path / "adapter"))
+    (adapter / CONFIG_NAME).write_text(json.dumps(ADAPTER | {"lora_alpha": alpha, "alpha_pattern": {}}))
+    try:
+        report = inspect(adapter, spectrum=True, device="cpu")
+    except SurgeryError as problem:
+        assert str(adapter) in str(problem)
+        return
+    spectra = [m for m in report.modules if isinstance(m, Spectrum)]
+    assert all(1 <= (m.stable_rank or 0) <= 2 for m in spectra if m.singular_values)
+    assert "nan" not in report.summary
