@@ -149,12 +149,10 @@ class Run:
         worth = self.ranks.size > 1 or self.resumed > 0 or self._size >= KEPT or self._naming
         kept = not committed and worth
         if self.ranks.first and not kept:
-            with suppress(OSError):
-                for file in journals(self.out):
-                    file.unlink()
-                sync_folder(_folder(self.out))  # a journal that a power cut brings back must find what it speaks of
-                for file in [*journals(self.out, FACTORS), *journals(self.out, UNDO)]:
-                    file.unlink()
+            _remove(journals(self.out))
+            with suppress(OSError):  # a journal that a power cut brings back should find what it speaks of
+                sync_folder(_folder(self.out))
+            _remove([*journals(self.out, FACTORS), *journals(self.out, UNDO)])
         return kept
 
     def _write_anew(self, old: list[Path]) -> None:
@@ -186,6 +184,12 @@ class Run:
     def _line(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+
+def _remove(files: list[Path]) -> None:
+    for file in files:
+        with suppress(OSError):
+            file.unlink()
 
 
 def _folder(out: Path) -> Path:

@@ -61,6 +61,9 @@ def test_a_new_output_at_every_call(
         done, failed = failing(faults, operation, small, out, first)
         if not failed:
             break
+        if done.status == 0:  # the disk refused no more than to sync that the journal is gone
+            assert state(out) == whole[name]
+            continue
         assert done.status == 1
         (outcome,) = [key for key, text in OUTCOMES.items() if re.fullmatch(f"{LINE}({text})", done.line)]
         seen.add(outcome)

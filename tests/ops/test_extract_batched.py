@@ -145,7 +145,7 @@ def test_the_one_that_is_not_finite_is_named(
     tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] = torch.nan
     save_file(tensors, file, {"format": "pt"})
     monkeypatch.setattr(pair_groups, "BATCHED_DEVICES", ("cpu",))
-    with pytest.raises(SurgeryError, match=r"^model\.layers\.1\.self_attn\.o_proj\.weight: .*not finite"):
+    with pytest.raises(SurgeryError, match=r"tuned: model\.layers\.1\.self_attn\.o_proj\.weight: .*not finite"):
         extract(*world, tmp_path / "out", device="cpu")
 
 
