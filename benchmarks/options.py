@@ -20,7 +20,7 @@ class Options:
 
     work: Path = ROOT / ".bench"
     runs: int = 5
-    peer_runs: int = 1
+    peer_runs: int = 5
     hidden: int | None = None
     inner: int | None = None
     layers: int | None = None

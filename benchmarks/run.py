@@ -58,7 +58,7 @@ def _arguments() -> argparse.Namespace:
     names = [s.NAME for s in SECTIONS]
     parser.add_argument("--only", choices=names, action="append", help="this section; repeatable")
     parser.add_argument("--runs", type=int, default=5, help="of ours and of what takes seconds (default 5)")
-    parser.add_argument("--peer-runs", type=int, default=1, help="of peers that take minutes (default 1)")
+    parser.add_argument("--peer-runs", type=int, default=5, help="of peers that take minutes (default 5)")
     parser.add_argument(
         "--without", action="append", default=[], help="a peer: peft, mergekit, axolotl, dense; repeatable"
     )
