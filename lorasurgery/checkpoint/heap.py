@@ -58,5 +58,5 @@ def read_back(folder: Path, place: Place) -> bytes:
     with ReadFile(path) as file:
         got = file.read_all(start, memoryview(data))
     if got != size or zlib.crc32(data) != crc:
-        raise FormatError(f"{path}: is damaged, so --resume can't; --overwrite starts anew")
+        raise FormatError(f"{path}: is damaged, so --resume can't; into a new output, --overwrite starts anew")
     return bytes(data)

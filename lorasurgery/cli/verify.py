@@ -24,9 +24,9 @@ from lorasurgery.cli.ending import Ending
 def command(path: str, **chosen: Any) -> None:
     """Read everything once: is PATH whole, finite, and consistent with its index and config?
 
-    With --against, is it BASE plus the adapters? To the bit where the merge left an undo record, else every value must
-    be within one step of rounding; without --adapter every byte must be BASE's. An adapter must match BASE tensor by
-    tensor. Exit status 1 when something does not hold.
+    With --against, is it BASE plus the adapters? Every value must be within one step of rounding, and where the merge
+    left an undo record its hashes tell whether it is so to the bit; without --adapter every byte must be BASE's. An
+    adapter must match BASE tensor by tensor. Exit status 1 when something does not hold.
 
     \b
     Examples:

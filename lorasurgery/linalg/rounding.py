@@ -135,7 +135,7 @@ class Merger:
         if not self.terms:
             self._store(weight.to(self.wide), out, generator)
             # taken from an adapter or cast to a narrower dtype: nothing else would tell that a value is not finite
-            return Survival(0.0, 0.0, 0.0 if _is_finite(out) else math.nan)
+            return Survival(0.0, 0.0, 0.0 if is_finite(out) else math.nan)
         old, delta, new = scratch(weight, self.wide, 3)
         old.copy_(weight)
         rows = slice(first, first + weight.shape[0])
@@ -256,7 +256,12 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return float(torch.dot(a.reshape(-1), b.reshape(-1)))
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite, 8-bit floats too.
+
+    >>> is_finite(torch.tensor([1.0, 3e38, 3e38])), is_finite(torch.tensor([torch.nan]))
+    (True, False)
+    """
     wide = values.to(torch.float32) if values.dtype.itemsize == 1 else values
     if bool(torch.isfinite(wide.sum(dtype=widened(values.dtype)))):
         return True

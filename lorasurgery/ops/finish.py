@@ -118,7 +118,7 @@ def write_undo(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
     edits = recipe.edits.edits
     for tensor in (t for f in recipe.files for t in f.tensors if t.name in edits):
         listed = done[tensor.name]["kept"]
-        recipe.undo.tensors[tensor.name] = kept(edits[tensor.name], tensor, recipe.base, listed)
+        recipe.undo.tensors[tensor.name] = kept(tensor, recipe.base, listed)
     assert output.run is not None
     planned, about, places = planned_record(recipe.undo, f"{folder}/{next_name(len(below))}")
     with output.tensor_file(planned) as file:

@@ -110,14 +110,16 @@ class _Work:
         path = recipe.base.path
         below = stack(path)
         old = recipe.restored.path if recipe.restored and recipe.restored.path in below else None
-        removed = [f"{undo_folder(path).name}/{old.name}"] if old else []
+        # a merge that keeps no record leaves none, for those that are there speak of bytes that are gone
+        stale = below if recipe.undo is None and recipe.restored is None else [old] if old else []
+        removed = [f"{undo_folder(path).name}/{record.name}" for record in stale]
         staged = {}
         if recipe.undo is not None:
             notes = self.notes()
             for t in self.touched:
                 edit = recipe.edits.edits.get(t.name)
                 if edit is not None:
-                    recipe.undo.tensors[t.name] = kept(edit, t, recipe.base, notes[t.name]["kept"])
+                    recipe.undo.tensors[t.name] = kept(t, recipe.base, notes[t.name]["kept"])
             _stage(recipe.undo, surgery)
             name = old.name if old else next_name(len(below))
             staged, removed = {f"{undo_folder(path).name}/{name}": _RECORD}, []
@@ -126,9 +128,8 @@ class _Work:
         surgery.finish(back, staged=staged, removed=[*removed, *gone])
 
     def _jobs(self, tensor: PlannedTensor, slot: Slot, recorder: Recorder | None) -> Iterator[Job]:
-        done = {key for key in self.surgery.done if key.endswith(f" {tensor.name}")}
-        found = jobs_of(self.recipe, tensor, slot, self.device, self.buffers, recorder, skip=done)
-        return (job for key, job in found if key not in done)
+        done = self.surgery.done
+        return (j for _, j in jobs_of(self.recipe, tensor, slot, self.device, self.buffers, recorder, skip=done))
 
     def written(self, tensor: PlannedTensor, size: int) -> None:
         """Tell how far it is."""

@@ -22,8 +22,19 @@ def jobs_of(
     """(key, job) of each piece of a tensor that an edit changes, or that a merge is taken back from.
 
     Args:
-        recorder: Keeps what the undoing needs. skip: Keys that somebody has done already; they come all the same.
+        recorder: Keeps what the undoing needs. skip: Keys of pieces that are done already.
     """
+    for key, job in _all_jobs(recipe, tensor, slot, device, buffers, recorder):
+        if key not in skip:
+            yield key, job
+        elif isinstance(job, RowsJob):
+            job.work.skip()
+
+
+def _all_jobs(
+    recipe: Recipe, tensor: PlannedTensor, slot: Slot, device: torch.device, buffers: Buffers,
+    recorder: Recorder | None,
+) -> Iterator[tuple[str, Job]]:  # fmt: skip
     edit = recipe.edits.edits.get(tensor.name)
     back = recipe.restored.tensors.get(tensor.name) if recipe.restored else None
     if edit is None and back is not None:
@@ -35,10 +46,7 @@ def jobs_of(
         rows = Rows(recipe, edit, tensor, device, slot, recorder)
         # a piece is written while others are still to be read, so each must come back from its own bytes alone
         if back is None or [(s.start, s.size) for s in back.stretches] == rows.spans:
-            keys = [f"{i} {tensor.name}" for i in range(len(rows.pieces))]
-            for _ in set(keys) & set(skip):
-                rows.skip()
-            yield from ((key, RowsJob(rows, i, buffers)) for i, key in enumerate(keys))
+            yield from ((f"{i} {tensor.name}", RowsJob(rows, i, buffers)) for i in range(len(rows.pieces)))
             return
     if edit is not None:
         yield f"0 {tensor.name}", WholeJob(recipe, edit, tensor, device, slot, recorder)

@@ -97,7 +97,7 @@ def _file(path: Path, name: str, *, whole: bool) -> dict[str, Any]:
     if re.fullmatch(r"[0-9a-f]{64}", blob):
         found["sha256"] = blob
     elif whole:
-        found["sha256"] = _sha256(path)
+        found["sha256"] = sha256_of(path)
     else:
         with path.open("rb") as file:
             start = file.read(8)
@@ -105,7 +105,8 @@ def _file(path: Path, name: str, *, whole: bool) -> dict[str, Any]:
     return found
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read a megabyte at a time."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while got := file.readinto(buffer):

@@ -62,11 +62,10 @@ class Recorder:
 
     def whole(self, edit: Edit, tensor: PlannedTensor, new: Tensor) -> list[Any]:
         """Keep a tensor that was computed as a whole, piece by piece."""
-        if kind_of(edit, tensor, self.base) == "added":
+        kind, raw = kind_of(tensor, self.base), as_bytes(new)
+        if kind == "added":
             return []
-        info, raw = self.base.tensors[tensor.name], as_bytes(new)
-        same = info.dtype == tensor.dtype and info.shape == tensor.shape
-        size = torch_dtype(info.dtype).itemsize
+        same, size = kind == "changed", torch_dtype(self.base.tensors[tensor.name].dtype).itemsize
         found: list[Any] = []
         for start, piece in _chunks(self.base, tensor.name):
             after = raw[start : start + len(piece)] if same else None
@@ -112,7 +111,7 @@ def undoing_of(edit: Edit, expert: int, dtype: torch.dtype, device: torch.device
     return found
 
 
-def kind_of(edit: Edit, tensor: PlannedTensor, base: Checkpoint) -> str:
+def kind_of(tensor: PlannedTensor, base: Checkpoint) -> str:
     """What became of a touched tensor; see Kept."""
     info = base.tensors.get(tensor.name)
     if info is None:
@@ -132,13 +131,13 @@ def _is_stored(c: Contribution) -> bool:
     return not c.decomposes and (c.delta is None or c.delta.form == "lora")
 
 
-def kept(edit: Edit, tensor: PlannedTensor, base: Checkpoint, listed: list[Any]) -> Kept:
+def kept(tensor: PlannedTensor, base: Checkpoint, listed: list[Any]) -> Kept:
     """The record of one tensor from what was kept of it."""
     info = base.tensors.get(tensor.name)
     shape, dtype = (info.shape, info.dtype) if info is not None else (tensor.shape, tensor.dtype)
     stretches = sorted((Stretch(*s) for s in listed if isinstance(s, list)), key=lambda s: s.start)
     after = next((s for s in listed if isinstance(s, str)), "")
-    return Kept(kind_of(edit, tensor, base), dtype, shape, tuple(stretches), after)
+    return Kept(kind_of(tensor, base), dtype, shape, tuple(stretches), after)
 
 
 def _chunks(base: Checkpoint, name: str) -> Iterator[tuple[int, memoryview]]:

@@ -18,11 +18,10 @@ from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rounding import Survival
 from lorasurgery.linalg.threads import team
 from lorasurgery.ops.apply import Recipe
-from lorasurgery.ops.edits import Edit
 from lorasurgery.ops.finish import describe, finish
-from lorasurgery.ops.jobs import CopyJob, Files, Note, StretchJob, WholeJob, is_by_rows, whole_bytes
+from lorasurgery.ops.jobs import CopyJob, Note, is_by_rows, whole_bytes
+from lorasurgery.ops.pieces import jobs_of
 from lorasurgery.ops.recorder import Recorder
-from lorasurgery.ops.row_jobs import Rows, RowsJob
 from lorasurgery.report import Progress, Report
 
 ROOM = 96 << 20  # bytes of weights on their way
@@ -100,7 +99,8 @@ class _Work:
         for tensor in tensors:
             edit = edits.get(tensor.name)
             back = recipe.restored.tensors.get(tensor.name) if recipe.restored and edit is None else None
-            as_is = edit is None and back is None and recipe.base.tensors[tensor.name].dtype == tensor.dtype
+            cast = recipe.base.tensors[tensor.name].dtype != tensor.dtype if edit is None else True
+            as_is = edit is None and back is None and not (cast and tensor.nbytes)  # a cast of nothing is a copy
             if copied and not (
                 as_is and places[tensor.name] == places[copied[-1].name] + 1 and _follows(recipe, copied, tensor)
             ):
@@ -108,24 +108,12 @@ class _Work:
                 copied = []
             if as_is:
                 copied.append(tensor)
-            elif back is not None:
-                slot = _Slot(self, planned, tensor)
-                slot.expect(len(back.stretches))
-                pieces = enumerate(back.stretches)
-                yield from (StretchJob(recipe.base, tensor.name, i, s, slot) for i, s in pieces)
-            elif is_by_rows(edit, recorded=self.recorder is not None) and tensor.nbytes:
-                rows = Rows(recipe, edit, tensor, self.device, _Slot(self, planned, tensor), self.recorder)
-                yield from (RowsJob(rows, i, self.buffers) for i in range(len(rows.pieces)))
             else:
-                yield self._whole(edit, planned, tensor, file)
+                slot = _Slot(self, planned, tensor)
+                found = jobs_of(recipe, tensor, slot, self.device, self.buffers, self.recorder)
+                yield from (job for _, job in found)
         if copied:
             yield CopyJob(recipe.base, copied, file, self.done)
-
-    def _whole(self, edit: Edit | None, planned: PlannedFile, tensor: PlannedTensor, file: Files) -> Job:
-        if edit is None:  # a cast of nothing
-            return CopyJob(self.recipe.base, [tensor], file, self.done)
-        slot = _Slot(self, planned, tensor)
-        return WholeJob(self.recipe, edit, tensor, self.device, slot, self.recorder)
 
     def file(self, planned: PlannedFile) -> TensorFile:
         """The output file, opened when the first of its tensors is written."""

@@ -12,6 +12,7 @@ from lorasurgery.errors import MismatchError, OutputError, UsageError
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.record import record_bytes
 from lorasurgery.ops.undo_record import top_record
+from lorasurgery.ops.undone import Undone
 from lorasurgery.ranks import ranks
 from lorasurgery.report import COMMAND_LINE, RECORD_NAME, Report
 
@@ -120,4 +121,5 @@ def is_touched(recipe: Recipe, name: str) -> bool:
 
 
 def on_disk(base: Checkpoint) -> Checkpoint:
-    return getattr(base, "merged", base)
+    """The checkpoint as it lies there, of one that is read as it was before its last merge."""
+    return base.merged if isinstance(base, Undone) else base

@@ -23,7 +23,8 @@ from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.writer import TensorFile
-from lorasurgery.errors import FormatError, SurgeryError
+from lorasurgery.errors import FormatError
+from lorasurgery.ops.record import sha256_of
 from lorasurgery.ops.undo_check import parsed
 
 FOLDER = UNDO_FOLDER
@@ -87,7 +88,7 @@ class UndoRecord:
     Args:
         tensors: Those that it touched.
         files: Other files that it changed: name -> the bytes before, None for one that was not there.
-        path: Where the record lies; None while it is made.
+        path: Where the record lies; None while it is made. weights: Its tensors, likewise.
     """
 
     adapters: list[Merged]
@@ -95,6 +96,7 @@ class UndoRecord:
     tensors: dict[str, Kept] = field(default_factory=dict)
     files: dict[str, bytes | None] = field(default_factory=dict)
     path: Path | None = None
+    weights: Checkpoint | None = None
 
     def data(self, stretch: Stretch) -> bytes:
         """What is kept of a stretch.
@@ -102,12 +104,10 @@ class UndoRecord:
         Raises:
             FormatError: the file was cut.
         """
-        assert self._weights is not None
+        assert self.weights is not None
         raw = bytearray(stretch.length)
-        self._weights.fill("data", memoryview(raw), stretch.place)
+        self.weights.fill("data", memoryview(raw), stretch.place)
         return bytes(raw)
-
-    _weights: Checkpoint | None = None
 
     @property
     def names(self) -> str:
@@ -163,10 +163,10 @@ def read_record(path: Path) -> UndoRecord:
             [Merged(**a) for a in about["adapters"]], list(about["block_weights"]),
             {n: _kept(k) for n, k in about["tensors"].items()},
             {n: None if v is None else base64.b64decode(v) for n, v in about["files"].items()}, path,
+            weights,
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise FormatError(f"{where}: is a damaged undo record") from None
-    record._weights = weights
     return record
 
 
@@ -222,10 +222,7 @@ def digest(adapter: Adapter) -> str:
     members = adapter.members.values() or (adapter,)
     for one in members:
         for name in sorted(one.weights.files):
-            with (one.weights.folder / name).open("rb", buffering=0) as file:
-                buffer = memoryview(bytearray(1 << 20))
-                while got := file.readinto(buffer):
-                    found.update(buffer[:got])
+            found.update(bytes.fromhex(sha256_of(one.weights.folder / name)))
         config = one.weights.folder / "adapter_config.json"
         meaning = {k: v for k, v in load_object(config).items() if k not in _PROSE} if config.is_file() else {}
         found.update(json.dumps(meaning, sort_keys=True).encode())
@@ -239,20 +236,3 @@ def top_record(checkpoint: Path) -> UndoRecord | None:
     """The record of the last merge, None where there is none."""
     found = stack(checkpoint)
     return read_record(found[-1]) if found else None
-
-
-def chosen_record(checkpoint: Path, given: str | Path | None) -> UndoRecord | None:
-    """The record to undo: the one named, else the last merge's.
-
-    Raises:
-        SurgeryError: the one named is not the last merge's.
-    """
-    if given is None:
-        return top_record(checkpoint)
-    record, found = read_record(Path(given)), stack(checkpoint)
-    if found and Path(given).resolve() in [f.resolve() for f in found[:-1]]:
-        last = read_record(found[-1])
-        raise SurgeryError(
-            f"{show(str(given))}: {last.names} was merged after {record.names}; undo the last merge first"
-        )
-    return record

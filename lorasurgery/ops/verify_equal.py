@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,42 +22,41 @@ from lorasurgery.ops.edits import EditPlan
 from lorasurgery.ops.jobs import Note
 from lorasurgery.ops.pieces import jobs_of
 from lorasurgery.ops.undo import match
+from lorasurgery.ops.undo_pack import is_kept_as_steps
 from lorasurgery.ops.undo_record import read_record, stack
 from lorasurgery.ops.verify_values import as_before, as_merged
-from lorasurgery.report import Checked, Progress, Report
+from lorasurgery.report import Checked, Report
 
 _TOLERANCE = 2.0**-20  # of the largest value: what summing in float32 may differ by
 _ROOM = 96 << 20
 _BLOCK = 1 << 18  # values
 
 
-def same_by_record(
-    model: Checkpoint, base: Checkpoint, adapters: list[Adapter], strengths: list[float], report: Report
-) -> str | None:
-    """`bits` when the record of the last merge is of these adapters and all hashes hold on both sides; else None."""
+def has_true_record(
+    model: Checkpoint, base: Checkpoint, adapters: list[Adapter], strengths: list[float], blocks: Sequence[str],
+    report: Report,
+) -> bool:  # fmt: skip
+    """Whether the last merge's record is of these adapters and strengths, and all its hashes hold on both sides."""
     found = stack(Path(model.path))
-    if not found:
-        return None
+    if not found or not adapters:
+        return False
     record = read_record(found[-1])
     try:
         ordered_adapters = match(record, adapters, found)
     except SurgeryError:
-        return None
+        return False
     weights = [strengths[next(i for i, a in enumerate(adapters) if a is one)] for one in ordered_adapters]
-    if weights != [m.weight for m in record.adapters]:
-        return None
-    holds = all(as_merged(model, record, n) and as_before(base, record, n) for n in record.tensors)
-    untouched = (set(model.tensors) | set(base.tensors)) - set(record.tensors)
-    if not holds or any(not _same_bytes(model, base, name) for name in untouched):
-        return None
+    if weights != [m.weight for m in record.adapters] or list(blocks) != record.block_weights:
+        return False
+    if not all(as_merged(model, record, n) and as_before(base, record, n) for n in record.tensors):
+        return False
     report.totals["undo_file"] = found[-1].name
-    return "bits"
+    return True
 
 
 def compare(
-    model: Checkpoint, base: Checkpoint, adapters: list[Adapter], plan: EditPlan, report: Report, device: torch.device,
-    progress: Progress | None,
-) -> str:  # fmt: skip
+    model: Checkpoint, base: Checkpoint, adapters: list[Adapter], plan: EditPlan, report: Report, device: torch.device
+) -> str:
     """Compute what the merge would be and hold it against what is there, tensor by tensor."""
     recipe = Recipe(base, adapters, plan, Path("unused"))
     lines = {
@@ -144,13 +144,10 @@ class _Compared:
 
     def _apart(self, wanted: torch.Tensor, there: torch.Tensor) -> tuple[int, int, int]:
         """(values that differ, the most steps apart, those further apart than rounding explains)."""
-        if self.dtype.itemsize not in BITS or not self.dtype.is_floating_point:
-            near = (
-                torch.isclose(wanted.double(), there.double(), rtol=1e-12, atol=0)
-                if wanted.is_floating_point()
-                else wanted == there
-            )
-            return int((wanted != there).sum()), 0, int((~near).sum())
+        if not is_kept_as_steps(self.dtype):  # float64 has no wider type; of integers every bit counts
+            same = wanted == there
+            near = torch.isclose(wanted, there, rtol=1e-12, atol=0) if wanted.is_floating_point() else same
+            return int((~same).sum()), 0, int((~near).sum())
         kind = BITS[self.dtype.itemsize]
         steps = (ordered(wanted.view(kind)) - ordered(there.view(kind))).abs()
         one, two = wanted.float(), there.float()

@@ -12,6 +12,7 @@ from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import TensorInfo, show
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg.rounding import is_finite
 from lorasurgery.linalg.threads import each, team
 from lorasurgery.lowrank import widened
 from lorasurgery.ops.undo_record import UndoRecord, read_record, stack
@@ -44,10 +45,8 @@ def count_nonfinite(model: Checkpoint, info: TensorInfo) -> int:
         raw = bytearray(span[1])
         model.fill(info.name, memoryview(raw), span[0])
         values = torch.frombuffer(raw, dtype=dtype)
-        if values.dtype.itemsize == 1:
-            values = values.to(widened(dtype))
-        if not bool(torch.isfinite(values.sum(dtype=widened(dtype)))):  # a sum may overflow where no value does
-            counts.append(int((~torch.isfinite(values)).sum()))
+        if not is_finite(values):
+            counts.append(int((~torch.isfinite(values.to(widened(dtype)))).sum()))
 
     each(look, _spans(info.nbytes))
     return sum(counts)
@@ -109,10 +108,9 @@ def as_before(base: Checkpoint, record: UndoRecord, name: str) -> bool:
 
 def _hash(model: Checkpoint, name: str, start: int, size: int) -> str:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(size, _PIECE)))
-    for at in range(0, size, _PIECE):
-        piece = buffer[: min(_PIECE, size - at)]
-        model.fill(name, piece, start + at)
-        digest.update(piece)
+    for at, length in _spans(size):
+        model.fill(name, buffer[:length], start + at)
+        digest.update(buffer[:length])
     return digest.hexdigest()
 
 

@@ -262,6 +262,10 @@ def test_a_merge_without_undo_drops_the_records(folder: Path, tmp_path: Path) ->
     """Records speak of bytes: a further merge that keeps none leaves none that would be untrue."""
     merge(folder / "merged", [folder / "adapter"], tmp_path / "m")
     assert not (tmp_path / "m/lorasurgery-undo").exists()
+    shutil.copytree(folder / "merged", tmp_path / "inside")
+    merge(tmp_path / "inside", [folder / "adapter"], in_place=True, undo=False)
+    assert not (tmp_path / "inside/lorasurgery-undo").exists()
+    assert same_bytes(tmp_path / "inside", tmp_path / "m")
 
 
 def test_undo_with_a_dtype_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from lorasurgery.cli.main import main
 from lorasurgery.ops.merge import merge
+from lorasurgery.ops.undo_record import read_record
 from lorasurgery.ops.verify import verify
 
 FIRST, INDEX = "model-00001-of-00003.safetensors", "model.safetensors.index.json"
@@ -144,6 +146,25 @@ def test_a_changed_record_is_found(made: Path, tmp_path: Path) -> None:
     one_value(tmp_path / "m")
     (sentence,) = verify(tmp_path / "m").totals["findings"]
     assert sentence == f"0001.safetensors: {NAME} was changed since adapter was merged, so the merge can't be undone"
+
+
+def test_a_forged_record_is_not_believed(made: Path, tmp_path: Path) -> None:
+    """Weights that are not base + adapter stay so, however well a record speaks of them."""
+    merge(made / "base", [made / "adapter"], tmp_path / "m", undo=True)
+    assert verify(tmp_path / "m", against=made / "base", adapters=[made / "adapter"]).totals["equal"] == "bits"
+    one_value(tmp_path / "m")
+    record = tmp_path / "m/lorasurgery-undo/0001.safetensors"
+    old, tensors = read_record(record), load_file(record)
+    about = json.loads(bytes(tensors["about"].tolist()))
+    for stretch, raw in zip(old.tensors[NAME].stretches, about["tensors"][NAME]["stretches"], strict=True):
+        found = bytes(load_file(tmp_path / "m" / FIRST)[NAME].reshape(-1).view(torch.uint8).tolist())
+        raw[5] = hashlib.sha256(found[stretch.start : stretch.start + stretch.size]).hexdigest()
+    tensors["about"] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    save_file(tensors, record)
+    assert verify(tmp_path / "m").totals["findings"] == []  # it does fit the weights
+    report = verify(tmp_path / "m", against=made / "base", adapters=[made / "adapter"])
+    assert report.totals["equal"] == "no"
+    assert not report.totals["holds"]
 
 
 def test_adapters(made: Path, tmp_path: Path) -> None:
