@@ -42,7 +42,7 @@ def world(folder: Path) -> tuple[Path, Path, Path]:
              "model.norm.weight": torch.ones(HIDDEN).bfloat16()}  # fmt: skip
     shards[1] |= other
     tuned[1] |= other
-    base, changed = _checkpoint(folder / "base", shards), _checkpoint(folder / "tuned", tuned)
+    base, changed = checkpoint(folder / "base", shards), checkpoint(folder / "tuned", tuned)
     adapter = folder / "adapter"
     adapter.mkdir()
     save_file(factors, adapter / "adapter_model.safetensors", {"format": "pt"})
@@ -50,14 +50,15 @@ def world(folder: Path) -> tuple[Path, Path, Path]:
     return base, changed, adapter
 
 
-def _checkpoint(folder: Path, shards: list[dict[str, torch.Tensor]]) -> Path:
+def checkpoint(folder: Path, shards: list[dict[str, torch.Tensor]], config: dict[str, Any] = CONFIG) -> Path:
+    """A sharded checkpoint with its index."""
     folder.mkdir(parents=True)
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, tensors in zip(names, shards, strict=True):
         save_file(tensors, folder / name, {"format": "pt"})
     index = {t: name for name, tensors in zip(names, shards, strict=True) for t in tensors}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from click.testing import CliRunner
-from long_runs import hashes
+from long_runs import checkpoint, hashes
 from safetensors.torch import save_file
 
 from lorasurgery.checkpoint.settle import FOLDER, LOCK
@@ -63,23 +63,11 @@ def make_world(folder: Path) -> Path:
             shards[layer][name] = (0.02 * torch.randn(out, into, generator=generator)).bfloat16()
             tuned[layer][name] = shards[layer][name] + 0.01 * torch.randn(out, into, generator=generator).bfloat16()
     embedding = {"model.embed_tokens.weight": torch.randn(40, 32, generator=generator).bfloat16()}
-    checkpoint(folder / "base", [*shards, embedding])
-    checkpoint(folder / "tuned", [*tuned, embedding])
+    checkpoint(folder / "base", [*shards, embedding], CONFIG)
+    checkpoint(folder / "tuned", [*tuned, embedding], CONFIG)
     for name in ("style", "topic"):
         adapter(folder / name, generator)
     run("merge", folder / "base", folder / "style", "--undo", "-o", folder / "merged")
-    return folder
-
-
-def checkpoint(folder: Path, shards: list[dict[str, torch.Tensor]]) -> Path:
-    """A folder with an index."""
-    folder.mkdir(parents=True)
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for name, tensors in zip(names, shards, strict=True):
-        save_file(tensors, folder / name, {"format": "pt"})
-    index = {t: name for name, tensors in zip(names, shards, strict=True) for t in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder
 
 
