@@ -135,7 +135,7 @@ def test_merge_by_rows(
 
 def test_merge_of_a_whole_tensor(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor that is merged as a whole goes to the CPU at once."""
-    monkeypatch.setattr("lorasurgery.ops.stream.is_by_rows", lambda *_, **__: False)
+    monkeypatch.setattr("lorasurgery.ops.pieces.is_by_rows", lambda *_, **__: False)
     merge(folder / "base", [folder / "adapter"], tmp_path / "whole")
     full_at(monkeypatch, jobs, "apply_edit", First(1, lambda base, edit, tensor, *_, **__: tensor.name))
     report = merge(folder / "base", [folder / "adapter"], tmp_path / "full")
