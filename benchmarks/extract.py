@@ -13,7 +13,7 @@ from benchmarks.pair import make_pair
 from benchmarks.streams import folder_bytes
 
 NAME, TITLE = "extract", "Extract"
-TAKES = "20 to 35 minutes, most of it for mergekit"
+TAKES = "an hour, nearly all of it for mergekit"
 METHOD = """`lorasurgery extract` and `mergekit-extract-lora` at the same rank from the same Llama-shaped pair in
 bfloat16, whose linear layers all differ by 3% of their norm: a power law of 128 directions with a noisy tail.
 Error: ‖ΔW − BA‖/‖ΔW‖ over all modules, from the files both wrote and in float64. mergekit's adapter may hold
@@ -23,7 +23,7 @@ RANK = 64
 
 def measure(options: Options) -> dict[str, Any]:
     """Make the pair, run both in turn, and compute the errors of what they wrote."""
-    shape = options.shape(2)
+    shape = options.shape(7)
     base, tuned = make_pair(options.work, shape)
 
     def look(out: Any) -> Row:

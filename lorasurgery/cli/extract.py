@@ -24,7 +24,8 @@ from lorasurgery.cli.ending import Ending
 @click.option("--alpha", type=float, help="lora_alpha to write; the factors make up for it. [default: scale 1]")
 @click.option("--rslora", is_flag=True, help="Scale by alpha/√r instead of alpha/r.")
 @click.option("--svd", type=click.Choice(["auto", "randomized", "exact"]), default="auto", show_default=True,
-              help="exact is LAPACK/cuSOLVER on the whole matrix.")  # fmt: skip
+              help="exact is LAPACK/cuSOLVER on the whole matrix; auto may sketch in bfloat16 for a --rank, "
+                   "randomized never does.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the randomized SVD.")
 @click.option("--dtype", type=options.DTYPE, help="Dtype of what is written. [default: the tuned weights' own]")
 @options.ALLOW_NONFINITE

@@ -9,6 +9,7 @@ import sys
 import click
 
 from lorasurgery import __version__
+from lorasurgery.cli.process import settle
 
 COMMANDS = {
     "extract": "Extract a LoRA adapter from a fine-tuned model.",
@@ -81,6 +82,7 @@ def main() -> None:
 
 def run() -> None:
     """The console script: main(), then out of the process without taking torch apart piece by piece (0.2–0.5 s)."""
+    settle()
     status = 0
     try:
         main()

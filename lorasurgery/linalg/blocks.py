@@ -22,11 +22,13 @@ class Blocks(Protocol):
 
     Attributes:
         shape: (m, n). dtype: float32 or float64. device: Where the spans are.
+        coarse: Whether a sketch had better be made from M rounded to bfloat16.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    coarse: bool
 
     def spans(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows from there on); each starts where a block does, and is gone when the next one comes."""
@@ -42,10 +44,11 @@ class InMemory:
     Args:
         matrix: (m, n), float32 or float64, on any device.
         total: ‖M‖_F², where it was summed up already while the matrix was made.
+        rounded: M in bfloat16, where a sketch is to be made from that.
     """
 
-    def __init__(self, matrix: Tensor, total: float | None = None) -> None:
-        self.matrix, self.total = matrix, total
+    def __init__(self, matrix: Tensor, total: float | None = None, rounded: Tensor | None = None) -> None:
+        self.matrix, self.total, self.rounded, self.coarse = matrix, total, rounded, rounded is not None
         self.shape, self.dtype, self.device = (matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device
 
     def spans(self) -> Iterator[tuple[int, Tensor]]:
@@ -59,13 +62,14 @@ class Streamed:
     Args:
         make: Given a slice of rows, M's rows; the memory may be that of the last call.
         room: Bytes that a span may take; a single block is always allowed.
+        coarse: As M in memory would be: the bits are the same.
     """
 
     def __init__(
         self, make: Callable[[slice], Tensor], shape: tuple[int, int], dtype: torch.dtype, device: torch.device,
-        room: int,
+        room: int, *, coarse: bool = False,
     ) -> None:  # fmt: skip
-        self.make, self.shape, self.dtype, self.device = make, shape, dtype, device
+        self.make, self.shape, self.dtype, self.device, self.coarse = make, shape, dtype, device, coarse
         block = block_rows(self) if device.type == "cpu" else _ROWS  # a GPU takes a span at once, whatever its height
         self.step = max(1, room // max(1, block * shape[1] * dtype.itemsize)) * block
 
@@ -126,6 +130,7 @@ def transposed_times(matrix: Blocks, y: Tensor) -> Tensor:
     out = torch.zeros(y.shape[1], matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     on_cpu = matrix.device.type == "cpu"
     wide, tall = (_COLUMNS, _ROWS) if on_cpu else (matrix.shape[1], matrix.shape[0])
+    stripes = range(0, matrix.shape[1], max(1, wide))
     for first, span in matrix.spans():
 
         def add(left: int, first: int = first, span: Tensor = span) -> None:
@@ -135,5 +140,11 @@ def transposed_times(matrix: Blocks, y: Tensor) -> Tensor:
                 rows = slice(first + start, first + start + part.shape[0])
                 out[:, columns].addmm_(y[rows].mT, part)  # (k, b) @ (b, c) -> (k, c)
 
-        each(add, range(0, matrix.shape[1], max(1, wide)))
-    return out.mT.contiguous()
+        each(add, stripes)
+    turned = torch.empty(matrix.shape[1], y.shape[1], dtype=matrix.dtype, device=matrix.device)
+
+    def turn(left: int) -> None:
+        turned[left : left + wide] = out[:, left : left + wide].mT
+
+    each(turn, stripes)
+    return turned

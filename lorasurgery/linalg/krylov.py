@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lorasurgery.linalg.blocks import Blocks, blocked, times, transposed_times
+from lorasurgery.linalg.coarse import Coarse
 from lorasurgery.linalg.columns import independent, mixed, products, without
 
 
@@ -22,8 +23,9 @@ class BlockKrylov:
         seed: Of the Gaussian start Ω (n, block), drawn on the CPU so that all devices begin alike.
     """
 
-    def __init__(self, matrix: Tensor | Blocks, block: int, seed: int) -> None:
-        self.a, self.block, self.passes = blocked(matrix), block, 0
+    def __init__(self, matrix: Tensor | Blocks | Coarse, block: int, seed: int) -> None:
+        self.a = matrix if isinstance(matrix, Coarse) else blocked(matrix)
+        self.block, self.passes = block, 0
         self.tall = self.a.shape[0] > self.a.shape[1]
         self._start = _gaussian(max(self.a.shape), block, seed)
         self._z: list[Tensor] = []
@@ -37,8 +39,7 @@ class BlockKrylov:
 
     def step(self) -> bool:
         """Add one block; True when the old basis already held all of A's range, to rounding."""
-        last = self._z[-1] if self._z else self._start.to(self.a.device, self.a.dtype)
-        y = transposed_times(self.a, last) if self.tall else times(self.a, last)  # A @ (n, b) -> (m, b)
+        y = self._product(self._next(), self.tall)  # A @ (n, b) -> (m, b)
         size = float(torch.linalg.vector_norm(y))
         y = without(y, self._q)
         left = float(torch.linalg.vector_norm(y))
@@ -46,7 +47,7 @@ class BlockKrylov:
         self.passes += 1
         if not q.shape[1]:
             return True
-        z = times(self.a, q) if self.tall else transposed_times(self.a, q)  # Aᵀ @ (m, b) -> (n, b)
+        z = self._product(q, not self.tall)  # Aᵀ @ (m, b) -> (n, b)
         self._z.append(z)
         self._q.append(q)
         self._grow(z)
@@ -69,6 +70,25 @@ class BlockKrylov:
         mix = vectors[:, :rank]
         shrink = torch.where(s > 0, 1 / s, 0.0)
         return mixed(self._q, mix), s, mixed(self._z, mix * shrink)
+
+    def _product(self, x: Tensor, transposed: bool) -> Tensor:
+        if isinstance(self.a, Coarse):
+            return self.a.transposed_times(x) if transposed else self.a.times(x)
+        return transposed_times(self.a, x) if transposed else times(self.a, x)
+
+    def _next(self) -> Tensor:
+        """What A is multiplied with next: the start, then Z.
+
+        Where products are rounded, Z's own singular directions: a column of many would drown the small in the large
+        one's rounding, and what the next block adds is small.
+        """
+        if not self._z:
+            return self._start.to(self.a.device, self.a.dtype)
+        z = self._z[-1]
+        if not isinstance(self.a, Coarse):
+            return z
+        squares, vectors = torch.linalg.eigh(self._gram[-z.shape[1] :, -z.shape[1] :])
+        return mixed([z], vectors * torch.where(squares > 0, squares, 1.0).rsqrt())
 
     @property
     def _noise(self) -> float:

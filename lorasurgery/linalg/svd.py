@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.blocks import Blocks, blocked, dense
+from lorasurgery.linalg.coarse import LEAST, Coarse
 from lorasurgery.linalg.krylov import BlockKrylov
 from lorasurgery.linalg.norms import squared_norm
 from lorasurgery.linalg.rank import RankChoice, numerical_rank
@@ -69,7 +70,8 @@ def truncated_svd(
     Args:
         delta: (m, n), float32 or float64, finite, on any device; in blocks where memory can't hold it.
         method: `exact` is LAPACK or cuSOLVER on the whole matrix; `randomized` is block Krylov iteration
-            (Musco & Musco 2015, algorithm 2); `auto` takes the exact one where the sketch would not be smaller.
+            (Musco & Musco 2015, algorithm 2); `auto` takes the exact one where the sketch would not be smaller, and for
+            a given rank makes the sketch from the matrix in bfloat16, where it has that and is far from that rank.
         seed: For the random start; the same seed and kind of device give the same bits.
         gain: Randomized passes go on until one lowers the squared error by less than this share.
         to_come: Passes that the caller adds, to be counted on: half a one where the factors are `fitted`.
@@ -86,7 +88,9 @@ def truncated_svd(
         return nothing(matrix.shape, matrix.dtype, matrix.device)
     found = None
     if method != "exact" and (method == "randomized" or min(matrix.shape) > _SMALL):
-        found = randomized_svd(matrix, choice, total, seed=seed, gain=gain, to_come=to_come)
+        if method == "auto" and matrix.coarse and choice.directions() is not None:
+            found = randomized_svd(Coarse(matrix), choice, total, seed=seed, gain=gain, to_come=to_come, least=LEAST)
+        found = found or randomized_svd(matrix, choice, total, seed=seed, gain=gain, to_come=to_come)
     if found is None:
         found = exact_svd(dense(matrix), total)
     return chosen(found, choice)
@@ -143,15 +147,16 @@ def exact_svd(delta: Tensor, total: float | None = None) -> TruncatedSVD:
 
 
 def randomized_svd(
-    delta: Tensor | Blocks, choice: RankChoice, total: float, *, seed: int = 0, gain: float = GAIN,
-    to_come: float = 0.0, max_passes: int = 60,
+    delta: Tensor | Blocks | Coarse, choice: RankChoice, total: float, *, seed: int = 0, gain: float = GAIN,
+    to_come: float = 0.0, max_passes: int = 60, least: float = 0.0,
 ) -> TruncatedSVD | None:  # fmt: skip
     """Block Krylov iteration with its stopping rule; None where the sketch would grow to the matrix itself.
 
     Args:
         total: ‖ΔW‖_F², positive and finite.
+        least: None too, and soon, where the error would be lower than this.
     """
-    matrix = blocked(delta)
+    matrix = delta if isinstance(delta, Coarse) else blocked(delta)
     krylov = BlockKrylov(matrix, _block_size(choice, min(matrix.shape)), seed)
     history: list[list[float]] = []
     rank: int | None = None
@@ -161,6 +166,8 @@ def randomized_svd(
         exhausted = krylov.step()
         history.append(krylov.squares())
         rank = choice.choose(history[-1], total)
+        if least and total - sum(history[-1][:rank]) < least**2 * total:
+            return None
         if exhausted and rank is None:
             return None  # the asked-for energy lies beyond what float32 can tell
         if exhausted or (rank is not None and _settled(history, rank, total, gain, to_come)):

@@ -49,6 +49,30 @@ class Piece:
         return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a difference, and what is made of them while they are in cache: norms, a copy in bfloat16."""
+
+    values: Tensor
+    norms: Tensor | None = None
+    rounded: Tensor | None = None
+
+    def part(self, rows: slice) -> _Rows:
+        norms, rounded = (x[rows] if x is not None else None for x in (self.norms, self.rounded))
+        return _Rows(self.values[rows], norms, rounded)
+
+    def derive(self) -> None:
+        if self.norms is not None:
+            torch.linalg.vector_norm(self.values, dim=-1, out=self.norms)
+        if self.rounded is not None:
+            self.rounded.copy_(self.values)
+
+    def zero(self) -> None:
+        self.values.zero_()
+        if self.rounded is not None:
+            self.rounded.zero_()
+
+
 class Difference:
     """Reads pairs of tensors into float32 memory that is used again; any thread may, several at once.
 
@@ -56,11 +80,14 @@ class Difference:
         base, tuned: The two checkpoints.
         device: Where the difference is wanted.
         room: Bytes that all differences under way take together; beyond them, each gets memory of its own.
+        coarse: Keep each rounded to bfloat16 as well, half as much again, for the products of a sketch.
     """
 
-    def __init__(self, base: Checkpoint, tuned: Checkpoint, device: torch.device, room: int = 0) -> None:
-        self.base, self.tuned, self.device = base, tuned, device
-        self._memory = Arena(room)  # of differences
+    def __init__(
+        self, base: Checkpoint, tuned: Checkpoint, device: torch.device, room: int = 0, *, coarse: bool = False
+    ) -> None:
+        self.base, self.tuned, self.device, self.coarse = base, tuned, device, coarse
+        self._memory = Arena(room * 3 // 2 if coarse else room)  # of differences
         self._bytes = Buffers(device)  # of what is on its way to a GPU
 
     def read(self, *pieces: Piece) -> InMemory | None:
@@ -71,16 +98,18 @@ class Difference:
             in any.
         """
         rows, columns, dtype = sum(p.size[0] for p in pieces), pieces[0].size[1], _wide(pieces)
-        delta = self._take(rows * columns, dtype).view(rows, columns)
+        delta, rounded = self._take(rows, columns, dtype)
         norms = torch.zeros(rows, dtype=dtype, device=self.device)
-        parts = zip(_split(delta, pieces), _split(norms, pieces), pieces, strict=True)
-        equal = [found for part, own, p in parts for found in self._fill(part, own, p)]
-        if sum(part.shape[0] for part in equal) == rows:
+        whole, first, equal = _Rows(delta, norms, rounded), 0, []
+        for piece in pieces:
+            equal += self._fill(whole.part(slice(first, first + piece.size[0])), piece)
+            first += piece.size[0]
+        if sum(part.values.shape[0] for part in equal) == rows:
             self.give(InMemory(delta))
             return None
         for part in equal:
-            part.zero_()
-        return InMemory(delta, summed(norms))
+            part.zero()
+        return InMemory(delta, summed(norms), rounded)
 
     def streamed(self, piece: Piece, room: int) -> Streamed | None:
         """The same for a tensor that is too large for the memory allowed: read anew for every pass over it.
@@ -101,11 +130,11 @@ class Difference:
             if held.numel() < size:
                 held = torch.empty(size, dtype=dtype, device=self.device)
             part = held[:size].view(-1, columns)
-            for equal in self._fill(part, None, piece, wanted.start):
-                equal.zero_()
+            for equal in self._fill(_Rows(part), piece, wanted.start):
+                equal.zero()
             return part
 
-        return Streamed(make, (rows, columns), dtype, self.device, room)
+        return Streamed(make, (rows, columns), dtype, self.device, room, coarse=self._rounds(dtype))
 
     def expect(self, old: TensorInfo, new: TensorInfo) -> None:
         """Say that both sides of a tensor will be read soon."""
@@ -133,8 +162,8 @@ class Difference:
         each(compare, range(len(starts)))
         return all(same)
 
-    def _fill(self, delta: Tensor, norms: Tensor | None, piece: Piece, first: int = 0) -> list[Tensor]:
-        """Write one piece's difference, its rows from `first` on, and the norms of the rows.
+    def _fill(self, delta: _Rows, piece: Piece, first: int = 0) -> list[_Rows]:
+        """Write one piece's difference, its rows from `first` on, and what else is wanted of the rows.
 
         Returns:
             The parts where all bytes are equal: they are not written to, for memory that is not used costs nothing.
@@ -143,16 +172,16 @@ class Difference:
         first += (piece.expert or 0) * rows
         limit = _BLOCK if self.device.type == "cpu" else _PINNED
         step = max(1, limit // max(1, columns * max(_itemsize(piece.old), _itemsize(piece.new))))
-        equal: list[Tensor] = []
+        equal: list[_Rows] = []
 
         def work(start: int) -> None:
-            part = delta[start : start + step]
-            if not self._block(part, piece, first + start, columns):
+            part = delta.part(slice(start, start + step))
+            if self._block(part.values, piece, first + start, columns):
+                part.derive()
+            else:
                 equal.append(part)
-            elif norms is not None:
-                torch.linalg.vector_norm(part, dim=-1, out=norms[start : start + step])
 
-        each(work, range(0, delta.shape[0], step))
+        each(work, range(0, delta.values.shape[0], step))
         return equal
 
     def _block(self, out: Tensor, piece: Piece, first: int, columns: int) -> bool:
@@ -181,20 +210,23 @@ class Difference:
             for buffer in lent:
                 self._bytes.give(buffer)
 
-    def _take(self, size: int, dtype: torch.dtype) -> Tensor:
+    def _take(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Memory for a difference, and for its rounded copy where one is wanted, in one stretch."""
         if self.device.type != "cpu":
-            return torch.empty(size, dtype=dtype, device=self.device)
-        return self._memory.take(size * dtype.itemsize).view(dtype)
+            return torch.empty(rows, columns, dtype=dtype, device=self.device), None
+        size = rows * columns * dtype.itemsize
+        if not self._rounds(dtype):
+            return self._memory.take(size).view(dtype).view(rows, columns), None
+        values, rounded = self._memory.take(size + size // 2).tensor_split((size,))
+        return values.view(dtype).view(rows, columns), rounded.view(torch.bfloat16).view(rows, columns)
+
+    def _rounds(self, dtype: torch.dtype) -> bool:
+        return self.coarse and dtype == torch.float32
 
 
 def _wide(pieces: tuple[Piece, ...]) -> torch.dtype:
     dtypes = {info.dtype for piece in pieces for info in (piece.old, piece.new)}
     return torch.float64 if "F64" in dtypes else torch.float32
-
-
-def _split(whole: Tensor, pieces: tuple[Piece, ...]) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = torch.split(whole, [p.size[0] for p in pieces])
-    return found
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

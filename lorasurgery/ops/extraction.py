@@ -11,6 +11,7 @@ from lorasurgery.checkpoint.flow import Flow
 from lorasurgery.checkpoint.journal import Run
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError
+from lorasurgery.linalg.coarse import pays
 from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.linalg.threads import team
 from lorasurgery.ops.difference import Difference
@@ -54,7 +55,7 @@ class Extraction:
     @cached_property
     def on_cpu(self) -> Difference:
         """Differences on the CPU, where the device's memory does not suffice."""
-        return Difference(self.base, self.tuned, torch.device("cpu"))
+        return Difference(self.base, self.tuned, torch.device("cpu"), coarse=self._coarse)
 
     def run(self, pairs: Sequence[Pair], progress: Progress | None) -> AdapterDraft:
         """Go through the pairs in the order they lie on disk; only the first rank's draft has all of them.
@@ -73,7 +74,7 @@ class Extraction:
             method = "exact" if self.options.allow_nonfinite else self.options.svd
             groups = plan_groups(wanted, self.device, method, self.limit)
             room = self._room([work_cost([wanted[i] for i in g]) for g in groups])
-            self.difference = Difference(self.base, self.tuned, self.device, room)
+            self.difference = Difference(self.base, self.tuned, self.device, room, coarse=self._coarse)
             load.work(Flow(room, _lanes(threads)), partial(work_on, self), groups)
         if self.job.ranks.first:
             self._complete()
@@ -98,6 +99,11 @@ class Extraction:
         if self.limit:
             return self.limit // 2
         return max(5 * max(costs, default=0) // 4, _LEAST)
+
+    @property
+    def _coarse(self) -> bool:
+        """Whether sketches are made in bfloat16: for a rank given beforehand, where the processor is made for it."""
+        return pays(self.device) and self.options.svd == "auto" and self.choice.directions() is not None
 
     def _accept(self, pair: Pair, outcome: Outcome) -> None:
         """Take what one pair gave, in the order of the pairs."""

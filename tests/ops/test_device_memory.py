@@ -16,7 +16,7 @@ from lorasurgery.linalg.blocks import InMemory, Streamed, times, transposed_time
 from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.rounding import Merger
-from lorasurgery.ops import composition, difference, jobs, pair_groups, pair_work
+from lorasurgery.ops import composition, difference, extraction, jobs, pair_groups, pair_work
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.unmerge import unmerge
@@ -214,6 +214,9 @@ def test_groups_one_by_one(where: str, folder: Path, tmp_path: Path, monkeypatch
     """Small pairs that do not fit together are taken one by one, and a NaN is still named."""
     monkeypatch.setattr(pair_groups, "BATCHED_DEVICES", ("cpu",))
     monkeypatch.setattr(pair_groups, "_SIDE", 512)
+    monkeypatch.setattr(
+        extraction, "pays", lambda _: False
+    )  # a GPU, for which the CPU stands here, sketches in float32
     options = ExtractOptions(RankChoice(rank=8))
     extract(folder / "base", folder / "tuned", tmp_path / "whole", options)
     if where == "svd":
