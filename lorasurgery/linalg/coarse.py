@@ -71,8 +71,10 @@ def pays(device: torch.device) -> bool:
     >>> pays(torch.device("meta"))
     False
     """
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # no public name for it before torch 2.12
-    return device.type == "cpu" and supported is not None and bool(supported())
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # older versions have no public name for it
+    if device.type != "cpu" or supported is None or not torch.backends.mkldnn.is_available():
+        return False
+    return bool(supported())
 
 
 def _rounded(part: Tensor) -> Tensor:
