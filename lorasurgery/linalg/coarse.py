@@ -72,9 +72,9 @@ def pays(device: torch.device) -> bool:
     False
     """
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # older versions have no public name for it
-    if device.type != "cpu" or supported is None or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or supported is None:
         return False
-    return bool(supported())
+    return bool(supported() and torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call,unused-ignore]
 
 
 def _rounded(part: Tensor) -> Tensor:
