@@ -23,7 +23,7 @@ from lorasurgery.linalg.core import recompress
 from lorasurgery.lowrank import LowRank
 
 NAME, TITLE = "algebra", "Rerank and blend"
-TAKES = "6 minutes"
+TAKES = "12 minutes"
 METHOD = """*Operation*: one module in memory, rank-64 factors with σ falling as i^-½; to rank 32, and two blended
 to one of rank 64; after one run that doesn't count. *Process*: bfloat16 files of a Llama shape. Peers form the
 dense matrix: PEFT's `add_weighted_adapter` with `combination_type="svd"` and its defaults, on a model whose weights
@@ -64,6 +64,18 @@ def clock(work: Callable[[], Any], runs: int, device: str) -> tuple[list[float],
     return times[runs > 1 :], result
 
 
+def in_turn(contenders: list[tuple[str, int, Work]], device: str) -> list[tuple[str, list[float], Factors]]:
+    """Times of each contender, round by round, after a round that doesn't count; its last result."""
+    times: dict[str, list[float]] = {name: [] for name, _, _ in contenders}
+    last: dict[str, Factors] = {}
+    for i in range(-1, max(runs for _, runs, _ in contenders)):
+        for name, runs, work in contenders:
+            if i < runs:
+                spent, last[name] = clock(work, 1, device)
+                times[name] += spent if i >= 0 else []
+    return [(name, times[name], last[name]) for name in times]
+
+
 def error(terms: list[LowRank], result: Factors) -> float:
     """‖ΔW − up@down‖/‖ΔW‖ of the dense matrices in float64."""
     dense = torch.zeros(terms[0].shape, dtype=torch.float64, device=terms[0].up.device)
@@ -73,36 +85,35 @@ def error(terms: list[LowRank], result: Factors) -> float:
     return float(torch.linalg.matrix_norm(rest) / torch.linalg.matrix_norm(dense))
 
 
-def operations(device: str, runs: int, sizes: list[tuple[int, int]], without: tuple[str, ...]) -> list[Row]:
+def operations(device: str, options: Options, sizes: list[tuple[int, int]]) -> list[Row]:
     """One module in memory: rank 64 to 32, and two of rank 64 to one of 64."""
-    rows = []
+    rows, runs, dense = [], 4 * options.runs, options.peer_runs
     for m, n in sizes:
         a, b = (factors(m, n, RANK, seed, device) for seed in (0, 1))
         both = [a.times(0.7), b.times(0.3)]
-        for what, terms, contenders in ((RESIZE, [a], _resizes(a, runs)), (BLEND, both, _blends(a, b, runs, device))):
-            for name, count, work in contenders:
-                if any(name.lower().startswith(w) for w in without):
-                    continue
-                times, result = clock(work, count, device)
+        cases = ((RESIZE, [a], _resizes(a, runs, dense)), (BLEND, both, _blends(a, b, runs, dense, device)))
+        for what, terms, contenders in cases:
+            chosen = [c for c in contenders if not any(c[0].lower().startswith(w) for w in options.without)]
+            for name, times, result in in_turn(chosen, device):
                 row = {"where": f"{m}×{n}, {device}", "what": what, "name": name, "seconds": times}
                 rows.append(row | {"error": error(terms, result)})
                 print(f"{row['where']} {what} {name}: {page.median(row) * 1e3:.1f} ms", file=sys.stderr)
     return rows
 
 
-def _resizes(a: LowRank, runs: int) -> list[tuple[str, int, Work]]:
+def _resizes(a: LowRank, runs: int, dense: int) -> list[tuple[str, int, Work]]:
     return [
         ("lorasurgery", runs, lambda: recompressed([a], 32)),
         ("svd_lowrank, niter 2", runs, lambda: dense_resize(a.up, a.down, 1.0, 32, lowrank=True)),
-        ("dense SVD", 1, lambda: dense_resize(a.up, a.down, 1.0, 32)),
+        ("dense SVD", dense, lambda: dense_resize(a.up, a.down, 1.0, 32)),
     ]
 
 
-def _blends(a: LowRank, b: LowRank, runs: int, device: str) -> list[tuple[str, int, Work]]:
+def _blends(a: LowRank, b: LowRank, runs: int, dense: int, device: str) -> list[tuple[str, int, Work]]:
     layer = PeftLayer([a, b], device)
     return [
         ("lorasurgery", runs, lambda: recompressed([a.times(0.7), b.times(0.3)], RANK)),
-        ("PEFT svd", 1, lambda: layer.blend([0.7, 0.3], RANK)),
+        ("PEFT svd", dense, lambda: layer.blend([0.7, 0.3], RANK)),
     ]
 
 
@@ -137,7 +148,7 @@ def measure(options: Options) -> dict[str, Any]:
     sizes = [(256, 256)] if options.tiny else [(2048, 2048), (5632, 2048), (4096, 4096)]
     rows: list[Row] = []
     for device in ["cpu"] + ["cuda"] * (options.cuda and torch.cuda.is_available()):
-        rows += operations(device, 4 * options.runs, sizes, options.without)
+        rows += operations(device, options, sizes)
     shape = options.shape(4, 2048, 5632)
     return {"shape": vars(shape), "rows": rows + processes(options, shape)}
 

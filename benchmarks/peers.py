@@ -55,6 +55,8 @@ class PeftLayer:
     def blend(self, weights: list[float], rank: int) -> tuple[Tensor, Tensor]:
         """add_weighted_adapter with its default combination."""
         names = [f"a{i}" for i in range(len(weights))]
+        if "mixed" in self.model.peft_config:  # else PEFT keeps the one that is there
+            self.model.delete_adapter("mixed")
         self.model.add_weighted_adapter(names, weights, "mixed", combination_type="svd", svd_rank=rank)
         return self.layer.lora_B["mixed"].weight, self.layer.lora_A["mixed"].weight
 
