@@ -23,9 +23,8 @@ class BlockKrylov:
         seed: Of the Gaussian start Ω (n, block), drawn on the CPU so that all devices begin alike.
     """
 
-    def __init__(self, matrix: Tensor | Blocks | Coarse, block: int, seed: int) -> None:
-        self.a = matrix if isinstance(matrix, Coarse) else blocked(matrix)
-        self.block, self.passes = block, 0
+    def __init__(self, matrix: Tensor | Blocks, block: int, seed: int) -> None:
+        self.a, self.block, self.passes = blocked(matrix), block, 0
         self.tall = self.a.shape[0] > self.a.shape[1]
         self._start = _gaussian(max(self.a.shape), block, seed)
         self._z: list[Tensor] = []

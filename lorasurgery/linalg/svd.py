@@ -88,12 +88,21 @@ def truncated_svd(
         return nothing(matrix.shape, matrix.dtype, matrix.device)
     found = None
     if method != "exact" and (method == "randomized" or min(matrix.shape) > _SMALL):
-        if method == "auto" and matrix.coarse and choice.directions() is not None:
+        if matrix.coarse and may_round(choice, method):
             found = randomized_svd(Coarse(matrix), choice, total, seed=seed, gain=gain, to_come=to_come, least=LEAST)
         found = found or randomized_svd(matrix, choice, total, seed=seed, gain=gain, to_come=to_come)
     if found is None:
         found = exact_svd(dense(matrix), total)
     return chosen(found, choice)
+
+
+def may_round(choice: RankChoice, method: Method) -> bool:
+    """Whether the sketch may be of a rounded matrix: not where its energies choose the rank.
+
+    >>> may_round(RankChoice(rank=8), "auto"), may_round(RankChoice(energy=0.9), "auto")
+    (True, False)
+    """
+    return method == "auto" and choice.directions() is not None
 
 
 def finite(total: float) -> float:
@@ -147,7 +156,7 @@ def exact_svd(delta: Tensor, total: float | None = None) -> TruncatedSVD:
 
 
 def randomized_svd(
-    delta: Tensor | Blocks | Coarse, choice: RankChoice, total: float, *, seed: int = 0, gain: float = GAIN,
+    delta: Tensor | Blocks, choice: RankChoice, total: float, *, seed: int = 0, gain: float = GAIN,
     to_come: float = 0.0, max_passes: int = 60, least: float = 0.0,
 ) -> TruncatedSVD | None:  # fmt: skip
     """Block Krylov iteration with its stopping rule; None where the sketch would grow to the matrix itself.
@@ -156,7 +165,7 @@ def randomized_svd(
         total: ‖ΔW‖_F², positive and finite.
         least: None too, and soon, where the error would be lower than this.
     """
-    matrix = delta if isinstance(delta, Coarse) else blocked(delta)
+    matrix = blocked(delta)
     krylov = BlockKrylov(matrix, _block_size(choice, min(matrix.shape)), seed)
     history: list[list[float]] = []
     rank: int | None = None

@@ -13,6 +13,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError
 from lorasurgery.linalg.coarse import pays
 from lorasurgery.linalg.fallback import Fallback
+from lorasurgery.linalg.svd import may_round
 from lorasurgery.linalg.threads import team
 from lorasurgery.ops.difference import Difference
 from lorasurgery.ops.extract import ExtractOptions
@@ -102,8 +103,8 @@ class Extraction:
 
     @property
     def _coarse(self) -> bool:
-        """Whether sketches are made in bfloat16: for a rank given beforehand, where the processor is made for it."""
-        return pays(self.device) and self.options.svd == "auto" and self.choice.directions() is not None
+        """Whether sketches are made in bfloat16: where they may, and the processor is made for it."""
+        return pays(self.device) and may_round(self.choice, self.options.svd)
 
     def _accept(self, pair: Pair, outcome: Outcome) -> None:
         """Take what one pair gave, in the order of the pairs."""

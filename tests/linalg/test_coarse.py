@@ -16,7 +16,7 @@ from lorasurgery.linalg.coarse import LEAST, Coarse
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.linalg.threads import team
-from lorasurgery.ops import extraction
+from lorasurgery.ops import extraction, runtime
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.report import Report
 
@@ -116,6 +116,8 @@ def test_extract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, tensors in (("base", base), ("tuned", tuned)):
         save_file(tensors, tmp_path / f"{name}.safetensors")
 
+    monkeypatch.setattr(runtime, "LEAST_MEMORY", 1)
+
     def run(fast: bool, options: ExtractOptions, **more: int) -> tuple[Report, bytes]:
         monkeypatch.setattr(extraction, "pays", lambda _: fast)
         report = extract(
@@ -128,13 +130,17 @@ def test_extract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert before != after
     for slow, quick in zip(plain.modules, fast.modules, strict=True):
         assert quick.error == pytest.approx(slow.error, rel=2e-4)
-    assert run(True, ExtractOptions(RankChoice(rank=48)), memory_limit=64_000_000)[1] == after
+    assert run(True, ExtractOptions(RankChoice(rank=48)), memory_limit=1_000_000)[1] == after
     assert run(True, ExtractOptions(RankChoice(rank=48), svd="randomized"))[1] == before
     energy = ExtractOptions(RankChoice(energy=0.6))
     assert run(True, energy)[1] == run(False, energy)[1]
 
 
-def test_pays() -> None:
-    """Only a CPU can, whatever it says of itself."""
-    assert not coarse.pays(torch.device("cuda"))
-    assert coarse.pays(torch.device("cpu")) in (True, False)
+def test_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU that has tiles for it, and never on another device; a torch that can't tell counts as no."""
+    for tiles in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles, raising=False)
+        assert coarse.pays.__wrapped__(torch.device("cpu")) is (tiles and torch.backends.mkldnn.is_available())
+        assert not coarse.pays.__wrapped__(torch.device("cuda"))
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert not coarse.pays.__wrapped__(torch.device("cpu"))
