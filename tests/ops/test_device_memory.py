@@ -214,9 +214,7 @@ def test_groups_one_by_one(where: str, folder: Path, tmp_path: Path, monkeypatch
     """Small pairs that do not fit together are taken one by one, and a NaN is still named."""
     monkeypatch.setattr(pair_groups, "BATCHED_DEVICES", ("cpu",))
     monkeypatch.setattr(pair_groups, "_SIDE", 512)
-    monkeypatch.setattr(
-        extraction, "pays", lambda _: False
-    )  # a GPU, for which the CPU stands here, sketches in float32
+    monkeypatch.setattr(extraction, "pays", lambda _: False)  # as on a GPU, for which the CPU stands here
     options = ExtractOptions(RankChoice(rank=8))
     extract(folder / "base", folder / "tuned", tmp_path / "whole", options)
     if where == "svd":
