@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.measure import TORCH, Row
 
+KEPT = Path(__file__).parent / "kept"  # figures from machines that `make bench` has no access to
 HEAD = """# Benchmarks
 
 Made by `make bench` from what it measured; do not edit. `benchmarks/README.md` says how each section is measured.
@@ -87,7 +88,7 @@ def facts(result: dict[str, Any]) -> list[str]:
 
 
 def render(sections: Sequence[ModuleType], results: Path, target: Path) -> None:
-    """Write the page from the results that are there; what was not measured is said to be."""
+    """Write the page from the results that are there, else what was kept by hand; what was not measured says so."""
     lines = [HEAD]
     for section in sections:
         lines += [f"## {section.TITLE}", "", section.METHOD, ""]
@@ -96,6 +97,7 @@ def render(sections: Sequence[ModuleType], results: Path, target: Path) -> None:
             result = json.loads(path.read_text())
             lines += [*facts(result), *section.render(result), ""]
         else:
-            lines += ["Not measured.", ""]
+            kept = KEPT / f"{section.NAME}.md"
+            lines += [kept.read_text().rstrip() if kept.exists() else "Not measured.", ""]
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join(lines).rstrip() + "\n")

@@ -94,6 +94,16 @@ def own_stream(device: torch.device) -> Iterator[None]:
             streams[device].synchronize()
 
 
+def load_solvers(device: torch.device) -> None:
+    """Let torch load its solvers for a GPU in this thread, before several threads need them at once.
+
+    torch loads them at the first call, and fails where two threads make it ("lazy wrapper should be called at most
+    once", pytorch/pytorch#90613).
+    """
+    if device.type == "cuda":
+        torch.linalg.cholesky_ex(torch.eye(1, device=device))
+
+
 def scratch(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
     """Tensors of a shape to work in, the same memory at every call of this thread: new memory costs page faults.
 

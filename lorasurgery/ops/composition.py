@@ -25,7 +25,7 @@ from lorasurgery.linalg.norms import residual_norm
 from lorasurgery.linalg.rank import EVERYTHING, RankChoice
 from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE
-from lorasurgery.linalg.threads import team
+from lorasurgery.linalg.threads import load_solvers, team
 from lorasurgery.lowrank import LowRank, Update
 from lorasurgery.ops.blend import BlendOptions
 from lorasurgery.ops.compose import Joint, Term
@@ -61,6 +61,7 @@ class Composition:
         Args:
             run: The journal of a long run, shared by several ranks; without one the modules are done here and now.
         """
+        load_solvers(self.device)
         self.budget = budget
         if budget and self.options.method in ELEMENTWISE:
             costs = [sum(j.shape) * self.dtype.itemsize for j in self.joints]

@@ -14,7 +14,7 @@ from lorasurgery.errors import MismatchError
 from lorasurgery.linalg.coarse import pays
 from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.linalg.svd import may_round
-from lorasurgery.linalg.threads import team
+from lorasurgery.linalg.threads import load_solvers, team
 from lorasurgery.ops.difference import Difference
 from lorasurgery.ops.extract import ExtractOptions
 from lorasurgery.ops.extract_report import LeftOut
@@ -64,6 +64,7 @@ class Extraction:
         Raises:
             MismatchError: nothing changed at all.
         """
+        load_solvers(self.device)
         self.budget = self._set_budget(pairs)
         wanted = [p for p in pairs if p.treatment != "skipped"]
         with spill(self.job) as factors, team() as threads:
