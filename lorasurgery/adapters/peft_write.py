@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,13 +16,6 @@ if TYPE_CHECKING:
 
 # What PEFT accepts when only full modules were saved (peft.utils.constants.DUMMY_TARGET_MODULES).
 NO_TARGETS = "dummy-target-modules"
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 
 
 @dataclass
@@ -34,7 +28,7 @@ class PeftLayout:
         paths: Every module path of the model, so that target_modules can name exactly the right ones.
         leaves: Every parameter's path, likewise for target_parameters.
         parameters: Those of `ranks` that PEFT must be told of as parameters (fused experts).
-        saved: Module paths stored whole (modules_to_save).
+        saved: modules_to_save: names that mean just the modules stored whole.
         bias: `none`, `lora_only` or `all`, by which biases the file holds.
         tied: The same update is stored for all modules that share one tensor (ensure_weight_tying).
     """
@@ -42,7 +36,7 @@ class PeftLayout:
     paths: set[str]
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
-    saved: set[str] = field(default_factory=set)
+    saved: list[str] = field(default_factory=list)
     leaves: set[str] = field(default_factory=set)
     parameters: set[str] = field(default_factory=set)
     bias: str = "none"
@@ -51,7 +45,7 @@ class PeftLayout:
     fan_in_fan_out: bool = False
     base_model: str = ""
     revision: str | None = None
-    architectures: tuple[str, ...] = ()
+    task: str | None = None
 
     def add(self, path: str, rank: int, alpha: float, *, parameter: bool = False) -> None:
         """Note a module, or a parameter, with factors."""
@@ -75,26 +69,19 @@ class PeftLayout:
             "layers_to_transform": None,
             "lora_bias": False,
             "lora_dropout": 0.0,
-            "modules_to_save": exact_suffixes(self.saved, self.paths, whole_parts=False) or None,
+            "modules_to_save": self.saved or None,
             "peft_type": "LORA",
             "revision": self.revision,
             "target_modules": self._modules(),
             **({"target_parameters": parameter_names(self.parameters, self.leaves)} if self.parameters else {}),
-            "task_type": self._task(),
+            "task_type": self.task,
             "use_dora": False,
             "use_rslora": self.rslora,
         }
 
     def _modules(self) -> list[str] | str:
-        names = exact_suffixes(set(self.ranks) - self.parameters, self.paths)
+        names = target_names(set(self.ranks) - self.parameters, self.paths)
         return names if names or self.parameters else NO_TARGETS
-
-    def _task(self) -> str | None:
-        for architecture in self.architectures:
-            for ending, task in _TASKS.items():
-                if architecture.endswith(ending):
-                    return task
-        return None
 
 
 def rank_fields(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
@@ -136,10 +123,26 @@ def with_kernel(down: Tensor, up: Tensor, kernel: tuple[int, ...]) -> tuple[Tens
     return down.reshape(down.shape[0], -1, *kernel), up.reshape(*up.shape, *[1] * len(kernel))
 
 
-def exact_suffixes(chosen: set[str], paths: set[str], *, whole_parts: bool = True) -> list[str]:
+def target_names(chosen: set[str], paths: Iterable[str]) -> list[str] | str:
+    """target_modules that mean exactly the chosen modules: names, or a regular expression where no names can.
+
+    A module at the top may have a name that others end in, and PEFT would take those for it too.
+
+    >>> target_names({"output", "l.q"}, {"output", "l", "l.q", "l.output"})
+    '(?:.*\\.)?q|output'
+    """
+    names = exact_suffixes(chosen, paths)
+    others = {prefix for path in paths for prefix in _prefixes(path)} - chosen
+    caught = {n for n in names if any(p.endswith(f".{n}") for p in others)}
+    if not caught:
+        return names
+    return "|".join([rf"(?:.*\.)?{re.escape(n)}" for n in names if n not in caught] + sorted(map(re.escape, caught)))
+
+
+def exact_suffixes(chosen: set[str], paths: Iterable[str]) -> list[str]:
     """The fewest names that mean exactly the chosen modules: a leaf where all of its modules are chosen.
 
-    PEFT matches target_modules by path or by ".name" ending, modules_to_save by any ending (whole_parts=False).
+    PEFT matches target_modules by path or by ".name" ending.
 
     >>> exact_suffixes({"a.q", "b.q"}, {"a", "a.q", "b", "b.q", "b.k"})
     ['q']
@@ -149,11 +152,7 @@ def exact_suffixes(chosen: set[str], paths: set[str], *, whole_parts: bool = Tru
     mine: dict[str, set[str]] = defaultdict(set)
     for path in chosen:
         mine[path.rpartition(".")[2]].add(path)
-    sizes = {len(leaf) for leaf in mine}
-    wide = set()  # leaves that would also mean modules that are not chosen
-    for other in {prefix for path in paths for prefix in _prefixes(path)} - chosen:
-        leaf = other.rpartition(".")[2]
-        wide |= {leaf} if whole_parts else {leaf[len(leaf) - n :] for n in sizes if n <= len(leaf)}
+    wide = {p.rpartition(".")[2] for p in {prefix for path in paths for prefix in _prefixes(path)} - chosen}
     return sorted(name for leaf, own in mine.items() for name in (own if leaf in wide else {leaf}))
 
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.finding import PORTABLE, TO_PEFT, Finding, Rule, Setting, some
+from lorasurgery.adapters.finding import MERGE, PORTABLE, TO_PEFT, Finding, Rule, Setting, Verdict, some
 from lorasurgery.adapters.peft import PREFIX
 from lorasurgery.adapters.selection import Selection
+from lorasurgery.checkpoint.locate import load_config
+from lorasurgery.clients.host import Host
+from lorasurgery.clients.installed import installed_skeleton
+from lorasurgery.clients.peft import for_task
+from lorasurgery.clients.peft_load import PeftLoad
 
 # Inits that leave the base as it is; those that do not are refused when the adapter is opened.
 INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -64,9 +71,27 @@ def _targets(adapter: Adapter, _: Setting) -> Iterator[Finding]:
             yield Finding("dropped", what, PORTABLE)
 
 
+def _model(adapter: Adapter, setting: Setting) -> Iterator[Finding]:
+    """What becomes of the file on the very model, where that is known: layers, saved modules, tied weights."""
+    for one in _single(adapter):
+        config = _base_config(one, setting) if one.format == "peft" else {}
+        host = Host(config, frozenset(), installed_skeleton(config, for_task(config, one.config.get("task_type"))))
+        for problem in PeftLoad(one.config, list(one.weights.tensors), host).problems():
+            verdict: Verdict = "wrong" if problem.kind == "merged wrongly" else problem.kind
+            yield Finding(verdict, f"{some(list(problem.names))}: {problem.why}", MERGE)
+
+
+def _base_config(adapter: Adapter, setting: Setting) -> dict[str, Any]:
+    """config.json of the base: the one given, else the folder on this machine that the adapter names."""
+    if setting.base is not None:
+        return setting.base.config
+    folder = Path(str(adapter.config.get("base_model_name_or_path") or ""))
+    return load_config(folder / "config.json") if folder.is_absolute() and folder.is_dir() else {}
+
+
 def _single(adapter: Adapter) -> list[Adapter]:
     """The folders that PEFT loads one by one."""
     return list(adapter.members.values()) or [adapter]
 
 
-RULES: tuple[Rule, ...] = (is_folder, _keys, _targets, _init)
+RULES: tuple[Rule, ...] = (is_folder, _keys, _targets, _init, _model)

@@ -14,6 +14,7 @@ from lorasurgery.adapters.peft_write import PeftLayout, factor_keys
 from lorasurgery.checkpoint.dtypes import dtype_name
 from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
+from lorasurgery.clients.peft import saved_names, task_type
 from lorasurgery.errors import UsageError
 from lorasurgery.nn.adapted import AdaptedModule
 from lorasurgery.nn.linear import LoRALayer, is_conv1d
@@ -45,10 +46,12 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, o
     check_output(out, [], overwrite)
     layout = _layout(model)
     tensors: dict[str, Tensor] = {}
+    saved: set[str] = set()
     for where, layer in layers.items():
         if isinstance(layer, LoRALayer) and name in layer.lora_A:
             tensors |= _factors(where, layer, name, layout)
-        tensors |= _whole(where, layer, name, layout)
+        tensors |= _whole(where, layer, name, layout, saved)
+    layout.saved, _ = saved_names(saved, layout.paths, layout.ranks)  # PEFT loads the others by their names
     with Output(out, overwrite=overwrite) as output:
         _write(output, tensors, layout)
 
@@ -59,7 +62,7 @@ def _layout(model: nn.Module) -> PeftLayout:
     return PeftLayout(
         paths=set(modules) - {""},
         base_model=str(getattr(config, "_name_or_path", "")),
-        architectures=tuple(getattr(config, "architectures", None) or ()),
+        task=task_type({"architectures": list(getattr(config, "architectures", None) or ())}),
     )
 
 
@@ -71,7 +74,7 @@ def _factors(path: str, layer: LoRALayer, name: str, layout: PeftLayout) -> dict
     return {a: update.down, b: update.up}
 
 
-def _whole(path: str, layer: AdaptedModule, name: str, layout: PeftLayout) -> Mapping[str, Tensor]:
+def _whole(path: str, layer: AdaptedModule, name: str, layout: PeftLayout, saved: set[str]) -> Mapping[str, Tensor]:
     """Tensors stored whole, under the keys that PEFT loads them by."""
     held = {leaf: tensor.detach() for leaf, tensor in layer.whole_of(name).items()}
     if not held:
@@ -83,7 +86,7 @@ def _whole(path: str, layer: AdaptedModule, name: str, layout: PeftLayout) -> Ma
     if set(held) == {"bias"}:
         layout.bias = "all"
     elif not any(inner(layer).children()):
-        layout.saved.add(path)
+        saved.add(path)
         held = _own(layer) | held  # modules_to_save wants every tensor of the module, changed or not
     return {f"{PREFIX}{path}.{leaf}": tensor for leaf, tensor in held.items()}
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Literal
 
 from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.clients.host import Host
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.expert_pairs import group_experts
-from lorasurgery.ops.extract_report import plan_report, summarise
+from lorasurgery.ops.extract_report import plan_report, summarise, warning_of
+from lorasurgery.ops.pair_forms import fit_pairs, host_of
 from lorasurgery.ops.pairs import Pair, Selection, plan_pairs
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
@@ -107,7 +109,9 @@ def extract(
         raise UsageError(f"{out}: an adapter is a folder (config and weights); give a folder name")
     first, second = Checkpoint.open(base), Checkpoint.open(tuned)
     check_output(out, [Path(base), Path(tuned)], overwrite, resume=resume)
-    pairs = group_experts(plan_pairs(first, second, options.selection), first.config | second.config)
+    found = plan_pairs(first, second, options.selection)
+    host = host_of(first, second, found, skeleton=not dry_run)
+    pairs = group_experts(fit_pairs(found, host, options.selection), first.config | second.config)
     report = plan_report(first, second, out, pairs, options.choice, dry_run)
     if not dry_run:
         from lorasurgery.ops.workload import named  # imports torch
@@ -116,7 +120,9 @@ def extract(
         report.device = str(chosen)
         run = start_run("extract", out, [base, tuned], options, chosen, resume=resume, ranks=ranks())
         with named(str(tuned), str(base), str(out)):
-            job = _carry_out(first, second, options, chosen, run, pairs, out, overwrite, memory_limit, report, progress)
+            job = _carry_out(
+                first, second, host, options, chosen, run, pairs, out, overwrite, memory_limit, report, progress
+            )
         report.bytes_read = first.bytes_read + second.bytes_read
         report.modules, report.full = job.modules, job.full
         report.warnings += job.fallback.warnings
@@ -130,19 +136,19 @@ def extract(
 
 
 def _carry_out(
-    base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, device: torch.device, run: Run, pairs: Sequence[Pair],
-    out: Path, overwrite: bool, limit: int | None, report: Report, progress: Progress | None,
+    base: Checkpoint, tuned: Checkpoint, host: Host, options: ExtractOptions, device: torch.device, run: Run,
+    pairs: Sequence[Pair], out: Path, overwrite: bool, limit: int | None, report: Report, progress: Progress | None,
 ) -> Extraction:  # fmt: skip
     """Do the work on as many ranks as there are; the first writes the adapter."""
     from lorasurgery.ops.extract_write import write_adapter  # imports torch
     from lorasurgery.ops.extraction import Extraction
 
-    job = Extraction(base, tuned, options, device, run, limit)
+    job = Extraction(base, tuned, host, options, device, run, limit)
     run.ranks.wait()  # until all have seen the output as it was
     with Output(out, overwrite=overwrite, run=run) as output:
         draft = job.run(pairs, progress)
         if run.ranks.first:
-            write_adapter(draft, tuned, output)
+            report.warnings += [warning_of(p, base, out) for p in write_adapter(draft, tuned, output)]
         report.bytes_written = output.bytes_written
     run.ranks.wait()
     report.resumed = run.resumed

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.clients.peft_load import Problem
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.pairs import FACTORED, Pair
 from lorasurgery.report import ModuleReport, Report
@@ -75,6 +76,19 @@ def summarise(report: Report, left_out: Sequence[LeftOut], model_bytes: int, *, 
         f"{report.bytes_written / 1e6:.2f} MB, {report.bytes_written / max(model_bytes, 1):.2%} of the model"
         + worst(report.modules, lost)
     )
+
+
+def warning_of(problem: Problem, base: Checkpoint, out: Path) -> str:
+    """What PEFT makes of the adapter otherwise than meant, the tensors by name, and the way out."""
+    names = ", ".join(problem.names[:3]) + (f" and {len(problem.names) - 3} more" if len(problem.names) > 3 else "")
+    merge = f"`lorasurgery merge {base.path} {out} -o MERGED` applies everything once"
+    if problem.kind == "merged wrongly":
+        return (
+            f"{names} are one tensor: PEFT runs the adapter as the tuned model but {problem.why}; {merge}, and "
+            f"--full {problem.names[0]} stores the tensor whole, which PEFT merges rightly"
+        )
+    verb = "rejects the adapter" if problem.kind == "rejected" else "leaves them out"
+    return f"{names}: {problem.why}, so PEFT {verb}; {merge}"
 
 
 def worst(modules: Sequence[ModuleReport], lost: float) -> str:

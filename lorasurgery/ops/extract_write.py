@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.fused import expert_place, wants_parameter
 from lorasurgery.adapters.naming import BaseNames, is_head, module_of
-from lorasurgery.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from lorasurgery.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from lorasurgery.adapters.peft_write import PeftLayout, factor_keys, with_kernel
 from lorasurgery.adapters.renames import memory_name, model_types
 from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.clients.host import Host
+from lorasurgery.clients.peft_load import PeftLoad, Problem
 from lorasurgery.hub.reference import cached_reference
+from lorasurgery.ops.extract_whole import whole_tensors
 from lorasurgery.ops.factored import Factored, Scaling, fit, hold
 from lorasurgery.ops.pairs import Pair
 from lorasurgery.report import ModuleReport
@@ -31,6 +34,7 @@ class AdapterDraft:
     """Factors in PEFT's orientation (on the CPU), and the pairs that will be stored whole.
 
     Args:
+        host: The model in memory that it is for.
         factors: (pair, its factors), in the order found.
         full: pairs whose tuned tensor is stored whole.
         dropped: modules that a budget left without any direction.
@@ -38,6 +42,7 @@ class AdapterDraft:
 
     base: Checkpoint
     tuned: Checkpoint
+    host: Host
     rslora: bool
     dtype: str | None
     factors: list[tuple[Pair, Factored]] = field(default_factory=list)
@@ -62,7 +67,7 @@ class AdapterDraft:
 
     def spend(self, budget: int, scaling: Scaling, *, uniform: bool) -> None:
         """Cut the factors so that the file takes at most `budget` bytes, all else in it counted."""
-        self._keep([replace(f, copies=1 + len(_aliases(self, pair))) for pair, f in self.factors])
+        self._keep([replace(f, copies=1 + len(aliases_of(self, pair))) for pair, f in self.factors])
         self._keep(fit([f for _, f in self.factors], [_Folder(self).file], budget, scaling, uniform=uniform))
 
     def _keep(self, modules: list[Factored]) -> None:
@@ -75,6 +80,22 @@ class AdapterDraft:
         return sorted(found, key=lambda p: not p.endswith(".down_proj"))
 
     @property
+    def has_head(self) -> bool:
+        """Whether an output head has a tensor of its own, whatever the config says of tying."""
+        heads = [p.path for p, _ in self.factors] + [p.path for p in self.full]
+        return any(map(is_head, heads)) or any(is_head(module_of(n)) for n in self.tuned.tensors)
+
+    def has_own(self, path: str) -> bool:
+        """Whether a module that shares its tensor in memory is stored with one of its own."""
+        return f"{path}.weight" in self.in_memory
+
+    @property
+    def factored(self) -> set[str]:
+        """Paths of the modules with factors, those that share a table with one too."""
+        own = {p.path for p, _ in self.factors if p.treatment != "experts"}
+        return own | {path for p, _ in self.factors for path in aliases_of(self, p)}
+
+    @property
     def config(self) -> dict[str, Any]:
         """Both checkpoints' config.json, for what the architecture's name tells."""
         return self.base.config | self.tuned.config
@@ -82,7 +103,9 @@ class AdapterDraft:
     @cached_property
     def in_memory(self) -> dict[str, str]:
         """Name in memory -> tensor of the tuned checkpoint."""
-        return _memory_names(self.tuned)
+        names = _memory_names(self.tuned)
+        placed = {self.host.find(memory) or memory: name for memory, name in names.items()}
+        return placed | {f"{p.path}.{p.leaf}": p.tuned.name for p in self.full if p.path != p.leaf}
 
     @property
     def names(self) -> BaseNames:
@@ -100,11 +123,11 @@ class _Folder:
             rslora=draft.rslora,
             base_model=_base_name(draft.base),
             revision=_base_revision(draft.base),
-            architectures=tuple(a for a in draft.base.config.get("architectures") or [] if isinstance(a, str)),
+            task=draft.host.task,
             fan_in_fan_out=any(pair.treatment == "conv1d" for pair, _ in draft.factors),
         )
         self.factors = _factor_tensors(draft, self.layout)
-        self.whole = _full_tensors(draft, self.layout)
+        self.whole = whole_tensors(draft, self.layout)
         planned = [PlannedTensor(key, dtype_name(t.dtype), tuple(t.shape)) for key, t in self.factors.items()]
         for key, name in self.whole.items():
             info = draft.tuned.tensors[name]
@@ -112,15 +135,21 @@ class _Folder:
         self.file = PlannedFile(WEIGHTS_NAME, tuple(sorted(planned, key=lambda t: t.name)), {"format": "pt"})
 
 
-def write_adapter(draft: AdapterDraft, tuned: Checkpoint, output: Output) -> None:
-    """Write adapter_model.safetensors and, last, adapter_config.json."""
+def write_adapter(draft: AdapterDraft, tuned: Checkpoint, output: Output) -> list[Problem]:
+    """Write adapter_model.safetensors and, last, adapter_config.json.
+
+    Returns:
+        What PEFT would not run, or not merge, as it is meant.
+    """
     folder = _Folder(draft)
     with output.tensor_file(folder.file) as writer:
         for item in folder.file.tensors:
             data = folder.factors.get(item.name)
             writer.write(item.name, _whole(tuned, folder.whole[item.name], item) if data is None else data)
-    output.write_bytes(CONFIG_NAME, (json.dumps(folder.layout.config(), indent=2) + "\n").encode())
+    config = folder.layout.config()
+    output.write_bytes(CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
     output.commit(last=CONFIG_NAME)
+    return list(PeftLoad(config, [t.name for t in folder.file.tensors], draft.host).problems())
 
 
 def _whole(tuned: Checkpoint, name: str, planned: PlannedTensor) -> Tensor:
@@ -133,19 +162,27 @@ def _factor_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, Tensor
         if pair.treatment == "experts":
             _add_experts(tensors, draft, pair, found, layout)
             continue
-        kind = "embedding" if pair.treatment == "embedding" else "linear"
-        aliases = _aliases(draft, pair)
+        aliases = aliases_of(draft, pair)
         layout.tied |= bool(aliases)
         for path in [pair.path, *aliases]:
-            as_head = is_head(path) and kind == "embedding"
-            factors = found.update.transposed if as_head else found.update  # the head's weight is the table itself
-            a, b = factor_keys(path, "linear" if as_head else kind)
+            kind = "embedding" if _is_table(draft, pair, path) else "linear"
+            turned = (kind == "embedding") != (pair.treatment == "embedding")
+            factors = found.update.transposed if turned else found.update
+            a, b = factor_keys(path, kind)
             kernel = pair.tuned.shape[2:] if pair.treatment == "conv" else ()
             tensors[a], tensors[b] = with_kernel(factors.down.contiguous(), factors.up.contiguous(), kernel)
             as_parameter = kind == "linear" and wants_parameter(path, draft.config)
             name = f"{path}.weight" if as_parameter else path
             layout.add(name, found.rank, found.report.alpha or 0.0, parameter=as_parameter)
     return tensors
+
+
+def _is_table(draft: AdapterDraft, pair: Pair, path: str) -> bool:
+    """Whether a module looks rows up; the others that share its table multiply by it."""
+    kind = draft.host.kind(path)
+    if kind is None:
+        return pair.treatment == "embedding" and not is_head(path)
+    return kind == "embedding"
 
 
 def _add_experts(
@@ -159,53 +196,23 @@ def _add_experts(
     layout.add(pair.path, found.rank, found.report.alpha or 0.0, parameter=True)
 
 
-def _aliases(draft: AdapterDraft, pair: Pair) -> list[str]:
+def aliases_of(draft: AdapterDraft, pair: Pair) -> list[str]:
     """Modules that share the pair's table in memory; PEFT adapts each on its own, so each gets the update."""
+    if pair.leaf != "weight" or pair.treatment not in ("embedding", "linear") or pair.base is None:
+        return []
+    if draft.host.skeleton is not None:
+        others = [module_of(n) for n in draft.host.others_of(f"{pair.path}.weight")]
+        return [p for p in others if not draft.has_own(p)]
     if pair.treatment != "embedding":
         return []
-    own_head = any(is_head(p.path) for p, _ in draft.factors) or any(is_head(p.path) for p in draft.full)
-    untied = own_head or any(is_head(module_of(n)) for n in draft.tuned.tensors)
-    paths = draft.names.tied_paths(pair.base.name) if pair.base else []
-    return [p for p in paths if not (is_head(p) and untied)]
-
-
-def _full_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, str]:
-    """Adapter key -> tuned tensor, for all that is stored whole; the layout learns how PEFT will load it."""
-    keys: dict[str, str] = {}
-    factored = {pair.path for pair, _ in draft.factors}
-    stored_whole = {p.path for p in draft.full if p.leaf == "weight"}
-    for pair in draft.full:
-        if pair.leaf == "bias" and _is_matrix(draft, pair.path) and pair.path not in stored_whole:
-            inside = "base_layer." if pair.path in factored else ""
-            keys[f"{PREFIX}{pair.path}.{inside}bias"] = pair.tuned.name
-            layout.bias = "all" if not inside or layout.bias == "all" else "lora_only"
-        elif pair.leaf in ("weight", "bias"):
-            layout.saved.add(pair.path)
-            keys |= _module_tensors(draft, pair)
-        else:  # a bare parameter: no module to save, PEFT loads it by its name
-            inside = ".base_layer" * len(draft.wrapped(pair.path))
-            name = f"{pair.path}{inside}.{pair.leaf}" if pair.path != pair.leaf else pair.leaf
-            keys[PREFIX + name] = pair.tuned.name
-    return keys
-
-
-def _module_tensors(draft: AdapterDraft, pair: Pair) -> dict[str, str]:
-    """PEFT's modules_to_save wants every parameter and buffer of the module, changed or not."""
-    stem = f"{pair.path}."
-    found = {PREFIX + name: disk for name, disk in draft.in_memory.items() if name.startswith(stem)}
-    return found | {f"{PREFIX}{stem}{pair.leaf}": pair.tuned.name}
-
-
-def _is_matrix(draft: AdapterDraft, path: str) -> bool:
-    name = draft.names.find(path)
-    return name is not None and len(draft.base.tensors[name].shape) >= 2
+    return [p for p in draft.names.tied_paths(pair.base.name) if not (is_head(p) and draft.has_head)]
 
 
 def _all_paths(draft: AdapterDraft) -> set[str]:
     names = draft.names
     paths = {module_of(n) for n in _all_parameters(draft)}
     paths |= {p.path for p, _ in draft.factors if p.treatment != "experts"} | {p.path for p in draft.full}
-    return paths | (set(names.tied_paths(names.input_embedding)) if names.input_embedding else set())
+    return paths | draft.host.paths | (set(names.tied_paths(names.input_embedding)) if names.input_embedding else set())
 
 
 def _all_parameters(draft: AdapterDraft) -> set[str]:

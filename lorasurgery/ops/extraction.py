@@ -10,6 +10,7 @@ import torch
 from lorasurgery.checkpoint.flow import Flow
 from lorasurgery.checkpoint.journal import Run
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.clients.host import Host
 from lorasurgery.errors import MismatchError
 from lorasurgery.linalg.coarse import pays
 from lorasurgery.linalg.fallback import Fallback
@@ -40,12 +41,12 @@ class Extraction:
     """
 
     def __init__(
-        self, base: Checkpoint, tuned: Checkpoint, options: ExtractOptions, device: torch.device, run: Run,
+        self, base: Checkpoint, tuned: Checkpoint, host: Host, options: ExtractOptions, device: torch.device, run: Run,
         limit: int | None = None,
     ) -> None:  # fmt: skip
         self.base, self.tuned, self.options, self.device = base, tuned, options, device
         self.job, self.limit = run, limit
-        self.draft = AdapterDraft(base, tuned, options.rslora, options.dtype)
+        self.draft = AdapterDraft(base, tuned, host, options.rslora, options.dtype)
         self.choice = options.choice
         self.full: list[ModuleReport] = []
         self.left_out: list[LeftOut] = []

@@ -7,6 +7,7 @@ from lorasurgery.adapters.naming import BaseNames, is_head, module_of
 from lorasurgery.adapters.projections import Rows, projection_rows
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.errors import MismatchError, UnsupportedError
+from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.edits import Contribution, Edit, EditPlan, size_of
 from lorasurgery.ops.experts import expert_targets
 from lorasurgery.ops.placing import Placer
@@ -44,6 +45,8 @@ class PeftPlacer:
             return self._add_to(adapter, delta, weight, f"{delta.path}.weight", self.names.tensors[shared])
         if shared is None and self.placer.knows(delta.path):
             return self.placer.add(adapter, delta, weight)
+        if shared is None and self._is_copy(adapter, delta):
+            return None
         return self._add_elsewhere(adapter, delta, weight)
 
     def _find(self, names: BaseNames, delta: Delta) -> str | None:
@@ -112,6 +115,16 @@ class PeftPlacer:
             return False
         return any(self.names.find(p) == shared for p in adapter.deltas if p != delta.path)
 
+    def _is_copy(self, adapter: Adapter, delta: Delta) -> bool:
+        """Whether a module without a tensor of its own has the factors of one that has: they share it in memory."""
+        if not adapter.tied or delta.form != "lora":
+            return False
+        mine, sizes = adapter.load(delta), sorted(delta.shape)
+        others = [
+            d for d in adapter.deltas.values() if d is not delta and sorted(d.shape) == sizes and d.form == "lora"
+        ]
+        return any(self._find(self.names, d) is not None and _same_update(mine, adapter.load(d)) for d in others)
+
     def _orientation(self, adapter: Adapter, delta: Delta, edit: Edit) -> bool:
         if delta.kind == "conv":
             self._check_conv(adapter, delta, edit)
@@ -157,6 +170,16 @@ class PeftPlacer:
             f"{adapter.path}: {delta.path} is an update of {size_of(delta.weight_shape)} but {edit.tensor} is "
             f"{size_of(edit.shape)}"
         )
+
+
+def _same_update(one: LowRank, other: LowRank) -> bool:
+    """Whether two updates have the same factors, to the bit, one of them turned or not."""
+    import torch
+
+    return one.scale == other.scale and any(
+        one.up.shape == o.up.shape and torch.equal(one.up, o.up) and torch.equal(one.down, o.down)
+        for o in (other, other.transposed)
+    )
 
 
 def _fitting_shapes(delta: Delta) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,126 @@
+"""The model in memory that an adapter is for, from its checkpoint's names, its config and the library that has it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lorasurgery.adapters.library import library_names
+from lorasurgery.clients.peft import LAYERS_PAST, saved_for, task_type
+from lorasurgery.clients.skeleton import Kind, Module, Skeleton
+
+
+@dataclass(frozen=True)
+class Host:
+    """A model as PEFT will meet it, as far as that is known.
+
+    Args:
+        config: Its config.json.
+        names: Its tensors' names in memory, as the checkpoint tells them.
+        skeleton: Its modules, where a library that has the class is installed.
+    """
+
+    config: dict[str, Any]
+    names: frozenset[str]
+    skeleton: Skeleton | None = None
+
+    @cached_property
+    def paths(self) -> frozenset[str]:
+        """All modules' paths; without a skeleton those that tensors' names tell."""
+        if self.skeleton is not None:
+            return frozenset(p for p in self.skeleton.modules if p)
+        return frozenset(n[:i] for n in self.names for i, c in enumerate(n) if c == ".")
+
+    @cached_property
+    def task(self) -> str | None:
+        """PEFT's task type."""
+        return task_type(self.config)
+
+    @cached_property
+    def saved(self) -> frozenset[str]:
+        """Modules that PEFT stores whole by itself, the outermost of those that lie in one another."""
+        found = saved_for(self.task, self.paths)
+        return frozenset(p for p in found if not any(p.startswith(f"{q}.") for q in found))
+
+    def saver_of(self, path: str) -> str | None:
+        """The module that PEFT stores whole by itself and that holds this one, or is it."""
+        return next((p for p in self.saved if path == p or path.startswith(f"{p}.")), None)
+
+    def module(self, path: str) -> Module | None:
+        """A module of the skeleton."""
+        return self.skeleton.modules.get(path) if self.skeleton is not None else None
+
+    def kind(self, path: str) -> Kind | None:
+        """What PEFT's LoRA sees in a module; None where that is not known."""
+        if path.rpartition(".")[2] in LAYERS_PAST.get(str(self.config.get("model_type")), ()):
+            return "other"
+        module = self.module(path)
+        if module is None:
+            return None
+        parent = self.module(path.rpartition(".")[0])
+        # nn.MultiheadAttention reads out_proj's weight without calling it
+        return "other" if parent is not None and parent.name == "MultiheadAttention" else module.kind
+
+    def class_of(self, path: str) -> str:
+        """A module's class, for messages."""
+        module = self.module(path)
+        return module.name if module is not None else "a layer of this model"
+
+    def holds_modules(self, path: str) -> bool:
+        """Whether a module has others in it, so that saving it whole would save more than its own tensors."""
+        module = self.module(path)
+        if module is not None:
+            return module.container
+        return path in self._parents
+
+    @cached_property
+    def _parents(self) -> frozenset[str]:
+        return frozenset(p.rpartition(".")[0] for p in self.paths)
+
+    def tensors_of(self, path: str) -> list[str]:
+        """All tensors that PEFT asks for of a module that is stored whole."""
+        if self.skeleton is not None:
+            return self.skeleton.inside(path)
+        return sorted(n for n in self.names if n.startswith(f"{path}."))
+
+    def others_of(self, name: str) -> list[str]:
+        """The other names of a parameter's tensor in memory: of layers that share it."""
+        group = self.skeleton.group_of.get(name, ()) if self.skeleton is not None else ()
+        return [n for n in group if n != name]
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a parameter or buffer of this name; without a skeleton that is taken to be so."""
+        return self.skeleton is None or name in self.skeleton.names
+
+    def find(self, name: str) -> str | None:
+        """The name in memory that a name told by our own tables stands for: itself, or the one that it ends as."""
+        if self.has(name):
+            return name
+        parts = name.split(".")
+        for i in range(1, len(parts) - 1):
+            if self.has(".".join(parts[i:])):
+                return ".".join(parts[i:])
+        longer = self._by_ending.get(name, [])
+        return longer[0] if len(longer) == 1 else None
+
+    @cached_property
+    def _by_ending(self) -> Mapping[str, list[str]]:
+        """Every proper ending of a name of two parts or more -> the names that end so."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for name in self.skeleton.names if self.skeleton is not None else ():
+            parts = name.split(".")
+            for i in range(1, len(parts) - 1):
+                found[".".join(parts[i:])].append(name)
+        return found
+
+
+def library_memory(tensors: Iterable[str], config: dict[str, Any]) -> dict[str, str]:
+    """Tensor on disk -> name in memory by transformers' own renames, the first that they give."""
+    found: dict[str, str] = {}
+    for memory, names in library_names(tensors, config).items():
+        for name in names:
+            found.setdefault(name, memory)
+    return found

@@ -1,0 +1,110 @@
+"""The skeleton of a model from the library that has its class, where that is installed: no weights, no network.
+
+The class is taken by name from transformers or diffusers themselves, never from code beside the weights, and built on
+torch's meta device, where a tensor has a shape and no bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from lorasurgery.clients.skeleton import Skeleton, skeleton_from
+
+# A config is somebody's file: numbers beyond these are no real model's, and building it would take for ever.
+_MOST, _MOST_LAYERS = 20_000_000, 2_000
+_FREE = ("theta", "base", "token", "_id", "scale", "max_", "factor", "length", "rate", "seed")
+_COUNTS = ("layers", "blocks", "depth", "depths", "experts", "layer", "stages")  # how keys that count modules end
+
+
+def installed_skeleton(config: dict[str, Any], architecture: str | None = None) -> Skeleton | None:
+    """The skeleton of config.json's model; None where no installed library has its class or can build it.
+
+    Example:
+        installed_skeleton({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2})
+
+    Args:
+        architecture: A class of transformers, instead of the first that the config names.
+    """
+    try:
+        text = json.dumps(config, sort_keys=True)
+    except (TypeError, ValueError):
+        return None
+    return _built(text, architecture)
+
+
+@lru_cache(maxsize=8)
+def _built(text: str, architecture: str | None) -> Skeleton | None:
+    config: dict[str, Any] = json.loads(text, object_hook=_numbers)
+    if not _reasonable(config):
+        return None
+    build = _diffusers if isinstance(config.get("_class_name"), str) else _transformers
+    try:
+        with _quiet():
+            return build(config, architecture)
+    except Exception:  # not installed, too old for this model, or a config that its class does not take
+        return None
+
+
+def _transformers(config: dict[str, Any], architecture: str | None) -> Skeleton | None:
+    import torch
+    import transformers
+
+    named = config.get("architectures") or []
+    architecture = architecture or (named[0] if named and isinstance(named[0], str) else None)
+    known = getattr(transformers, architecture or "", None)
+    if known is None or not issubclass(known, transformers.PreTrainedModel):
+        return None
+    settings = known.config_class.from_dict({k: v for k, v in config.items() if k != "quantization_config"})
+    with torch.device("meta"), torch.no_grad():
+        model = known(settings)
+        model.tie_weights()
+    return skeleton_from(model, f"transformers {transformers.__version__}")
+
+
+def _diffusers(config: dict[str, Any], _: str | None) -> Skeleton | None:
+    import diffusers
+    import torch
+
+    known = getattr(diffusers, config["_class_name"], None)
+    if known is None or not issubclass(known, diffusers.ModelMixin):
+        return None
+    with torch.device("meta"), torch.no_grad():
+        model = known.from_config(config)
+    return skeleton_from(model, f"diffusers {diffusers.__version__}")
+
+
+def _numbers(value: dict[str, Any]) -> Any:
+    """Infinity and NaN, which transformers writes as {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if set(value) == {"__float__"} else value
+
+
+def _reasonable(value: Any, key: str = "") -> bool:
+    """Whether no number in a config is beyond those of real models."""
+    if isinstance(value, dict):
+        return all(_reasonable(v, str(k).lower()) for k, v in value.items())
+    if isinstance(value, list):
+        return len(value) < _MOST_LAYERS * 100 and all(_reasonable(v, key) for v in value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return True
+    if key.endswith(_COUNTS):
+        return value <= _MOST_LAYERS
+    return value <= _MOST or any(part in key for part in _FREE)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What libraries say while they are imported and build is not about the user's files."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,105 @@
+"""What PEFT would do with an adapter on a model whose modules are known: from names alone, nothing is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from lorasurgery.adapters.peft import PREFIX
+from lorasurgery.adapters.selection import Selection
+from lorasurgery.clients.host import Host
+from lorasurgery.clients.peft import Shutter, saved_for
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One way in which PEFT would not run, or not merge, what the file says.
+
+    Args:
+        kind: It stops (`rejected`), leaves out what the file has (`dropped`), or runs the right model but merges a wrong
+            one (`merged wrongly`).
+        names: Modules or keys that it is about. why: The reason, in a few words.
+    """
+
+    kind: Literal["rejected", "dropped", "merged wrongly"]
+    names: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class PeftLoad:
+    """PeftModel.from_pretrained, as far as names decide it (peft 0.21.2).
+
+    Args:
+        config: adapter_config.json. keys: The tensors of adapter_model.safetensors.
+    """
+
+    config: dict[str, Any]
+    keys: Collection[str]
+    host: Host
+
+    def problems(self) -> Iterator[Problem]:
+        """Everything that would go wrong; nothing where the model is not known."""
+        if self.host.skeleton is None:
+            return
+        refused = sorted(p for p in self.targets if self.host.kind(p) == "other")
+        if refused:
+            yield Problem("rejected", tuple(refused), f"{self.host.class_of(refused[0])} is no layer it has a LoRA for")
+        lacking = sorted(self._wanted() - set(self._bare))
+        if lacking:
+            yield Problem("rejected", tuple(lacking), "modules that it stores whole are not in the file")
+        empty = sorted(p for p in self.targets - set(refused) if not self._factors_of(p))
+        if empty:
+            yield Problem("dropped", tuple(empty), "target_modules means modules that the file has no factors of")
+        unknown = sorted(k for k in self._bare if not self._has_place(k))
+        if unknown:
+            yield Problem("dropped", tuple(unknown), "the model has no module or parameter of this name")
+        yield from self._twice()
+
+    @cached_property
+    def _bare(self) -> list[str]:
+        return [k.removeprefix(PREFIX) for k in self.keys]
+
+    @cached_property
+    def _saved(self) -> set[str]:
+        names = tuple(self.config.get("modules_to_save") or ())
+        own = {p for p in self.host.paths if names and p.endswith(names)}
+        return own | saved_for(self.config.get("task_type"), self.host.paths)
+
+    @cached_property
+    def targets(self) -> frozenset[str]:
+        """The modules that get factors."""
+        chosen = Selection(self.config)
+        found = [p for p in self.host.paths if chosen.means(p)]
+        names = self.config.get("modules_to_save") or []
+        return frozenset(p for p in found if not any(Shutter([p]).shuts(n) for n in names))
+
+    def _wanted(self) -> set[str]:
+        """The tensors of the modules that are stored whole."""
+        assert self.host.skeleton is not None
+        return {n for path in self._saved for n in self.host.skeleton.inside(path)}
+
+    def _factors_of(self, path: str) -> bool:
+        return path in self._stems
+
+    @cached_property
+    def _stems(self) -> set[str]:
+        return {k.rpartition(".lora_")[0] for k in self._bare if ".lora_" in k}
+
+    def _has_place(self, key: str) -> bool:
+        stem, mark, _ = key.rpartition(".lora_")
+        if mark:
+            return stem in self.targets or ".base_layer" in stem or any(self.config.get("target_parameters") or ())
+        return self.host.has(key.replace(".base_layer.", "."))
+
+    def _twice(self) -> Iterator[Problem]:
+        """Layers that share a tensor and each have the update: merging adds it to the one tensor each time."""
+        assert self.host.skeleton is not None
+        for group in self.host.skeleton.shared:
+            layers = [n.removesuffix(".weight") for n in group if n.removesuffix(".weight") in self.targets]
+            if len(layers) > 1:
+                yield Problem(
+                    "merged wrongly", tuple(layers), f"merge_and_unload adds their update {len(layers)} times"
+                )

@@ -1,0 +1,74 @@
+"""What form PEFT can take each change in: factors where it has a layer for them, else the tensor whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lorasurgery.adapters.naming import module_of
+from lorasurgery.adapters.renames import memory_name, model_types
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.clients.host import Host, library_memory
+from lorasurgery.clients.installed import installed_skeleton
+from lorasurgery.ops.pairs import FACTORED, Pair, Selection, Treatment
+
+
+def host_of(base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair], *, skeleton: bool = True) -> Host:
+    """The model that the adapter is for: the tuned one's class, with which the base is loaded too.
+
+    Args:
+        skeleton: Ask the library that has the class, where it is installed (it imports torch).
+    """
+    config = tuned.config if tuned.config.get("architectures") or "_class_name" in tuned.config else base.config
+    types = model_types(config)
+    names = {memory_name(name, types) for side in (base, tuned) for name in side.tensors}
+    names |= {_name(p) for p in pairs}
+    return Host(config, frozenset(names), installed_skeleton(config) if skeleton else None)
+
+
+def fit_pairs(pairs: Sequence[Pair], host: Host, selection: Selection) -> list[Pair]:
+    """Give each pair its path in the model in memory, and a form that PEFT has a place for.
+
+    Where nothing is known of the model beyond its names, the pairs stay as names tell them.
+    """
+    if host.skeleton is not None:
+        renamed = library_memory([p.name for p in pairs if not host.has(_name(p))], host.config)
+        pairs = [_placed(p, host, renamed) for p in pairs]
+    whole: Treatment = "full" if "auto" in selection.full else "left out"
+    return [_formed(p, host, whole) for p in pairs]
+
+
+def _name(pair: Pair) -> str:
+    """A pair's name in memory."""
+    return f"{pair.path}.{pair.leaf}" if pair.path != pair.leaf else pair.leaf
+
+
+def _placed(pair: Pair, host: Host, renamed: dict[str, str]) -> Pair:
+    """The pair under the name that the model has it by; experts are placed by their own rules."""
+    name = _name(pair)
+    if pair.place is not None or host.has(name):
+        return pair
+    found = host.find(name) or host.find(renamed.get(pair.name, name))
+    if found is None:
+        return pair
+    return replace(pair, path=module_of(found), leaf=found.rpartition(".")[2])
+
+
+def _formed(pair: Pair, host: Host, whole: Treatment) -> Pair:
+    if pair.treatment == "skipped" or pair.why == "--full" or pair.place is not None:
+        return pair
+    saver = host.saver_of(pair.path)
+    if saver is not None:
+        return replace(pair, treatment="full", why=f"in {saver}, which PEFT stores whole for {host.task}")
+    kind = host.kind(pair.path)
+    comparable = pair.base is not None and pair.base.shape == pair.tuned.shape
+    if kind is None or pair.leaf != "weight" or not comparable:
+        return pair
+    rank = len(pair.tuned.shape)
+    if kind in ("linear", "conv1d", "embedding") and rank == 2:
+        return replace(pair, treatment=kind, why="") if pair.treatment in ("full", "left out", *FACTORED) else pair
+    if kind == "conv" and pair.treatment in ("conv", "full", "left out"):
+        return pair
+    if pair.treatment in FACTORED:
+        return replace(pair, treatment=whole, why=f"{host.class_of(pair.path)}, which PEFT has no LoRA for")
+    return pair
