@@ -23,11 +23,12 @@ ALLOWED = {
     "linalg": LEAVES | {"lowrank"},
     "checkpoint": LEAVES,
     "adapters": LEAVES | {"lowrank", "checkpoint", "linalg"},
-    "ops": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters", "hub", "plots"},
+    "clients": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters"},
+    "ops": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters", "clients", "hub", "plots"},
     "hub": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters"},
     "plots": LEAVES,
-    "nn": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters", "hub"},
-    "cli": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters", "ops", "hub", "plots"},
+    "nn": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters", "clients", "hub"},
+    "cli": LEAVES | {"lowrank", "checkpoint", "linalg", "adapters", "clients", "ops", "hub", "plots"},
 }
 
 

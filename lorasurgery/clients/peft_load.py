@@ -18,8 +18,8 @@ class Problem:
     """One way in which PEFT would not run, or not merge, what the file says.
 
     Args:
-        kind: It stops (`rejected`), leaves out what the file has (`dropped`), or runs the right model but merges a wrong
-            one (`merged wrongly`).
+        kind: It stops (`rejected`), leaves something out (`dropped`), or runs the right model but merges a wrong one
+            (`merged wrongly`).
         names: Modules or keys that it is about. why: The reason, in a few words.
     """
 

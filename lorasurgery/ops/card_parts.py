@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.finding import Setting
-from lorasurgery.adapters.servers import findings
+from lorasurgery.clients.finding import Setting
+from lorasurgery.clients.servers import findings
 from lorasurgery.report import Report
 
 HOME = "lorasurgery"

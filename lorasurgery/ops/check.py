@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorasurgery.adapters.finding import Finding, Setting
 from lorasurgery.adapters.formats import open_adapter
-from lorasurgery.adapters.servers import SERVERS, findings
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.clients.finding import Finding, Setting
+from lorasurgery.clients.servers import SERVERS, findings
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.planner import plan_edits

@@ -17,10 +17,10 @@ from hostile_files import Files, Work, bytes_of, data_of, header_of, laid_out, w
 
 from lorasurgery.adapters.path_regex import PathRegex, PathText, PatternError
 from lorasurgery.adapters.pattern_table import PatternTable
-from lorasurgery.adapters.servers import SERVERS
 from lorasurgery.checkpoint.header import parse_header
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.cli.main import main
+from lorasurgery.clients.servers import SERVERS
 from lorasurgery.errors import FormatError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.blend import blend

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.finding import MERGE, PORTABLE, UNDONE, Finding, Rule, Setting, some
 from lorasurgery.adapters.naming import BaseNames, is_head
 from lorasurgery.adapters.peft import PREFIX
-from lorasurgery.adapters.servers_peft import INITS, is_folder, named_keys
+from lorasurgery.clients.finding import MERGE, PORTABLE, UNDONE, Finding, Rule, Setting, some
+from lorasurgery.clients.peft_check import INITS, is_folder, named_keys
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _HEADS = ("score", "classifier")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.finding import MERGE, PORTABLE, TO_PEFT, Finding, Rule, Setting, Verdict, some
 from lorasurgery.adapters.peft import PREFIX
 from lorasurgery.adapters.selection import Selection
 from lorasurgery.checkpoint.locate import load_config
+from lorasurgery.clients.finding import MERGE, PORTABLE, TO_PEFT, Finding, Rule, Setting, Verdict, some
 from lorasurgery.clients.host import Host
 from lorasurgery.clients.installed import installed_skeleton
 from lorasurgery.clients.peft import for_task

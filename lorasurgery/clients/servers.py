@@ -1,22 +1,22 @@
 """What each program that serves adapters rejects, gets wrong or drops: the table of programs and of their rules.
 
-Sources and versions are in docs/formats.md ("What servers take"); the rules themselves are in servers_peft.py,
-servers_language.py and servers_image.py.
+Sources and versions are in docs/formats.md ("What servers take"); the rules themselves are in peft_check.py,
+language_servers.py and diffusers_comfyui.py.
 """
 
 from __future__ import annotations
 
-from lorasurgery.adapters import servers_image, servers_language, servers_peft
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.finding import Finding, Rule, Setting
+from lorasurgery.clients import diffusers_comfyui, language_servers, peft_check
+from lorasurgery.clients.finding import Finding, Rule, Setting
 
 _RULES: dict[str, tuple[Rule, ...]] = {
-    "peft": servers_peft.RULES,
-    "vllm": servers_language.VLLM,
-    "sglang": servers_language.SGLANG,
-    "llama.cpp": servers_language.LLAMA_CPP,
-    "diffusers": servers_image.DIFFUSERS,
-    "comfyui": servers_image.COMFYUI,
+    "peft": peft_check.RULES,
+    "vllm": language_servers.VLLM,
+    "sglang": language_servers.SGLANG,
+    "llama.cpp": language_servers.LLAMA_CPP,
+    "diffusers": diffusers_comfyui.DIFFUSERS,
+    "comfyui": diffusers_comfyui.COMFYUI,
 }
 SERVERS = tuple(_RULES)
 
