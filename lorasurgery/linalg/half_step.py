@@ -32,8 +32,13 @@ def same_but_rounded(a: Tensor, b: Tensor, dtypes: tuple[torch.dtype, torch.dtyp
     one = max(step_at_one(d) for d in dtypes) / 2
     least = max(_least_step(d) for d in dtypes) / 2
     part = _PART if a.device.type == "cpu" else _PART_ON_GPU
-    pieces = zip(torch.split(a.reshape(-1), part), torch.split(b.reshape(-1), part), strict=True)
-    return all(bool(((x - y).abs_() <= _half_steps(x, y, one, least)).all()) for x, y in pieces)
+    # torch casts float64 to less than 32 bits by way of float32, and so rounds twice
+    dtype = torch.float64 if {*dtypes} == {torch.float32, torch.float64} else torch.float32
+    for x, y in zip(torch.split(a.reshape(-1), part), torch.split(b.reshape(-1), part), strict=True):
+        x, y = x.to(dtype), y.to(dtype)
+        if not ((x - y).abs_() <= _half_steps(x, y, one, least)).all():
+            return False
+    return True
 
 
 def _half_steps(x: Tensor, y: Tensor, one: float, least: float) -> Tensor:
