@@ -9,7 +9,7 @@ from torch import Tensor
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _EXPONENT = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}  # where a float keeps it
-_PART, _PART_ON_GPU = 1 << 16, 1 << 22  # elements at a time: in a core's cache; worth a kernel's launch
+_PART, _PART_ON_GPU = 1 << 16, 1 << 20  # elements at a time: in a core's cache; worth a kernel's launch
 
 
 def same_but_rounded(a: Tensor, b: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
