@@ -28,6 +28,9 @@ from lorasurgery.cli.ending import Ending
                    "randomized never does.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the randomized SVD.")
 @click.option("--dtype", type=options.DTYPE, help="Dtype of what is written. [default: the tuned weights' own]")
+@click.option("--keep-rounding", is_flag=True,
+              help="Take tensors too that differ by no more than the rounding of one side's dtype, where base and "
+                   "tuned are stored in different ones.")  # fmt: skip
 @options.ALLOW_NONFINITE
 @options.PLOT
 @options.large

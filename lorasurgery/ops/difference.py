@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.linalg.blocks import InMemory, Streamed
 from lorasurgery.linalg.norms import summed
 from lorasurgery.linalg.threads import each, scratch
+from lorasurgery.ops.verdict import Found, Piece, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,25 +28,6 @@ _PINNED = 32 << 20  # the same for a GPU, where a copy must be worth its while
 
 Part = tuple[TensorInfo, int, int]
 """A tensor, the byte of it to begin with, and how many."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor in both checkpoints, or one expert's slice of a three-dimensional one.
-
-    Args:
-        old, new: Floating tensors of the same shape.
-    """
-
-    old: TensorInfo
-    new: TensorInfo
-    expert: int | None = None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(rows, columns), all but the first axis taken as one."""
-        shape = self.old.shape if self.expert is None else self.old.shape[1:]
-        return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
 
 @dataclass(frozen=True)
@@ -68,9 +49,9 @@ class _Rows:
             self.rounded.copy_(self.values)
 
     def zero(self) -> None:
-        self.values.zero_()
-        if self.rounded is not None:
-            self.rounded.zero_()
+        for made in (self.values, self.norms, self.rounded):
+            if made is not None:
+                made.zero_()
 
 
 class Difference:
@@ -81,44 +62,50 @@ class Difference:
         device: Where the difference is wanted.
         room: Bytes that all differences under way take together; beyond them, each gets memory of its own.
         coarse: Keep each rounded to bfloat16 as well, half as much again, for the products of a sketch.
+        keep_rounding: Take a tensor that differs by its dtype's rounding alone for changed.
     """
 
     def __init__(
-        self, base: Checkpoint, tuned: Checkpoint, device: torch.device, room: int = 0, *, coarse: bool = False
-    ) -> None:
-        self.base, self.tuned, self.device, self.coarse = base, tuned, device, coarse
+        self, base: Checkpoint, tuned: Checkpoint, device: torch.device, room: int = 0, *, coarse: bool = False,
+        keep_rounding: bool = False,
+    ) -> None:  # fmt: skip
+        self.base, self.tuned, self.device, self.coarse, self.keep = base, tuned, device, coarse, keep_rounding
         self._memory = Arena(room * 3 // 2 if coarse else room)  # of differences
         self._bytes = Buffers(device)  # of what is on its way to a GPU
 
-    def read(self, *pieces: Piece) -> InMemory | None:
+    def read(self, *pieces: Piece) -> Found:
         """ΔW = new − old in float32 (float64 when either side is), tensors of equal width one above the other.
 
         Returns:
-            (all rows, columns) on the device with its norm, to be given back when done with; None when no byte differs
-            in any.
+            (all rows, columns) on the device with its norm, to be given back when done with.
         """
         rows, columns, dtype = sum(p.size[0] for p in pieces), pieces[0].size[1], _wide(pieces)
         delta, rounded = self._take(rows, columns, dtype)
         norms = torch.zeros(rows, dtype=dtype, device=self.device)
-        whole, first, equal = _Rows(delta, norms, rounded), 0, []
+        whole, first, blank, verdicts = _Rows(delta, norms, rounded), 0, [], []
         for piece in pieces:
-            equal += self._fill(whole.part(slice(first, first + piece.size[0])), piece)
+            part, verdict = whole.part(slice(first, first + piece.size[0])), self._verdict(piece)
+            equal = self._fill(part, piece, verdict)
+            blank += equal if verdict.changed else [part]
+            verdicts.append(verdict)
             first += piece.size[0]
-        if sum(part.values.shape[0] for part in equal) == rows:
+        rounding = tuple(v.rounding for v in verdicts)
+        if not any(v.changed for v in verdicts):
             self.give(InMemory(delta))
-            return None
-        for part in equal:
+            return Found(None, rounding)
+        for part in blank:
             part.zero()
-        return InMemory(delta, summed(norms), rounded)
+        return Found(InMemory(delta, summed(norms), rounded), rounding)
 
-    def streamed(self, piece: Piece, room: int) -> Streamed | None:
+    def streamed(self, piece: Piece, room: int) -> Found:
         """The same for a tensor that is too large for the memory allowed: read anew for every pass over it.
 
         Args:
             room: Bytes that the rows at hand may take.
         """
-        if self.same_bytes(piece.old, piece.new):
-            return None
+        verdict = self._judge(piece)
+        if not verdict.changed:
+            return Found(None, (verdict.rounding,))
         rows, columns = piece.size
         dtype, held = _wide((piece,)), torch.empty(0)
 
@@ -130,11 +117,12 @@ class Difference:
             if held.numel() < size:
                 held = torch.empty(size, dtype=dtype, device=self.device)
             part = held[:size].view(-1, columns)
-            for equal in self._fill(_Rows(part), piece, wanted.start):
+            for equal in self._fill(_Rows(part), piece, first=wanted.start):
                 equal.zero()
             return part
 
-        return Streamed(make, (rows, columns), dtype, self.device, room, coarse=self._rounds(dtype))
+        delta = Streamed(make, (rows, columns), dtype, self.device, room, coarse=self._rounds(dtype))
+        return Found(delta, (False,))
 
     def expect(self, old: TensorInfo, new: TensorInfo) -> None:
         """Say that both sides of a tensor will be read soon."""
@@ -162,7 +150,25 @@ class Difference:
         each(compare, range(len(starts)))
         return all(same)
 
-    def _fill(self, delta: _Rows, piece: Piece, first: int = 0) -> list[_Rows]:
+    def _verdict(self, piece: Piece) -> Verdict:
+        return Verdict(piece, keep_rounding=self.keep)
+
+    def _judge(self, piece: Piece) -> Verdict:
+        """Look at both sides, a few rows at a time, as far as the first rows that changed."""
+        verdict, (rows, columns), step = self._verdict(piece), piece.size, self._step(piece)
+
+        def look(start: int) -> None:
+            if not verdict.changed:
+                out = torch.empty(min(step, rows - start), columns, dtype=_wide((piece,)), device=self.device)
+                self._block(out, piece, start, columns, verdict)
+
+        if piece.old.dtype != piece.new.dtype:
+            each(look, range(0, rows, step))
+        else:
+            verdict.changed = not self.same_bytes(piece.old, piece.new)
+        return verdict
+
+    def _fill(self, delta: _Rows, piece: Piece, verdict: Verdict | None = None, first: int = 0) -> list[_Rows]:
         """Write one piece's difference, its rows from `first` on, and what else is wanted of the rows.
 
         Returns:
@@ -170,13 +176,12 @@ class Difference:
         """
         rows, columns = piece.size
         first += (piece.expert or 0) * rows
-        limit = _BLOCK if self.device.type == "cpu" else _PINNED
-        step = max(1, limit // max(1, columns * max(_itemsize(piece.old), _itemsize(piece.new))))
+        step = self._step(piece)
         equal: list[_Rows] = []
 
         def work(start: int) -> None:
             part = delta.part(slice(start, start + step))
-            if self._block(part.values, piece, first + start, columns):
+            if self._block(part.values, piece, first + start, columns, verdict):
                 part.derive()
             else:
                 equal.append(part)
@@ -184,8 +189,13 @@ class Difference:
         each(work, range(0, delta.values.shape[0], step))
         return equal
 
-    def _block(self, out: Tensor, piece: Piece, first: int, columns: int) -> bool:
-        """Some rows of both sides, subtracted; False, and nothing written, where all bytes are equal."""
+    def _step(self, piece: Piece) -> int:
+        """Rows that are read at a time."""
+        limit = _BLOCK if self.device.type == "cpu" else _PINNED
+        return max(1, limit // max(1, piece.size[1] * max(_itemsize(piece.old), _itemsize(piece.new))))
+
+    def _block(self, out: Tensor, piece: Piece, first: int, columns: int, verdict: Verdict | None) -> bool:
+        """Some rows of both sides, judged and subtracted; False, and nothing written, where all bytes are equal."""
         start, count, shape = first * columns, out.numel(), out.shape
         old, new = ((info, start * _itemsize(info), count * _itemsize(info)) for info in (piece.old, piece.new))
         with self._both(old, new) as (before, after):
@@ -193,7 +203,11 @@ class Difference:
                 return False
             lower = before.view(torch_dtype(piece.old.dtype)).view(shape).to(out.device, non_blocking=True)
             upper = after.view(torch_dtype(piece.new.dtype)).view(shape).to(out.device, non_blocking=True)
-            out.copy_(upper).sub_(scratch(out, out.dtype, 1)[0].copy_(lower))
+            below = scratch(out, out.dtype, 1)[0].copy_(lower)
+            out.copy_(upper)
+            if verdict is not None:
+                verdict.add(below, out)
+            out.sub_(below)
             if out.device.type == "cuda":
                 torch.cuda.current_stream(out.device).synchronize()  # before the pinned memory is lent again
         return True

@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lorasurgery.linalg.blocks import InMemory
 from lorasurgery.linalg.fit import FIT, fitted
 from lorasurgery.linalg.norms import residual_norm, squared_norm
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops.difference import Difference, Piece
+from lorasurgery.ops.difference import Difference
 from lorasurgery.ops.expert_factors import ExpertFactors, Share, added, joined, summary
 from lorasurgery.ops.expert_pairs import ExpertPair
 from lorasurgery.ops.extract import ExtractOptions
 from lorasurgery.ops.pairs import Pair
+from lorasurgery.ops.verdict import Piece
 
 
 @dataclass
@@ -34,8 +36,13 @@ class ExpertWork:
     choice: RankChoice
     dtype: torch.dtype
 
-    def factor(self, pair: ExpertPair) -> ExpertFactors | None:
-        """The factors of all experts, with their measured errors; None when no expert changed."""
+    def factor(self, pair: ExpertPair) -> tuple[ExpertFactors | None, set[str]]:
+        """The factors of all experts, with their measured errors; None when no expert changed.
+
+        Returns:
+            Also the tensors of which something was left out, for it differs by rounding alone: they themselves, or some
+            experts of one that holds all.
+        """
         rank = self.choice.upper(*pair.matrix)
         while True:  # a scale that depends on the rank is known when the ranks are
             alpha, scale = self.options.scaling(rank)
@@ -43,10 +50,10 @@ class ExpertWork:
             work.run()
             top = max((u.rank for u in work.updates.values()), default=0)
             if not top:
-                return None
+                return None, work.rounding
             alpha, wanted = self.options.scaling(top)
             if wanted == scale:
-                return work.joined(top, alpha)
+                return work.joined(top, alpha), work.rounding
             rank = top
 
 
@@ -57,13 +64,16 @@ class _Parameter:
         self.job, self.pair, self.scale = job, pair, scale
         self.updates: dict[int, LowRank] = {}
         self.squares: list[float] = []
+        self.rounding: set[str] = set()
         self.shares = {m.name: Share(m.name.removesuffix(".weight"), m.tuned.shape) for m in pair.members}
 
     def run(self) -> None:
         """Decompose expert after expert; what is kept is on the CPU and in the dtype of the file."""
         for expert in range(self.pair.count):
-            delta = self.job.difference.read(*_pieces(self.pair, expert))
-            if delta is None:
+            delta, rounding = self.job.difference.read(*_pieces(self.pair, expert))
+            members = zip(self.pair.of(expert), rounding, strict=True)
+            self.rounding |= {self.shares[member.name].name for member, alone in members if alone}
+            if not isinstance(delta, InMemory):
                 continue
             options = self.job.options
             found = truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed, to_come=FIT)

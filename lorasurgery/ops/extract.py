@@ -45,6 +45,8 @@ class ExtractOptions:
         svd: `exact` for LAPACK/cuSOLVER, `randomized`, or `auto` by the matrix's size.
         dtype: safetensors name for what is written; None takes the tuned weights' own.
         allow_nonfinite: Store tensors whole of which a value is NaN or infinite, instead of stopping at them.
+        keep_rounding: Take tensors too that differ by no more than the rounding of one side's dtype, instead of
+            counting them and leaving them out.
     """
 
     choice: RankChoice = field(default_factory=lambda: RankChoice(rank=DEFAULT_RANK))
@@ -56,6 +58,7 @@ class ExtractOptions:
     seed: int = 0
     dtype: str | None = None
     allow_nonfinite: bool = False
+    keep_rounding: bool = False
 
     def check(self) -> None:
         """Raise UsageError for values that have no meaning."""
@@ -126,7 +129,7 @@ def extract(
         report.bytes_read = first.bytes_read + second.bytes_read
         report.modules, report.full = job.modules, job.full
         report.warnings += job.fallback.warnings
-        summarise(report, job.left_out, first.nbytes, unchanged=job.unchanged)
+        summarise(report, job.left_out, first.nbytes, unchanged=job.unchanged, rounding=job.rounding)
         if job.capped:
             report.warnings.append(
                 f"{len(job.capped)} modules kept all {job.choice.rank} directions they were allowed to bring "

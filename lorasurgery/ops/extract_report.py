@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.peft_load import Problem
+from lorasurgery.errors import some
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.pairs import FACTORED, Pair
 from lorasurgery.report import ModuleReport, Report
@@ -21,6 +22,44 @@ class LeftOut:
 
     pair: Pair
     norm: float | None
+
+
+@dataclass
+class Rounding:
+    """The tensors that differ by rounding alone.
+
+    >>> found = Rounding()
+    >>> found.add("lm_head.weight", 1, "float16")
+    >>> found.warning
+    '1 tensor differs by no more than rounding to float16 and is left out (lm_head.weight); --keep-rounding takes it'
+    """
+
+    tensors: int = 0
+    names: list[str] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, tensors: int, dtype: str) -> None:
+        """Take what is called by one name: a tensor, or the experts of a parameter."""
+        self.tensors += tensors
+        self.names.append(name)
+        if dtype not in self.dtypes:
+            self.dtypes.append(dtype)
+
+    @property
+    def dtype(self) -> str:
+        """What was rounded to."""
+        return " or ".join(self.dtypes)
+
+    @property
+    def warning(self) -> str:
+        """What is said of them in the report."""
+        what, differ, are, them = ("tensors", "differ", "are", "them")
+        if self.tensors == 1:
+            what, differ, are, them = ("tensor", "differs", "is", "it")
+        return (
+            f"{self.tensors} {what} {differ} by no more than rounding to {self.dtype} and {are} left out "
+            f"({some(self.names)}); --keep-rounding takes {them}"
+        )
 
 
 def plan_report(
@@ -58,7 +97,9 @@ def total_error(report: Report) -> tuple[float, float]:
     return change, lost
 
 
-def summarise(report: Report, left_out: Sequence[LeftOut], model_bytes: int, *, unchanged: int) -> None:
+def summarise(
+    report: Report, left_out: Sequence[LeftOut], model_bytes: int, *, unchanged: int, rounding: Rounding
+) -> None:
     """Total error and energy over all changed matrices, sizes, and where most of what was lost lies."""
     change, lost = total_error(report)
     error = report.totals["error"]
@@ -67,10 +108,12 @@ def summarise(report: Report, left_out: Sequence[LeftOut], model_bytes: int, *, 
         for item in left_out
     ]
     report.totals |= {
-        "unchanged": unchanged, "full": len(report.full), "left_out": len(left_out), "model_bytes": model_bytes,
-        "size_ratio": report.bytes_written / model_bytes if model_bytes else None,
+        "unchanged": unchanged, "rounding": rounding.tensors, "full": len(report.full), "left_out": len(left_out),
+        "model_bytes": model_bytes, "size_ratio": report.bytes_written / model_bytes if model_bytes else None,
     }  # fmt: skip
     _warn_left_out(report, change)
+    if rounding.tensors:
+        report.warnings.append(rounding.warning)
     report.summary = (
         f"error {error:.2%}, energy {1 - error**2:.2%} over {len(report.modules)} modules; adapter "
         f"{report.bytes_written / 1e6:.2f} MB, {report.bytes_written / max(model_bytes, 1):.2%} of the model"

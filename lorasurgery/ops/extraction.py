@@ -7,6 +7,7 @@ from functools import cached_property, partial
 
 import torch
 
+from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.flow import Flow
 from lorasurgery.checkpoint.journal import Run
 from lorasurgery.checkpoint.reader import Checkpoint
@@ -14,11 +15,12 @@ from lorasurgery.clients.host import Host
 from lorasurgery.errors import MismatchError
 from lorasurgery.linalg.coarse import pays
 from lorasurgery.linalg.fallback import Fallback
+from lorasurgery.linalg.half_step import step_at_one
 from lorasurgery.linalg.svd import may_round
 from lorasurgery.linalg.threads import load_solvers, team
 from lorasurgery.ops.difference import Difference
 from lorasurgery.ops.extract import ExtractOptions
-from lorasurgery.ops.extract_report import LeftOut
+from lorasurgery.ops.extract_report import LeftOut, Rounding
 from lorasurgery.ops.extract_write import AdapterDraft
 from lorasurgery.ops.factored import brought
 from lorasurgery.ops.pair_groups import plan_groups, work_cost, work_on
@@ -51,13 +53,19 @@ class Extraction:
         self.full: list[ModuleReport] = []
         self.left_out: list[LeftOut] = []
         self.unchanged = 0
+        self.rounding = Rounding()
         self.budget: int | None = None
         self.fallback = Fallback()
 
     @cached_property
     def on_cpu(self) -> Difference:
         """Differences on the CPU, where the device's memory does not suffice."""
-        return Difference(self.base, self.tuned, torch.device("cpu"), coarse=self._coarse)
+        return self._differences(torch.device("cpu"))
+
+    def _differences(self, device: torch.device, room: int = 0) -> Difference:
+        return Difference(
+            self.base, self.tuned, device, room, coarse=self._coarse, keep_rounding=self.options.keep_rounding
+        )
 
     def run(self, pairs: Sequence[Pair], progress: Progress | None) -> AdapterDraft:
         """Go through the pairs in the order they lie on disk; only the first rank's draft has all of them.
@@ -77,7 +85,7 @@ class Extraction:
             method = "exact" if self.options.allow_nonfinite else self.options.svd
             groups = plan_groups(wanted, self.device, method, self.limit)
             room = self._room([work_cost([wanted[i] for i in g]) for g in groups])
-            self.difference = Difference(self.base, self.tuned, self.device, room, coarse=self._coarse)
+            self.difference = self._differences(self.device, room)
             load.work(Flow(room, _lanes(threads)), partial(work_on, self), groups)
         if self.job.ranks.first:
             self._complete()
@@ -85,9 +93,11 @@ class Extraction:
 
     def _complete(self) -> None:
         if not (self.draft.factors or self.draft.full or self.left_out):
-            raise MismatchError(
-                f"{self.tuned.path}: equals {self.base.path} in every tensor compared; nothing to extract"
-            )
+            alike, rest = f"equals {self.base.path} in every tensor compared", ""
+            if self.rounding.tensors:
+                alike = f"differs from {self.base.path} by no more than rounding to {self.rounding.dtype}"
+                rest = "; --keep-rounding takes that"
+            raise MismatchError(f"{self.tuned.path}: {alike}; nothing to extract{rest}")
         if self.budget:
             self.draft.spend(self.budget, self.options.scaling, uniform=self.options.uniform_rank)
         if self.options.uniform_rank:
@@ -111,9 +121,11 @@ class Extraction:
     def _accept(self, pair: Pair, outcome: Outcome) -> None:
         """Take what one pair gave, in the order of the pairs."""
         self.unchanged += outcome.unchanged
+        if outcome.rounding:
+            self.rounding.add(pair.name, outcome.rounding, _coarser(pair))
         if outcome.found is not None:
             self.draft.factors.append((pair, outcome.found))
-        elif not outcome.unchanged:
+        elif not (outcome.unchanged or outcome.rounding):
             self._keep_whole(pair, outcome.norm, broken=outcome.broken)
         if self.budget:
             self.draft.hold(self.budget, self.options.scaling, uniform=self.options.uniform_rank)
@@ -149,6 +161,12 @@ class Extraction:
         costs = [p.count * sum(p.matrix) * self.draft.factor_dtype(p).itemsize for p in matrices]
         self.choice = brought(budget, costs, choice.max_rank)
         return budget
+
+
+def _coarser(pair: Pair) -> str:
+    """The dtype of a pair's two whose rounding shows, as people type it."""
+    dtypes = [torch_dtype(side.dtype) for side in (pair.base, pair.tuned) if side is not None]
+    return str(max(dtypes, key=step_at_one)).removeprefix("torch.")
 
 
 def _lanes(threads: int) -> tuple[int, int, int]:

@@ -15,9 +15,9 @@ from lorasurgery.linalg.blocks import InMemory
 from lorasurgery.linalg.norms import squared_norm
 from lorasurgery.linalg.svd import TruncatedSVD, finite
 from lorasurgery.linalg.threads import own_stream
-from lorasurgery.ops.difference import Piece
-from lorasurgery.ops.pair_work import Outcome, PairWork, difference_bytes, outcome_of
+from lorasurgery.ops.pair_work import Outcome, PairWork, as_it_was, difference_bytes, outcome_of
 from lorasurgery.ops.pairs import FACTORED, Pair
+from lorasurgery.ops.verdict import Found, Piece
 from lorasurgery.ops.workload import Step, named
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class GroupWork:
         self.job, self.pairs = job, pairs
         self.result: Any = None
         self.cost = work_cost(pairs)
-        self._delta: InMemory | None = None
+        self._found: Found | None = None
         self._way = 0
 
     @torch.inference_mode()
@@ -105,18 +105,20 @@ class GroupWork:
             self.result, _ = self.job.fallback.first(self.pairs[0].name, ways, self._way, cpu=False)
 
     def _read(self) -> None:
-        self._delta = self.job.difference.read(*(Piece(p.base, p.tuned) for p in self.pairs if p.base is not None))
+        self._found = self.job.difference.read(*(Piece(p.base, p.tuned) for p in self.pairs if p.base is not None))
 
     def _together(self) -> list[Outcome]:
-        """All at once; those that are zero are unchanged."""
-        delta, self._delta = self._delta, None
-        if delta is None:
-            return [Outcome(unchanged=1) for _ in self.pairs]
+        """All at once; those that are zero are unchanged, or differ by rounding alone."""
+        found, self._found = self._found, None
+        assert found is not None
+        delta, rounding = found
+        if not isinstance(delta, InMemory):
+            return [as_it_was(alone) for alone in rounding]
         try:
             stack = delta.matrix.view(len(self.pairs), *self.pairs[0].matrix)
             return [
-                outcome_of(self.job, pair, InMemory(one), found)
-                for pair, one, found in zip(self.pairs, stack, self._decomposed(stack), strict=True)
+                as_it_was(alone) if alone else outcome_of(self.job, pair, InMemory(one), svd)
+                for pair, alone, one, svd in zip(self.pairs, rounding, stack, self._decomposed(stack), strict=True)
             ]
         finally:
             self.job.difference.give(delta)

@@ -11,18 +11,19 @@ import torch
 
 from lorasurgery.checkpoint.header import FLOAT_DTYPES
 from lorasurgery.errors import SurgeryError
-from lorasurgery.linalg.blocks import Blocks, InMemory, Streamed
+from lorasurgery.linalg.blocks import Blocks, InMemory
 from lorasurgery.linalg.fit import FIT, fitted
 from lorasurgery.linalg.norms import squared_norm
 from lorasurgery.linalg.svd import TruncatedSVD, finite, truncated_svd
 from lorasurgery.linalg.threads import own_stream
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops.difference import Difference, Piece
+from lorasurgery.ops.difference import Difference
 from lorasurgery.ops.expert_extraction import ExpertWork
 from lorasurgery.ops.expert_pairs import ExpertPair
 from lorasurgery.ops.factored import Factored
 from lorasurgery.ops.pairs import FACTORED, Pair
 from lorasurgery.ops.spill import Spill
+from lorasurgery.ops.verdict import Found, Piece
 from lorasurgery.ops.verify_values import count_nonfinite
 from lorasurgery.report import ModuleReport
 
@@ -38,6 +39,7 @@ class Outcome:
 
     Args:
         unchanged: Tensors that are equal on both sides.
+        rounding: Tensors that differ by rounding alone, and are left out.
         broken: Whether a value is not finite, so that the tensor can only be stored whole.
     """
 
@@ -45,6 +47,7 @@ class Outcome:
     norm: float | None = None
     unchanged: int = 0
     broken: bool = False
+    rounding: int = 0
 
 
 class PairWork:
@@ -57,7 +60,7 @@ class PairWork:
         self.job, self.pair = job, pair
         self.result: Any = None
         self.cost = difference_bytes(pair)
-        self._delta: InMemory | Streamed | None = None
+        self._found: Found | None = None
         self._way = 0
         if pair.base is not None and pair.base.shape == pair.tuned.shape and not isinstance(pair, ExpertPair):
             job.difference.expect(pair.base, pair.tuned)  # while this waits for memory, the disk can work
@@ -90,11 +93,11 @@ class PairWork:
         elif pair.base.dtype not in FLOAT_DTYPES or pair.tuned.dtype not in FLOAT_DTYPES:
             self.result = Outcome(unchanged=int(difference.same_bytes(pair.base, pair.tuned)))
         else:
-            self._delta = self._difference(difference)
-            self.result = Outcome(unchanged=1) if self._delta is None else None
+            self._found = self._difference(difference)
+            self.result = as_it_was(*self._found.rounding) if self._found.delta is None else None
 
-    def _difference(self, difference: Difference) -> InMemory | Streamed | None:
-        """ΔW as it fits into --memory-limit; None where no byte differs."""
+    def _difference(self, difference: Difference) -> Found:
+        """ΔW as it fits into --memory-limit."""
         limit = self.job.limit
         if limit is not None and self.cost > limit // 4:
             return difference.streamed(self._piece, limit // 4)
@@ -115,12 +118,13 @@ class PairWork:
             )
 
     def _as_read(self) -> Outcome:
-        delta, self._delta = self._delta, None
+        found, self._found = self._found, None
+        assert found is not None
         try:
-            return self._apart(delta)
+            return self._apart(found)
         finally:
-            if isinstance(delta, InMemory):
-                self.job.difference.give(delta)
+            if isinstance(found.delta, InMemory):
+                self.job.difference.give(found.delta)
 
     def _in_blocks(self) -> Outcome:
         return self._apart(self.job.difference.streamed(self._piece, self.cost // _PARTS))
@@ -128,9 +132,10 @@ class PairWork:
     def _on_cpu(self) -> Outcome:
         return self._apart(self._difference(self.job.on_cpu))
 
-    def _apart(self, delta: InMemory | Streamed | None) -> Outcome:
+    def _apart(self, found: Found) -> Outcome:
+        delta = found.delta
         if delta is None:
-            return Outcome(unchanged=1)
+            return as_it_was(*found.rounding)
         square = squared_norm(delta)
         if self.job.options.allow_nonfinite and not math.isfinite(square):
             return Outcome(broken=True)
@@ -138,8 +143,10 @@ class PairWork:
 
     def _experts(self, pair: ExpertPair, difference: Difference) -> Outcome:
         job = self.job
-        found = ExpertWork(difference, job.options, job.choice, job.draft.factor_dtype(pair)).factor(pair)
-        return Outcome(found, unchanged=len(pair.members) - (len(found.shares) if found else 0))
+        work = ExpertWork(difference, job.options, job.choice, job.draft.factor_dtype(pair))
+        found, rounding = work.factor(pair)
+        changed = {share.name for share in found.shares} if found else set()
+        return Outcome(found, unchanged=len(pair.members) - len(changed | rounding), rounding=len(rounding))
 
     def _factor(self, delta: Blocks) -> Outcome:
         options = self.job.options
@@ -147,6 +154,11 @@ class PairWork:
             self.job, self.pair, delta,
             truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed, to_come=FIT),
         )  # fmt: skip
+
+
+def as_it_was(rounding: bool) -> Outcome:
+    """The outcome of a tensor that did not change, but perhaps for its rounding."""
+    return Outcome(rounding=1) if rounding else Outcome(unchanged=1)
 
 
 def outcome_of(job: Extraction, pair: Pair, delta: Blocks, found: TruncatedSVD) -> Outcome:
@@ -175,10 +187,13 @@ def difference_bytes(pair: Pair) -> int:
 def packed(factors: Spill, outcome: Outcome) -> Any:
     """An outcome as JSON, its factors put beside the output."""
     found = factors.put(outcome.found) if outcome.found is not None else None
-    return {"found": found, "norm": outcome.norm, "unchanged": outcome.unchanged, "broken": outcome.broken}
+    return {
+        "found": found, "norm": outcome.norm, "unchanged": outcome.unchanged, "broken": outcome.broken,
+        "rounding": outcome.rounding,
+    }  # fmt: skip
 
 
 def unpacked(factors: Spill, record: Any) -> Outcome:
     """The outcome that was packed."""
     found = factors.get(record["found"]) if record["found"] is not None else None
-    return Outcome(found, record["norm"], record["unchanged"], record["broken"])
+    return Outcome(found, record["norm"], record["unchanged"], record["broken"], record["rounding"])
