@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorasurgery.adapters.library import library_names
+from lorasurgery.clients.installed import Installed
 from lorasurgery.clients.peft import LAYERS_PAST, saved_for, task_type
 from lorasurgery.clients.skeleton import Kind, Module, Skeleton
 
@@ -20,12 +20,17 @@ class Host:
     Args:
         config: Its config.json.
         names: Its tensors' names in memory, as the checkpoint tells them.
-        skeleton: Its modules, where a library that has the class is installed.
+        model: What a library that has the class makes of it, where one is installed.
     """
 
     config: dict[str, Any]
     names: frozenset[str]
-    skeleton: Skeleton | None = None
+    model: Installed | None = None
+
+    @property
+    def skeleton(self) -> Skeleton | None:
+        """Its modules, where they are known."""
+        return self.model.skeleton if self.model is not None else None
 
     @cached_property
     def paths(self) -> frozenset[str]:
@@ -76,6 +81,11 @@ class Host:
             return module.container
         return path in self._parents
 
+    def stands_twice(self, path: str) -> bool:
+        """Whether a module stands at several paths."""
+        module = self.module(path)
+        return module is not None and module.twice
+
     @cached_property
     def _parents(self) -> frozenset[str]:
         return frozenset(p.rpartition(".")[0] for p in self.paths)
@@ -95,10 +105,15 @@ class Host:
         """Whether the model has a parameter or buffer of this name; without a skeleton that is taken to be so."""
         return self.skeleton is None or name in self.skeleton.names
 
-    def find(self, name: str) -> str | None:
-        """The name in memory that a name told by our own tables stands for: itself, or the one that it ends as."""
-        if self.has(name):
-            return name
+    def find(self, name: str, disk: str | None = None) -> str | None:
+        """The name in memory that a name told by our own tables stands for: itself, or the one that it ends as.
+
+        Args:
+            disk: The tensor's name on disk, of which the library says what it is loaded as.
+        """
+        told = self.model.name_of(disk) if self.model is not None and disk else None
+        if told or self.has(name):
+            return told or name
         parts = name.split(".")
         for i in range(1, len(parts) - 1):
             if self.has(".".join(parts[i:])):
@@ -115,12 +130,3 @@ class Host:
             for i in range(1, len(parts) - 1):
                 found[".".join(parts[i:])].append(name)
         return found
-
-
-def library_memory(tensors: Iterable[str], config: dict[str, Any]) -> dict[str, str]:
-    """Tensor on disk -> name in memory by transformers' own renames, the first that they give."""
-    found: dict[str, str] = {}
-    for memory, names in library_names(tensors, config).items():
-        for name in names:
-            found.setdefault(name, memory)
-    return found

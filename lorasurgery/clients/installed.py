@@ -10,7 +10,8 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,11 +23,24 @@ _FREE = ("theta", "base", "token", "_id", "scale", "max_", "factor", "length", "
 _COUNTS = ("layers", "blocks", "depth", "depths", "experts", "layer", "stages")  # how keys that count modules end
 
 
-def installed_skeleton(config: dict[str, Any], architecture: str | None = None) -> Skeleton | None:
-    """The skeleton of config.json's model; None where no installed library has its class or can build it.
+@dataclass(frozen=True)
+class Installed:
+    """A model as an installed library builds it.
+
+    Args:
+        name_of: The name in memory that the library loads a tensor on disk to; None where it has none, or where the
+            tensor is cut up or joined with others on loading.
+    """
+
+    skeleton: Skeleton
+    name_of: Callable[[str], str | None]
+
+
+def installed_model(config: dict[str, Any], architecture: str | None = None) -> Installed | None:
+    """The model that config.json describes; None where no installed library has its class or can build it.
 
     Example:
-        installed_skeleton({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2})
+        installed_model({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2})
 
     Args:
         architecture: A class of transformers, instead of the first that the config names.
@@ -39,7 +53,7 @@ def installed_skeleton(config: dict[str, Any], architecture: str | None = None) 
 
 
 @lru_cache(maxsize=8)
-def _built(text: str, architecture: str | None) -> Skeleton | None:
+def _built(text: str, architecture: str | None) -> Installed | None:
     config: dict[str, Any] = json.loads(text, object_hook=_numbers)
     if not _reasonable(config):
         return None
@@ -51,7 +65,7 @@ def _built(text: str, architecture: str | None) -> Skeleton | None:
         return None
 
 
-def _transformers(config: dict[str, Any], architecture: str | None) -> Skeleton | None:
+def _transformers(config: dict[str, Any], architecture: str | None) -> Installed | None:
     import torch
     import transformers
 
@@ -64,10 +78,32 @@ def _transformers(config: dict[str, Any], architecture: str | None) -> Skeleton 
     with torch.device("meta"), torch.no_grad():
         model = known(settings)
         model.tie_weights()
-    return skeleton_from(model, f"transformers {transformers.__version__}")
+    skeleton = skeleton_from(model, f"transformers {transformers.__version__}")
+    return Installed(skeleton, _loading(model, skeleton))
 
 
-def _diffusers(config: dict[str, Any], _: str | None) -> Skeleton | None:
+def _loading(model: Any, skeleton: Skeleton) -> Callable[[str], str | None]:
+    """How from_pretrained renames what it reads (transformers 5.23, core_model_loading)."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:  # transformers 4 renames nothing but prefixes
+        return lambda name: name if name in skeleton.names else None
+    steps = get_model_conversion_mapping(model)
+    renamings = [s for s in steps if isinstance(s, WeightRenaming)]
+    converters = [s for s in steps if isinstance(s, WeightConverter)]
+    prefix, known = model.base_model_prefix, dict.fromkeys(skeleton.names, True)
+
+    def name_of(name: str) -> str | None:
+        found, converted = rename_source_key(name, renamings, converters, prefix, known)
+        if found not in known and name in known:
+            found, converted = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=known)
+        return found if found in known and converted is None else None
+
+    return name_of
+
+
+def _diffusers(config: dict[str, Any], _: str | None) -> Installed | None:
     import diffusers
     import torch
 
@@ -76,7 +112,8 @@ def _diffusers(config: dict[str, Any], _: str | None) -> Skeleton | None:
         return None
     with torch.device("meta"), torch.no_grad():
         model = known.from_config(config)
-    return skeleton_from(model, f"diffusers {diffusers.__version__}")
+    skeleton = skeleton_from(model, f"diffusers {diffusers.__version__}")
+    return Installed(skeleton, lambda name: name if name in skeleton.names else None)
 
 
 def _numbers(value: dict[str, Any]) -> Any:

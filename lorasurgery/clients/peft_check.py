@@ -13,7 +13,7 @@ from lorasurgery.adapters.selection import Selection
 from lorasurgery.checkpoint.locate import load_config
 from lorasurgery.clients.finding import MERGE, PORTABLE, TO_PEFT, Finding, Rule, Setting, Verdict, some
 from lorasurgery.clients.host import Host
-from lorasurgery.clients.installed import installed_skeleton
+from lorasurgery.clients.installed import installed_model
 from lorasurgery.clients.peft import for_task
 from lorasurgery.clients.peft_load import PeftLoad
 
@@ -75,7 +75,7 @@ def _model(adapter: Adapter, setting: Setting) -> Iterator[Finding]:
     """What becomes of the file on the very model, where that is known: layers, saved modules, tied weights."""
     for one in _single(adapter):
         config = _base_config(one, setting) if one.format == "peft" else {}
-        host = Host(config, frozenset(), installed_skeleton(config, for_task(config, one.config.get("task_type"))))
+        host = Host(config, frozenset(), installed_model(config, for_task(config, one.config.get("task_type"))))
         for problem in PeftLoad(one.config, list(one.weights.tensors), host).problems():
             verdict: Verdict = "wrong" if problem.kind == "merged wrongly" else problem.kind
             yield Finding(verdict, f"{some(list(problem.names))}: {problem.why}", MERGE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -22,12 +22,14 @@ class Module:
         name: Its class, for messages.
         leaves: Its own parameters and persistent buffers, not its children's.
         container: Whether it has children.
+        twice: Whether the same object stands at several paths; PEFT would put its layer at one of them.
     """
 
     kind: Kind
     name: str
     leaves: tuple[str, ...]
     container: bool
+    twice: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def skeleton_from(model: nn.Module, source: str) -> Skeleton:
     >>> skeleton_from(nn.Sequential(nn.Linear(2, 3)), "example").modules["0"].kind
     'linear'
     """
-    modules = {path: _module(module) for path, module in model.named_modules(remove_duplicate=False)}
+    seen = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    modules = {p: _module(m, seen[id(m)] > 1) for p, m in model.named_modules(remove_duplicate=False)}
     owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name)
@@ -75,10 +78,12 @@ def skeleton_from(model: nn.Module, source: str) -> Skeleton:
     return Skeleton(modules, tuple(shared), source)
 
 
-def _module(module: nn.Module) -> Module:
+def _module(module: nn.Module, twice: bool) -> Module:
     own = [name for name, value in module._parameters.items() if value is not None]
     own += [n for n, v in module._buffers.items() if v is not None and n not in module._non_persistent_buffers_set]
-    return Module(kind_of(module), type(module).__name__, tuple(own), bool(module._modules))
+    return Module(
+        "other" if twice else kind_of(module), type(module).__name__, tuple(own), bool(module._modules), twice
+    )
 
 
 def kind_of(module: nn.Module) -> Kind:

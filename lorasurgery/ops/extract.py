@@ -113,7 +113,7 @@ def extract(
     first, second = Checkpoint.open(base), Checkpoint.open(tuned)
     check_output(out, [Path(base), Path(tuned)], overwrite, resume=resume)
     found = plan_pairs(first, second, options.selection)
-    host = host_of(first, second, found, skeleton=not dry_run)
+    host = host_of(first, second, found, ask=not dry_run)
     pairs = group_experts(fit_pairs(found, host, options.selection), first.config | second.config)
     report = plan_report(first, second, out, pairs, options.choice, dry_run)
     if not dry_run:

@@ -45,7 +45,8 @@ def _name(pair: Pair) -> str:
 
 def _is_savable(draft: AdapterDraft, pair: Pair) -> bool:
     """Whether PEFT can keep a copy of the pair's module beside the base's: one that stands alone, without factors."""
-    if pair.path == pair.leaf or draft.host.holds_modules(pair.path) or _has_factors(draft, pair.path):
+    host, path = draft.host, pair.path
+    if path == pair.leaf or host.holds_modules(path) or host.stands_twice(path) or _has_factors(draft, path):
         return False
     if pair.leaf == "bias" and _is_matrix(draft, pair.path):
         return any(p.path == pair.path and p.leaf == "weight" for p in draft.full)

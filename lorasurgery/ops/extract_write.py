@@ -104,7 +104,7 @@ class AdapterDraft:
     def in_memory(self) -> dict[str, str]:
         """Name in memory -> tensor of the tuned checkpoint."""
         names = _memory_names(self.tuned)
-        placed = {self.host.find(memory) or memory: name for memory, name in names.items()}
+        placed = {self.host.find(memory, name) or memory: name for memory, name in names.items()}
         return placed | {f"{p.path}.{p.leaf}": p.tuned.name for p in self.full if p.path != p.leaf}
 
     @property

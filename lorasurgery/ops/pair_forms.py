@@ -8,22 +8,22 @@ from dataclasses import replace
 from lorasurgery.adapters.naming import module_of
 from lorasurgery.adapters.renames import memory_name, model_types
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.clients.host import Host, library_memory
-from lorasurgery.clients.installed import installed_skeleton
+from lorasurgery.clients.host import Host
+from lorasurgery.clients.installed import installed_model
 from lorasurgery.ops.pairs import FACTORED, Pair, Selection, Treatment
 
 
-def host_of(base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair], *, skeleton: bool = True) -> Host:
+def host_of(base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair], *, ask: bool = True) -> Host:
     """The model that the adapter is for: the tuned one's class, with which the base is loaded too.
 
     Args:
-        skeleton: Ask the library that has the class, where it is installed (it imports torch).
+        ask: Ask the library that has the class, where it is installed (it imports torch).
     """
     config = tuned.config if tuned.config.get("architectures") or "_class_name" in tuned.config else base.config
     types = model_types(config)
     names = {memory_name(name, types) for side in (base, tuned) for name in side.tensors}
     names |= {_name(p) for p in pairs}
-    return Host(config, frozenset(names), installed_skeleton(config) if skeleton else None)
+    return Host(config, frozenset(names), installed_model(config) if ask else None)
 
 
 def fit_pairs(pairs: Sequence[Pair], host: Host, selection: Selection) -> list[Pair]:
@@ -32,8 +32,7 @@ def fit_pairs(pairs: Sequence[Pair], host: Host, selection: Selection) -> list[P
     Where nothing is known of the model beyond its names, the pairs stay as names tell them.
     """
     if host.skeleton is not None:
-        renamed = library_memory([p.name for p in pairs if not host.has(_name(p))], host.config)
-        pairs = [_placed(p, host, renamed) for p in pairs]
+        pairs = [_placed(p, host) for p in pairs]
     whole: Treatment = "full" if "auto" in selection.full else "left out"
     return [_formed(p, host, whole) for p in pairs]
 
@@ -43,13 +42,10 @@ def _name(pair: Pair) -> str:
     return f"{pair.path}.{pair.leaf}" if pair.path != pair.leaf else pair.leaf
 
 
-def _placed(pair: Pair, host: Host, renamed: dict[str, str]) -> Pair:
+def _placed(pair: Pair, host: Host) -> Pair:
     """The pair under the name that the model has it by; experts are placed by their own rules."""
-    name = _name(pair)
-    if pair.place is not None or host.has(name):
-        return pair
-    found = host.find(name) or host.find(renamed.get(pair.name, name))
-    if found is None:
+    found = host.find(_name(pair), pair.tuned.name) if pair.place is None else None
+    if found is None or found == _name(pair):
         return pair
     return replace(pair, path=module_of(found), leaf=found.rpartition(".")[2])
 

@@ -74,7 +74,7 @@ class _Planner:
             self.plan.unrestored.append(name)
             return
         path, leaf = module_of(name), name[len(module_of(name)) + 1 :]
-        target = self.names.find(path, leaf) if adapter.format == "peft" else self.placer.tensor(adapter, path, leaf)
+        target = self._tensor(adapter, path, leaf)
         shared = self.names.tied_source(path) if target is None and leaf == "weight" else None
         if shared is not None and self._same_as_shared(adapter, name, shared):
             return
@@ -83,6 +83,16 @@ class _Planner:
         self._set_replacement(adapter, name, target or name, shared, weight)
         if target is not None and target == self.names.input_embedding and name in adapter.added:
             self._keep_head(adapter, target)
+
+    def _tensor(self, adapter: Adapter, path: str, leaf: str) -> str | None:
+        """The base's tensor that a whole tensor replaces; transformers' own table is asked last."""
+        if adapter.format != "peft":
+            return self.placer.tensor(adapter, path, leaf)
+        found = self.names.find(path, leaf)
+        if found is None and not self._is_fresh(adapter, f"{path}.{leaf}" if leaf else path):
+            library = self.names.by_library
+            found = library.find(path, leaf) if library else None
+        return found
 
     def _is_fresh(self, adapter: Adapter, name: str) -> bool:
         """A whole module that the base lacks, such as a new head, under the very name the config gives it."""
