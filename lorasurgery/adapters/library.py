@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from lorasurgery.adapters.installed import installed_model
 from lorasurgery.adapters.renames import model_types
 
 
@@ -23,7 +24,11 @@ def library_names(tensors: Iterable[str], config: dict[str, Any]) -> dict[str, l
         config: config.json, whose architectures and model types pick the renames.
     """
     found: dict[str, list[str]] = defaultdict(list)
-    names = list(tensors)
+    names, model = list(tensors), installed_model(config)
+    for name in names if model is not None else ():
+        memory = model.name_of(name) if model is not None else None
+        if memory and memory != name:
+            found[memory].append(name)
     for rules in _rules(config):
         for name in names:
             memory = _renamed(name, rules)

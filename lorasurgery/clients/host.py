@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorasurgery.clients.installed import Installed
+from lorasurgery.adapters.installed import Installed
+from lorasurgery.adapters.skeleton import Kind, Module, Skeleton
 from lorasurgery.clients.peft import LAYERS_PAST, saved_for, task_type
-from lorasurgery.clients.skeleton import Kind, Module, Skeleton
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class Host:
         if path.rpartition(".")[2] in LAYERS_PAST.get(str(self.config.get("model_type")), ()):
             return "other"
         module = self.module(path)
-        if module is None:
+        if module is None or self.model is None:
             return None
+        if not self.model.keeps(path):
+            return "other"
         parent = self.module(path.rpartition(".")[0])
         # nn.MultiheadAttention reads out_proj's weight without calling it
         return "other" if parent is not None and parent.name == "MultiheadAttention" else module.kind

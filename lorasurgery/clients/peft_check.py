@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.adapters.installed import installed_model
 from lorasurgery.adapters.peft import PREFIX
 from lorasurgery.adapters.selection import Selection
 from lorasurgery.checkpoint.locate import load_config
 from lorasurgery.clients.finding import MERGE, PORTABLE, TO_PEFT, Finding, Rule, Setting, Verdict, some
 from lorasurgery.clients.host import Host
-from lorasurgery.clients.installed import installed_model
 from lorasurgery.clients.peft import for_task
 from lorasurgery.clients.peft_load import PeftLoad
 
@@ -65,7 +65,9 @@ def _targets(adapter: Adapter, _: Setting) -> Iterator[Finding]:
         if one.format != "peft":
             continue
         chosen = Selection(one.config, one.path)
+        parameters = tuple(one.config.get("target_parameters") or ())
         outside = [p for p, d in one.deltas.items() if not d.experts and not chosen.means(p)]
+        outside = [p for p in outside if not f"{p}.weight".endswith(parameters)] if parameters else outside
         if outside:
             what = f"factors of {some(outside)}, which target_modules does not select, are not loaded"
             yield Finding("dropped", what, PORTABLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,7 +93,7 @@ class PeftLoad:
         stem, mark, _ = key.rpartition(".lora_")
         if mark:
             return stem in self.targets or ".base_layer" in stem or any(self.config.get("target_parameters") or ())
-        return self.host.has(key.replace(".base_layer.", "."))
+        return self.host.has(re.sub(r"(\.base_layer)+\.", ".", key))
 
     def _twice(self) -> Iterator[Problem]:
         """Layers that share a tensor and each have the update: merging adds it to the one tensor each time."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lorasurgery.adapters.installed import installed_model
 from lorasurgery.adapters.naming import module_of
 from lorasurgery.adapters.renames import memory_name, model_types
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.host import Host
-from lorasurgery.clients.installed import installed_model
 from lorasurgery.ops.pairs import FACTORED, Pair, Selection, Treatment
 
 

@@ -89,10 +89,8 @@ class _Planner:
         if adapter.format != "peft":
             return self.placer.tensor(adapter, path, leaf)
         found = self.names.find(path, leaf)
-        if found is None and not self._is_fresh(adapter, f"{path}.{leaf}" if leaf else path):
-            library = self.names.by_library
-            found = library.find(path, leaf) if library else None
-        return found
+        library = self.names.by_library if found is None and self.names.tied_source(path) is None else None
+        return library.find(path, leaf) if library else found
 
     def _is_fresh(self, adapter: Adapter, name: str) -> bool:
         """A whole module that the base lacks, such as a new head, under the very name the config gives it."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from lorasurgery.clients.skeleton import Skeleton, skeleton_from
+from lorasurgery.adapters.skeleton import Skeleton, skeleton_from
 
 # A config is somebody's file: numbers beyond these are no real model's, and building it would take for ever.
 _MOST, _MOST_LAYERS = 20_000_000, 2_000
@@ -30,10 +30,13 @@ class Installed:
     Args:
         name_of: The name in memory that the library loads a tensor on disk to; None where it has none, or where the
             tensor is cut up or joined with others on loading.
+        keeps: Whether PEFT leaves a module's name in an adapter's keys as it is: it renames them as if they were the
+            checkpoint's, and some rules change what is right already.
     """
 
     skeleton: Skeleton
     name_of: Callable[[str], str | None]
+    keeps: Callable[[str], bool] = lambda path: True
 
 
 def installed_model(config: dict[str, Any], architecture: str | None = None) -> Installed | None:
@@ -79,16 +82,16 @@ def _transformers(config: dict[str, Any], architecture: str | None) -> Installed
         model = known(settings)
         model.tie_weights()
     skeleton = skeleton_from(model, f"transformers {transformers.__version__}")
-    return Installed(skeleton, _loading(model, skeleton))
+    return _loading(model, skeleton)
 
 
-def _loading(model: Any, skeleton: Skeleton) -> Callable[[str], str | None]:
+def _loading(model: Any, skeleton: Skeleton) -> Installed:
     """How from_pretrained renames what it reads (transformers 5.23, core_model_loading)."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:  # transformers 4 renames nothing but prefixes
-        return lambda name: name if name in skeleton.names else None
+        return Installed(skeleton, lambda name: name if name in skeleton.names else None)
     steps = get_model_conversion_mapping(model)
     renamings = [s for s in steps if isinstance(s, WeightRenaming)]
     converters = [s for s in steps if isinstance(s, WeightConverter)]
@@ -100,7 +103,11 @@ def _loading(model: Any, skeleton: Skeleton) -> Callable[[str], str | None]:
             found, converted = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=known)
         return found if found in known and converted is None else None
 
-    return name_of
+    def keeps(path: str) -> bool:
+        key = f"{path}.lora_A.weight"
+        return key.endswith(rename_source_key(key, renamings, [])[0])
+
+    return Installed(skeleton, name_of, keeps)
 
 
 def _diffusers(config: dict[str, Any], _: str | None) -> Installed | None:
