@@ -78,7 +78,9 @@ def _by_library(
     base: Checkpoint, tuned: Checkpoint, before: dict[str, str], after: dict[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The last resort before an error: what transformers itself would call the tensors that have no partner yet."""
-    lone = [{n: d for n, d in a.items() if n not in b and not is_buffer(n)} for a, b in ((before, after), (after, before))]
+    lone = [
+        {n: d for n, d in a.items() if n not in b and not is_buffer(n)} for a, b in ((before, after), (after, before))
+    ]
     if not all(lone):
         return before, after
     known = [_library(side, names) for side, names in zip((base, tuned), lone, strict=True)]
