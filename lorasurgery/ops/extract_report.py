@@ -11,7 +11,7 @@ from pathlib import Path
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.pairs import FACTORED, Pair
-from lorasurgery.report import ModuleReport, Report
+from lorasurgery.report import ModuleReport, Report, percent
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,28 @@ def summarise(report: Report, left_out: Sequence[LeftOut], model_bytes: int, *, 
         f"{report.bytes_written / 1e6:.2f} MB, {report.bytes_written / max(model_bytes, 1):.2%} of the model"
         + worst(report.modules, lost)
     )
+
+
+def add_excluded(report: Report, excluded: Sequence[LeftOut], unseen: int) -> None:
+    """Say how much of the whole change --target, --exclude and --common leave out, next to what the factors hold.
+
+    Args:
+        excluded: What changed of what both sides have.
+        unseen: Tensors that can't be compared: one side lacks them or stores them in other numbers.
+    """
+    unseen += sum(item.norm is None for item in excluded)
+    if not excluded and not unseen:
+        return
+    square = math.fsum(item.norm**2 for item in excluded if item.norm is not None)
+    lines = [*report.modules, *report.full, *report.left_out]
+    whole = square + math.fsum((m.delta_norm or 0) ** 2 for m in lines)
+    share = square / whole if whole else 0.0
+    report.totals |= {
+        "excluded": len(excluded), "excluded_norm": math.sqrt(square), "excluded_share": share,
+        "excluded_unmeasured": unseen,
+    }  # fmt: skip
+    report.summary += f"; excluded were {len(excluded)} changed tensors, {percent(share)} of the energy of all changes"
+    report.summary += f", and {unseen} that can't be measured" if unseen else ""
 
 
 def worst(modules: Sequence[ModuleReport], lost: float) -> str:

@@ -11,13 +11,13 @@ from lorasurgery.adapters.fused import expert_place, wants_parameter
 from lorasurgery.adapters.naming import BaseNames, is_head, module_of
 from lorasurgery.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from lorasurgery.adapters.peft_write import PeftLayout, factor_keys, with_kernel
-from lorasurgery.adapters.renames import memory_name, model_types
 from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.hub.reference import cached_reference
 from lorasurgery.ops.factored import Factored, Scaling, fit, hold
+from lorasurgery.ops.pair_names import PairNames
 from lorasurgery.ops.pairs import Pair
 from lorasurgery.report import ModuleReport
 
@@ -82,7 +82,16 @@ class AdapterDraft:
     @cached_property
     def in_memory(self) -> dict[str, str]:
         """Name in memory -> tensor of the tuned checkpoint."""
-        return _memory_names(self.tuned)
+        return self._names.tuned
+
+    @cached_property
+    def _names(self) -> PairNames:
+        return PairNames.of(self.base, self.tuned)
+
+    @property
+    def memory_names(self) -> tuple[tuple[Checkpoint, dict[str, str]], ...]:
+        """Of each side, name in memory -> tensor on disk."""
+        return (self.tuned, self._names.tuned), (self.base, self._names.base)
 
     @property
     def names(self) -> BaseNames:
@@ -211,16 +220,11 @@ def _all_paths(draft: AdapterDraft) -> set[str]:
 def _all_parameters(draft: AdapterDraft) -> set[str]:
     """Every parameter's name in memory, the experts' matrices as the one that holds them."""
     found = set()
-    for side in (draft.tuned, draft.base):
-        for memory, name in _memory_names(side).items():
+    for side, names in draft.memory_names:
+        for memory, name in names.items():
             place = expert_place(memory, side.tensors[name].shape, draft.config)
             found.add(place.parameter if place else memory)
     return found
-
-
-def _memory_names(side: Checkpoint) -> dict[str, str]:
-    types = model_types(side.config)
-    return {memory_name(name, types): name for name in side.tensors}
 
 
 def _base_name(base: Checkpoint) -> str:

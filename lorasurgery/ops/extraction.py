@@ -49,6 +49,7 @@ class Extraction:
         self.choice = options.choice
         self.full: list[ModuleReport] = []
         self.left_out: list[LeftOut] = []
+        self.excluded: list[LeftOut] = []
         self.unchanged = 0
         self.budget: int | None = None
         self.fallback = Fallback()
@@ -66,7 +67,7 @@ class Extraction:
         """
         load_solvers(self.device)
         self.budget = self._set_budget(pairs)
-        wanted = [p for p in pairs if p.treatment != "skipped"]
+        wanted = [p for p in pairs if p.treatment != "skipped" or p.is_comparable]
         with spill(self.job) as factors, team() as threads:
             load = Workload(
                 self.job, wanted, [p.name for p in wanted], [p.nbytes for p in wanted], partial(packed, factors),
@@ -84,8 +85,9 @@ class Extraction:
 
     def _complete(self) -> None:
         if not (self.draft.factors or self.draft.full or self.left_out):
+            changed = f"; {len(self.excluded)} that are left out by name changed" if self.excluded else ""
             raise MismatchError(
-                f"{self.tuned.path}: equals {self.base.path} in every tensor compared; nothing to extract"
+                f"{self.tuned.path}: equals {self.base.path} in every tensor compared; nothing to extract{changed}"
             )
         if self.budget:
             self.draft.spend(self.budget, self.options.scaling, uniform=self.options.uniform_rank)
@@ -109,6 +111,10 @@ class Extraction:
 
     def _accept(self, pair: Pair, outcome: Outcome) -> None:
         """Take what one pair gave, in the order of the pairs."""
+        if pair.treatment == "skipped":
+            if not outcome.unchanged:
+                self.excluded.append(LeftOut(pair, outcome.norm))
+            return
         self.unchanged += outcome.unchanged
         if outcome.found is not None:
             self.draft.factors.append((pair, outcome.found))

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorasurgery.adapters.exclusions import exclude_only
 from lorasurgery.adapters.naming import module_of
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.errors import MismatchError, some
@@ -21,7 +20,7 @@ class Odd:
 
     Args:
         missing: Of the base only. new: Of the tuned model only. reshaped: name -> what both sides have.
-        meant: What --exclude would have to name, and `others` all that it must not mean.
+        options: Those that leave out all of it and nothing else; "" if they would be too many.
     """
 
     base: str
@@ -29,8 +28,7 @@ class Odd:
     missing: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     reshaped: dict[str, tuple[TensorInfo, TensorInfo]] = field(default_factory=dict)
-    meant: set[str] = field(default_factory=set)
-    others: set[str] = field(default_factory=set)
+    options: str = ""
 
     @property
     def names(self) -> list[str]:
@@ -59,9 +57,8 @@ class Odd:
             MismatchError: with the options that leave out these tensors and nothing else.
         """
         if self.names:
-            options = exclude_only(self.meant, self.others)
             them = "it" if len(self.names) == 1 else "them"
-            way = f"{options} leaves {them} out, " if options else ""
+            way = f"{self.options} leaves {them} out, " if self.options else ""
             raise MismatchError(f"{self.tuned}: {self.words()}; {way}--common takes what both have")
 
 

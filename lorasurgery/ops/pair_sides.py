@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from lorasurgery.adapters.exclusions import exclude_only
 from lorasurgery.adapters.fused import ExpertPlace, expert_place
 from lorasurgery.adapters.naming import BaseNames, is_buffer, is_head, module_of
 from lorasurgery.checkpoint.header import TensorInfo
@@ -88,9 +90,14 @@ class Sides:
                 odd.reshaped[memory] = (info, twin)
         odd.new = [m for m in names.tuned if m not in names.base and self._has_no_place(m)]
         self._note(other_heads)
-        if odd.names:
-            self._tell_apart(odd)
+        odd.options = self.exclude(odd.names) if odd.names else ""
         return odd
+
+    def unwanted(self) -> list[str]:
+        """What only one side has and --target or --exclude leave out."""
+        lone = [m for m in self.names.base if self.twin(m) is None]
+        lone += [m for m in self.names.tuned if m not in self.names.base and self.old(m) is None]
+        return [m for m in lone if not is_buffer(m) and not self.wants(m)]
 
     def _matters(self, memory: str, info: TensorInfo) -> bool:
         return not is_buffer(memory) and info.is_float and self.wants(memory)
@@ -115,15 +122,25 @@ class Sides:
                 f"it is for another task{f' ({task})' if task else ''}, and the adapter leaves the base's as it is"
             )
 
-    def _tell_apart(self, odd: Odd) -> None:
-        """The shortest names for what is odd, and all names of what is not."""
-        names = set(odd.names)
-        groups = {self.places[m].parameter for m in names if m in self.places}
-        modules = {module_of(m) for m in names if m.endswith(".weight")}  # a weight is only left out with its module
+    def quantized(self) -> list[str]:
+        """The weights that are wanted and no floating numbers on one of the sides."""
+        found = []
+        for memory, name in self.names.base.items():
+            twin = self.twin(memory)
+            floats = twin is None or (self.base.tensors[name].is_float and twin.is_float)
+            if not floats and memory.endswith(".weight") and self.wants(memory):
+                found.append(memory)
+        return found
+
+    def exclude(self, names: Collection[str]) -> str:
+        """The options that leave out these tensors and no others, as they are typed; "" if they would be too many."""
+        meant = set(names)
+        groups = {self.places[m].parameter for m in meant if m in self.places}
+        modules = {module_of(m) for m in meant if m.endswith(".weight")}  # a weight is only left out with its module
+        others: set[str] = set()
         for memory in {**self.names.base, **self.names.tuned}:
             place = self.places.get(memory)
-            if memory not in names and module_of(memory) not in modules and not (place and place.parameter in groups):
-                odd.others.update(self.called(memory))
-        for memory in names:
-            path = self.places[memory].parameter if memory in self.places else module_of(memory)
-            odd.meant.add(memory if path in odd.others else path)
+            if memory not in meant and module_of(memory) not in modules and not (place and place.parameter in groups):
+                others.update(self.called(memory))
+        paths = {m: self.places[m].parameter if m in self.places else module_of(m) for m in meant}
+        return exclude_only({m if path in others else path for m, path in paths.items()}, others)

@@ -10,7 +10,7 @@ from typing import Literal
 from lorasurgery.adapters.fused import ExpertPlace
 from lorasurgery.adapters.naming import is_buffer, is_embedding, is_position_table, is_router, module_of
 from lorasurgery.adapters.patterns import PRESETS, any_match, check_patterns
-from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UnsupportedError, UsageError
 from lorasurgery.ops.edits import size_of
@@ -53,6 +53,12 @@ class Pair:
     def nbytes(self) -> int:
         """Bytes of the tuned side."""
         return sum(p.tuned.nbytes for p in self.tensors)
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether both sides are floating numbers of one shape, so that ‖ΔW‖ can be told."""
+        base = self.base
+        return base is not None and base.shape == self.tuned.shape and {base.dtype, self.tuned.dtype} <= FLOAT_DTYPES
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -110,10 +116,12 @@ class Matched:
 
     Args:
         notes: For the report's warnings.
+        lone: How many tensors only one side has, which --target, --exclude or --common leave out.
     """
 
     pairs: list[Pair]
     notes: list[str]
+    lone: int = 0
 
 
 def plan_pairs(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> list[Pair]:
@@ -136,7 +144,8 @@ def match_pairs(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Ma
     elif odd.names:
         refuse_layers(odd, sides.names.base, sides.names.tuned, (base.config, tuned.config))
         odd.refuse()
-    return Matched(list(_Matcher(sides, set(odd.names)).pairs()), sides.notes)
+    lone = len(sides.unwanted()) + len(odd.missing) + len(odd.new)
+    return Matched(list(_Matcher(sides, set(odd.names)).pairs()), sides.notes, lone)
 
 
 class _Matcher:
@@ -223,7 +232,8 @@ class _Matcher:
     def _check_float(self, base: TensorInfo, tuned: TensorInfo) -> None:
         for info, where in ((base, self.base.path), (tuned, self.tuned.path)):
             if not info.is_float:
+                options = self.sides.exclude(self.sides.quantized())
+                way = f", or leave out all such weights with {options}" if options else ""
                 raise UnsupportedError(
-                    f"{where}: {info.name} is {info.dtype}, a quantized weight; dequantize the checkpoint first, "
-                    f"or leave it out with --exclude"
+                    f"{where}: {info.name} is {info.dtype}, a quantized weight; dequantize the checkpoint first{way}"
                 )
