@@ -62,6 +62,19 @@ class Odd:
             raise MismatchError(f"{self.tuned}: {self.words()}; {way}--common takes what both have")
 
 
+def refuse_strangers(base: Collection[str], tuned: Collection[str], odd: Odd) -> None:
+    """Refuse two models of which no tensor is called the same.
+
+    Raises:
+        MismatchError: with a name of each.
+    """
+    if odd.names and not set(base) & set(tuned):
+        raise MismatchError(
+            f"{odd.tuned}: no tensor of it has a name of {odd.base} (here {next(iter(tuned))}, there "
+            f"{next(iter(base))}); is this a fine-tune of that base, saved in the same format?"
+        )
+
+
 def _tensors(names: Collection[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) != 1 else ''}"
 

@@ -14,7 +14,7 @@ from lorasurgery.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UnsupportedError, UsageError
 from lorasurgery.ops.edits import size_of
-from lorasurgery.ops.pair_odd import refuse_layers
+from lorasurgery.ops.pair_odd import refuse_layers, refuse_strangers
 from lorasurgery.ops.pair_sides import Sides
 
 Treatment = Literal["linear", "conv1d", "embedding", "conv", "experts", "full", "left out", "skipped"]
@@ -139,6 +139,7 @@ def match_pairs(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Ma
     sides = Sides(base, tuned, selection)
     selection.check(sorted(sides.paths))
     odd = sides.odd()
+    refuse_strangers(sides.names.base, sides.names.tuned, odd)
     if selection.common and odd.names:
         sides.notes.append(f"--common: {odd.tuned} {odd.words()}; left out of the adapter")
     elif odd.names:
