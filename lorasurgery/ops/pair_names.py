@@ -54,10 +54,13 @@ def _in_memory(side: Checkpoint, other: Checkpoint) -> dict[str, str]:
 def _aligned(
     base: dict[str, str], tuned: dict[str, str], found: Alignment, *, pipeline: bool
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Both sides under one prefix: that of the model with a head, which both are in memory, else the base's."""
+    """Both sides under one prefix: that of the model with a head, which both are in memory, else the base's.
+
+    What DDP puts before a model is no part of a path, wherever it was saved.
+    """
     words = set(found.longer.split(".")) - {""}
     body = not found.base and words <= _BODIES and not pipeline
-    wanted = found.tuned if body else found.base
+    wanted = found.tuned if body or "module" in found.base.split(".") else found.base
     return _moved(base, tuned, found.base, wanted, found.tuned), _moved(tuned, base, found.tuned, wanted, found.base)
 
 
