@@ -333,6 +333,11 @@ VLM: dict[str, tuple[list[tuple[str, str]], str]] = {
          ("multi_modal_projector.", "model.multi_modal_projector.")],
         "language_model.lm_head.",
     ),
+    "paligemma": (
+        [("language_model.model.", "model.language_model."), ("vision_tower.vision_model.", "model.vision_tower."),
+         ("multi_modal_projector.", "model.multi_modal_projector.")],
+        "language_model.lm_head.",
+    ),
     "mllama": (
         [("language_model.model.", "model.language_model."), ("vision_model.", "model.vision_model."),
          ("multi_modal_projector.", "model.multi_modal_projector.")],
