@@ -95,8 +95,12 @@ def add_excluded(report: Report, excluded: Sequence[LeftOut], unseen: int) -> No
         "excluded": len(excluded), "excluded_norm": math.sqrt(square), "excluded_share": share,
         "excluded_unmeasured": unseen,
     }  # fmt: skip
-    report.summary += f"; excluded were {len(excluded)} changed tensors, {percent(share)} of the energy of all changes"
-    report.summary += f", and {unseen} that can't be measured" if unseen else ""
+    if excluded:
+        report.summary += (
+            f"; {len(excluded)} changed tensors are excluded, {percent(share)} of the whole change's energy"
+        )
+    if unseen:
+        report.summary += f"; {unseen} of the excluded can't be measured"
 
 
 def worst(modules: Sequence[ModuleReport], lost: float) -> str:
