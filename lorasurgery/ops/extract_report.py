@@ -97,7 +97,7 @@ def add_excluded(report: Report, excluded: Sequence[LeftOut], unseen: int) -> No
     }  # fmt: skip
     if excluded:
         report.summary += (
-            f"; {len(excluded)} changed tensors are excluded, {percent(share)} of the whole change's energy"
+            f"; excluded are {len(excluded)} changed tensors, {percent(share)} of the whole energy"
         )
     if unseen:
         report.summary += f"; {unseen} of the excluded can't be measured"

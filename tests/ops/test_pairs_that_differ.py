@@ -457,7 +457,7 @@ def test_the_energy_of_what_is_excluded_is_reported(
     assert report.totals["excluded_share"] == pytest.approx(out / sum(squares.values()), rel=1e-5)
     assert report.totals["excluded"] == sum(not chosen.wants(n.removesuffix(".weight")) for n in base)
     assert report.totals["excluded_unmeasured"] == 0
-    assert "of the whole change's energy" in report.summary
+    assert "of the whole energy" in report.summary
 
 
 def test_nothing_is_said_where_nothing_was_excluded(tmp_path: Path) -> None:
