@@ -96,9 +96,7 @@ def add_excluded(report: Report, excluded: Sequence[LeftOut], unseen: int) -> No
         "excluded_unmeasured": unseen,
     }  # fmt: skip
     if excluded:
-        report.summary += (
-            f"; excluded are {len(excluded)} changed tensors, {percent(share)} of the whole energy"
-        )
+        report.summary += f"; excluded are {len(excluded)} changed tensors, {percent(share)} of the whole energy"
     if unseen:
         report.summary += f"; {unseen} of the excluded can't be measured"
 

@@ -478,6 +478,16 @@ def test_values_that_are_not_finite_are_excluded_unmeasured(tmp_path: Path) -> N
     assert (totals["excluded"], totals["excluded_norm"], totals["excluded_unmeasured"]) == (1, 0.0, 1)
 
 
+def test_a_scalar_may_be_excluded(tmp_path: Path) -> None:
+    """A parameter without an axis is measured as any other."""
+    a = write(tmp_path / "base", body() | {"model.layers.0.alpha": torch.tensor(1.0)})
+    b = write(
+        tmp_path / "tuned", moved(load_file(a / "model.safetensors")) | {"model.layers.0.alpha": torch.tensor(3.0)}
+    )
+    totals = run(a, b, tmp_path / "out", exclude=("alpha",)).totals
+    assert (totals["excluded"], totals["excluded_norm"]) == (1, 2.0)
+
+
 def test_a_selection_of_what_did_not_change_says_what_did(tmp_path: Path) -> None:
     """Nothing to extract among what was asked for, but something beside it: the line says so."""
     base = body()
