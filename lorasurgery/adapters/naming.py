@@ -265,21 +265,3 @@ class _LibraryNames(BaseNames):
 
     def renamed(self, name: str) -> list[str]:
         return self.table.get(name, [])
-
-
-def align_names(base: set[str], tuned: set[str]) -> tuple[str, str]:
-    """Find the prefix (base_prefix, tuned_prefix) by which two checkpoints of one model differ, if any.
-
-    `gpt2` on the Hub says `h.0…` where a saved GPT2LMHeadModel says `transformer.h.0…`.
-
-    >>> align_names({"h.0.w", "wte.w"}, {"transformer.h.0.w", "transformer.wte.w", "lm_head.w"})
-    ('', 'transformer.')
-    """
-    if base & tuned:
-        return "", ""
-    for short, long, order in ((base, tuned, 1), (tuned, base, -1)):
-        heads = {n.split(".", 1)[0] + "." for n in long if "." in n}
-        for head in sorted(heads):
-            if sum(head + n in long for n in short) > len(short) // 2:
-                return ("", head) if order == 1 else (head, "")
-    return "", ""

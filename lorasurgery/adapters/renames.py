@@ -42,6 +42,7 @@ _VL_MEMORY: Rules = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),
     (rf"^({_TOWERS})\b", r"model.\1"),
+    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),  # of older files
 )
 _QKV_DISK: Rules = (
     (r"\.attention\.q_proj\.", ".attention.attention.query."),

@@ -18,6 +18,11 @@ from lorasurgery.cli.ending import Ending
               help="Only these modules: a suffix (q_proj), a regular expression on the whole path, or attention, "
                    "mlp, all-linear. Repeatable.")  # fmt: skip
 @click.option("--exclude", metavar="PAT", multiple=True, help="Not these modules; patterns as for --target.")
+@click.option(
+    "--common",
+    is_flag=True,
+    help="Take what both models have in one shape, and say what is left out, instead of stopping at it.",
+)
 @click.option("--full", metavar="auto|none|PAT", multiple=True, default=["auto"], show_default=True,
               help="What is stored whole beside the factors: what changed and is no matrix or changed its shape "
                    "(auto), nothing (none), or what these patterns mean.")  # fmt: skip
@@ -66,10 +71,12 @@ def command(
     ending.finish(report)
 
 
-def _options(target: tuple[str, ...], exclude: tuple[str, ...], full: tuple[str, ...], **rest: Any) -> Any:
+def _options(
+    target: tuple[str, ...], exclude: tuple[str, ...], full: tuple[str, ...], common: bool, **rest: Any
+) -> Any:
     from lorasurgery.ops.extract import DEFAULT_RANK, ExtractOptions
     from lorasurgery.ops.pairs import Selection
 
     choice = options.rank_choice(rest, DEFAULT_RANK)
     assert choice is not None
-    return ExtractOptions(choice, Selection(target, exclude, full), **rest)
+    return ExtractOptions(choice, Selection(target, exclude, full, common), **rest)

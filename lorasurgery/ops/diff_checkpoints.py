@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapters.naming import align_names
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, some
+from lorasurgery.ops.pair_names import PairNames
 from lorasurgery.ops.runtime import resolve_device
 from lorasurgery.places import Place, place_of
 from lorasurgery.report import Change, Progress, Report, percent
@@ -45,11 +45,11 @@ def diff_checkpoints(
 
 
 def _pairs(first: Checkpoint, second: Checkpoint) -> Iterator[tuple[TensorInfo | None, TensorInfo | None]]:
-    """Tensors of the same name, after the prefix that one of them may have on all; then what is in one only."""
-    before, after = align_names(set(first.tensors), set(second.tensors))
-    new = {before + name: info for name, info in second.tensors.items()}
-    for name, info in first.tensors.items():
-        yield info, new.pop(after + name, None)
+    """Tensors of the same name in memory, however each file calls them; then what is in one only."""
+    names = PairNames.of(first, second)
+    new = {memory: second.tensors[name] for memory, name in names.tuned.items()}
+    for memory, name in names.base.items():
+        yield first.tensors[name], new.pop(memory, None)
     for info in new.values():
         yield None, info
 
@@ -130,6 +130,7 @@ def _words(t: dict[str, Any], changes: Sequence[Change]) -> str:
         text += f": ‖ΔW‖ is {t['delta_norm']:.4g}, {percent(t['relative'])} of ‖W‖ where they do"
         most = sorted((m for m in changes if m.relative), key=lambda m: -(m.relative or 0))[:3]
         text += "; most in " + ", ".join(f"{m.name} ({percent(m.relative or 0)})" for m in most) if most else ""
-    for key, words in (("reshaped", "have another shape"), ("only_a", "are in A only"), ("only_b", "are in B only")):
-        text += f"; {t[key]} {words}" if t[key] else ""
+    for key, words in (("reshaped", "have another shape"), ("only_a", "only in A"), ("only_b", "only in B")):
+        names = [m.name for m in changes if m.state == key]
+        text += f"; {t[key]} {words} ({some(names)})" if names else ""
     return text

@@ -14,9 +14,9 @@ from lorasurgery.clients.host import Host
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.expert_pairs import group_experts
-from lorasurgery.ops.extract_report import plan_report, summarise, warning_of
+from lorasurgery.ops.extract_report import add_excluded, plan_report, summarise, warning_of
 from lorasurgery.ops.pair_forms import fit_pairs, host_of
-from lorasurgery.ops.pairs import Pair, Selection, plan_pairs
+from lorasurgery.ops.pairs import Pair, Selection, match_pairs
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
 from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
@@ -112,10 +112,11 @@ def extract(
         raise UsageError(f"{out}: an adapter is a folder (config and weights); give a folder name")
     first, second = Checkpoint.open(base), Checkpoint.open(tuned)
     check_output(out, [Path(base), Path(tuned)], overwrite, resume=resume)
-    found = plan_pairs(first, second, options.selection)
-    host = host_of(first, second, found, ask=not dry_run)
-    pairs = group_experts(fit_pairs(found, host, options.selection), first.config | second.config)
+    matched = match_pairs(first, second, options.selection)
+    host = host_of(first, second, matched.pairs, ask=not dry_run)
+    pairs = group_experts(fit_pairs(matched.pairs, host, options.selection), first.config | second.config)
     report = plan_report(first, second, out, pairs, options.choice, dry_run)
+    report.warnings += matched.notes
     if not dry_run:
         from lorasurgery.ops.workload import named  # imports torch
 
@@ -130,6 +131,8 @@ def extract(
         report.modules, report.full = job.modules, job.full
         report.warnings += job.fallback.warnings
         summarise(report, job.left_out, first.nbytes, unchanged=job.unchanged, rounding=job.rounding)
+        unseen = sum(p.treatment == "skipped" and not p.is_comparable for p in pairs if p.base is not None)
+        add_excluded(report, job.excluded, unseen + matched.lone)
         if job.capped:
             report.warnings.append(
                 f"{len(job.capped)} modules kept all {job.choice.rank} directions they were allowed to bring "

@@ -13,7 +13,7 @@ from lorasurgery.clients.peft_load import Problem
 from lorasurgery.errors import some
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.pairs import FACTORED, Pair
-from lorasurgery.report import ModuleReport, Report
+from lorasurgery.report import ModuleReport, Report, percent
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,30 @@ def warning_of(problem: Problem, base: Checkpoint, out: Path) -> str:
         )
     verb = "rejects the adapter" if problem.kind == "rejected" else "leaves them out"
     return f"{names}: {problem.why}, so PEFT {verb}; {merge}"
+
+
+def add_excluded(report: Report, excluded: Sequence[LeftOut], unseen: int) -> None:
+    """Say how much of the whole change --target, --exclude and --common leave out, next to what the factors hold.
+
+    Args:
+        excluded: What changed of what both sides have.
+        unseen: Tensors that can't be compared: one side lacks them or stores them in other numbers.
+    """
+    unseen += sum(item.norm is None for item in excluded)
+    if not excluded and not unseen:
+        return
+    square = math.fsum(item.norm**2 for item in excluded if item.norm is not None)
+    lines = [*report.modules, *report.full, *report.left_out]
+    whole = square + math.fsum((m.delta_norm or 0) ** 2 for m in lines)
+    share = square / whole if whole else 0.0
+    report.totals |= {
+        "excluded": len(excluded), "excluded_norm": math.sqrt(square), "excluded_share": share,
+        "excluded_unmeasured": unseen,
+    }  # fmt: skip
+    if excluded:
+        report.summary += f"; excluded are {len(excluded)} changed tensors, {percent(share)} of the whole energy"
+    if unseen:
+        report.summary += f"; {unseen} of the excluded can't be measured"
 
 
 def worst(modules: Sequence[ModuleReport], lost: float) -> str:

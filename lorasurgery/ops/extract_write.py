@@ -11,7 +11,6 @@ from lorasurgery.adapters.fused import expert_place, wants_parameter
 from lorasurgery.adapters.naming import BaseNames, is_head, module_of
 from lorasurgery.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from lorasurgery.adapters.peft_write import PeftLayout, factor_keys, with_kernel
-from lorasurgery.adapters.renames import memory_name, model_types
 from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
@@ -21,6 +20,7 @@ from lorasurgery.clients.peft_load import PeftLoad, Problem
 from lorasurgery.hub.reference import cached_reference
 from lorasurgery.ops.extract_whole import whole_tensors
 from lorasurgery.ops.factored import Factored, Scaling, fit, hold
+from lorasurgery.ops.pair_names import PairNames
 from lorasurgery.ops.pairs import Pair
 from lorasurgery.report import ModuleReport
 
@@ -103,9 +103,17 @@ class AdapterDraft:
     @cached_property
     def in_memory(self) -> dict[str, str]:
         """Name in memory -> tensor of the tuned checkpoint."""
-        names = _memory_names(self.tuned)
-        placed = {self.host.find(memory, name) or memory: name for memory, name in names.items()}
-        return placed | {f"{p.path}.{p.leaf}": p.tuned.name for p in self.full if p.path != p.leaf}
+        names = {self.host.find(memory, name) or memory: name for memory, name in self._names.tuned.items()}
+        return names | {f"{p.path}.{p.leaf}": p.tuned.name for p in self.full if p.path != p.leaf}
+
+    @cached_property
+    def _names(self) -> PairNames:
+        return PairNames.of(self.base, self.tuned)
+
+    @property
+    def memory_names(self) -> tuple[tuple[Checkpoint, dict[str, str]], ...]:
+        """Of each side, name in memory -> tensor on disk."""
+        return (self.tuned, self._names.tuned), (self.base, self._names.base)
 
     @property
     def names(self) -> BaseNames:
@@ -218,16 +226,11 @@ def _all_paths(draft: AdapterDraft) -> set[str]:
 def _all_parameters(draft: AdapterDraft) -> set[str]:
     """Every parameter's name in memory, the experts' matrices as the one that holds them."""
     found = set()
-    for side in (draft.tuned, draft.base):
-        for memory, name in _memory_names(side).items():
+    for side, names in draft.memory_names:
+        for memory, name in names.items():
             place = expert_place(memory, side.tensors[name].shape, draft.config)
             found.add(place.parameter if place else memory)
     return found
-
-
-def _memory_names(side: Checkpoint) -> dict[str, str]:
-    types = model_types(side.config)
-    return {memory_name(name, types): name for name in side.tensors}
 
 
 def _base_name(base: Checkpoint) -> str:

@@ -52,6 +52,7 @@ class Extraction:
         self.choice = options.choice
         self.full: list[ModuleReport] = []
         self.left_out: list[LeftOut] = []
+        self.excluded: list[LeftOut] = []
         self.unchanged = 0
         self.rounding = Rounding()
         self.budget: int | None = None
@@ -75,7 +76,7 @@ class Extraction:
         """
         load_solvers(self.device)
         self.budget = self._set_budget(pairs)
-        wanted = [p for p in pairs if p.treatment != "skipped"]
+        wanted = [p for p in pairs if p.treatment != "skipped" or p.is_comparable]
         with spill(self.job) as factors, team() as threads:
             load = Workload(
                 self.job, wanted, [p.name for p in wanted], [p.nbytes for p in wanted], partial(packed, factors),
@@ -97,7 +98,8 @@ class Extraction:
             if self.rounding.tensors:
                 alike = f"differs from {self.base.path} by no more than rounding to {self.rounding.dtype}"
                 rest = "; --keep-rounding takes that"
-            raise MismatchError(f"{self.tuned.path}: {alike}; nothing to extract{rest}")
+            changed = f"; {len(self.excluded)} that are left out by name changed" if self.excluded else ""
+            raise MismatchError(f"{self.tuned.path}: {alike}; nothing to extract{rest}{changed}")
         if self.budget:
             self.draft.spend(self.budget, self.options.scaling, uniform=self.options.uniform_rank)
         if self.options.uniform_rank:
@@ -120,6 +122,10 @@ class Extraction:
 
     def _accept(self, pair: Pair, outcome: Outcome) -> None:
         """Take what one pair gave, in the order of the pairs."""
+        if pair.treatment == "skipped":
+            if not (outcome.unchanged or outcome.rounding):
+                self.excluded.append(LeftOut(pair, outcome.norm))
+            return
         self.unchanged += outcome.unchanged
         if outcome.rounding:
             self.rounding.add(pair.name, outcome.rounding, _coarser(pair))

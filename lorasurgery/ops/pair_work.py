@@ -30,6 +30,7 @@ from lorasurgery.report import ModuleReport
 if TYPE_CHECKING:
     from lorasurgery.ops.extraction import Extraction
 
+MEASURED = 32 << 20  # bytes at a time of a difference of which only the norm is wanted
 _PARTS = 16  # of a difference that the device's memory does not suffice for: one of them at a time
 
 
@@ -99,8 +100,11 @@ class PairWork:
     def _difference(self, difference: Difference) -> Found:
         """ΔW as it fits into --memory-limit."""
         limit = self.job.limit
-        if limit is not None and self.cost > limit // 4:
-            return difference.streamed(self._piece, limit // 4)
+        room = None if limit is None else limit // 4
+        if self.pair.treatment == "skipped":
+            room = min(MEASURED, room or MEASURED)
+        if room is not None and _whole_bytes(self.pair) > room:
+            return difference.streamed(self._piece, room)
         return difference.read(self._piece)
 
     @property
@@ -137,7 +141,7 @@ class PairWork:
         if delta is None:
             return as_it_was(*found.rounding)
         square = squared_norm(delta)
-        if self.job.options.allow_nonfinite and not math.isfinite(square):
+        if not math.isfinite(square) and (self.job.options.allow_nonfinite or self.pair.treatment == "skipped"):
             return Outcome(broken=True)
         return self._factor(delta) if self.pair.treatment in FACTORED else Outcome(norm=math.sqrt(finite(square)))
 
@@ -179,6 +183,12 @@ def outcome_of(job: Extraction, pair: Pair, delta: Blocks, found: TruncatedSVD) 
 
 
 def difference_bytes(pair: Pair) -> int:
+    """Bytes of a pair's difference that are held at a time; of what is only measured, a part suffices."""
+    size = _whole_bytes(pair)
+    return min(size, MEASURED) if pair.treatment == "skipped" else size
+
+
+def _whole_bytes(pair: Pair) -> int:
     """Bytes of a pair's difference in float32 (of one expert's, where there are several)."""
     rows, columns = pair.matrix
     return rows * columns * (8 if "F64" in (pair.tuned.dtype, pair.base.dtype if pair.base else "") else 4)

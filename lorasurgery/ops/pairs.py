@@ -7,22 +7,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from lorasurgery.adapters.fused import ExpertPlace, expert_place
-from lorasurgery.adapters.naming import (
-    BaseNames,
-    align_names,
-    is_buffer,
-    is_embedding,
-    is_head,
-    is_position_table,
-    is_router,
-    module_of,
-)
+from lorasurgery.adapters.fused import ExpertPlace
+from lorasurgery.adapters.naming import is_buffer, is_embedding, is_position_table, is_router, module_of
 from lorasurgery.adapters.patterns import PRESETS, any_match, check_patterns
-from lorasurgery.adapters.renames import memory_name, model_types
-from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
+from lorasurgery.errors import UnsupportedError, UsageError
+from lorasurgery.ops.edits import size_of
+from lorasurgery.ops.pair_odd import refuse_layers, refuse_strangers
+from lorasurgery.ops.pair_sides import Sides
 
 Treatment = Literal["linear", "conv1d", "embedding", "conv", "experts", "full", "left out", "skipped"]
 FACTORED: tuple[Treatment, ...] = ("linear", "conv1d", "embedding", "conv", "experts")
@@ -62,6 +55,12 @@ class Pair:
         return sum(p.tuned.nbytes for p in self.tensors)
 
     @property
+    def is_comparable(self) -> bool:
+        """Whether both sides are floating numbers of one shape, so that ‖ΔW‖ can be told."""
+        base = self.base
+        return base is not None and base.shape == self.tuned.shape and {base.dtype, self.tuned.dtype} <= FLOAT_DTYPES
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) of the weight as it is decomposed: a convolution's inputs and kernel are one axis."""
         return (self.tuned.shape[0], prod(self.tuned.shape[1:])) if self.tuned.shape else (1, 1)
@@ -69,7 +68,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Selection:
-    """--target, --exclude and --full, as the command line gives them.
+    """--target, --exclude, --full and --common, as the command line gives them.
 
     >>> Selection(exclude=("lm_head",)).wants("model.layers.0.mlp.up_proj")
     True
@@ -78,10 +77,20 @@ class Selection:
     target: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     full: tuple[str, ...] = ("auto",)
+    common: bool = False
 
-    def wants(self, path: str) -> bool:
-        """Whether --target and --exclude leave this module in."""
-        return (not self.target or any_match(self.target, path)) and not any_match(self.exclude, path)
+    def wants(self, *paths: str, tensor: str = "") -> bool:
+        """Whether --target and --exclude leave a module in, by any of its paths or by its tensor's whole name."""
+
+        def meant(patterns: Sequence[str]) -> bool:
+            by_name = [p for p in patterns if p not in PRESETS] if tensor and not tensor.endswith(".weight") else []
+            return any(any_match(patterns, p) for p in paths) or any_match(by_name, tensor)
+
+        return (not self.target or meant(self.target)) and not meant(self.exclude)
+
+    def stores(self, *names: str) -> bool:
+        """Whether --full means one of these names by a pattern."""
+        return any(any_match(self.full_patterns, n) for n in names)
 
     def names(self, path: str) -> bool:
         """Whether --target means this module by name, not by a preset: convolutions are only factored on demand."""
@@ -101,68 +110,75 @@ class Selection:
         check_patterns("--full", self.full_patterns, paths)
 
 
+@dataclass(frozen=True)
+class Matched:
+    """The pairs of two checkpoints, and in words what has no partner and is no error.
+
+    Args:
+        notes: For the report's warnings.
+        lone: How many tensors only one side has, which --target, --exclude or --common leave out.
+    """
+
+    pairs: list[Pair]
+    notes: list[str]
+    lone: int = 0
+
+
 def plan_pairs(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> list[Pair]:
+    """The pairs of `match_pairs` alone."""
+    return match_pairs(base, tuned, selection).pairs
+
+
+def match_pairs(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Matched:
     """Pair the tensors of two checkpoints and decide how each change would be kept.
 
     Raises:
-        MismatchError: a tensor is missing or has another shape, and no option leaves it out.
+        MismatchError: layers or tensors are missing or have other shapes, and no option leaves them out.
         UsageError: a pattern matches nothing.
     """
-    names = _Matcher(base, tuned, selection)
-    selection.check(sorted(names.paths))
-    return list(names.pairs())
+    sides = Sides(base, tuned, selection)
+    selection.check(sorted(sides.paths))
+    odd = sides.odd()
+    refuse_strangers(sides.names.base, sides.names.tuned, odd)
+    if selection.common and odd.names:
+        sides.notes.append(f"--common: {odd.tuned} {odd.words()}; left out of the adapter")
+    elif odd.names:
+        refuse_layers(odd, sides.names.base, sides.names.tuned, (base.config, tuned.config))
+        odd.refuse()
+    lone = len(sides.unwanted()) + len(odd.missing) + len(odd.new)
+    return Matched(list(_Matcher(sides, set(odd.names)).pairs()), sides.notes, lone)
 
 
 class _Matcher:
-    def __init__(self, base: Checkpoint, tuned: Checkpoint, selection: Selection) -> None:
-        self.base, self.tuned, self.selection = base, tuned, selection
-        self.base_names = BaseNames(base.tensors, base.config, str(base.path))
-        self.tuned_names = BaseNames(tuned.tensors, tuned.config, str(tuned.path))
-        self.base_prefix, self.tuned_prefix = align_names(set(base.tensors), set(tuned.tensors))
-        self.prefix = self.base_prefix or self.tuned_prefix  # memory has the longer path, where they differ
-        everything = [*map(self._from_base, base.tensors), *map(self._from_tuned, tuned.tensors)]
-        self.config = base.config | tuned.config
-        places = (expert_place(n, t.shape, self.config) for n, t in zip(everything, self._infos(), strict=True))
-        self.paths = {module_of(n) for n in everything}
-        self.paths |= {n for p in places if p for n in (p.parameter, module_of(p.parameter))}
+    """Makes the pairs, without what is left out; of experts held as one parameter, none where one of them is."""
 
-    def _infos(self) -> list[TensorInfo]:
-        return [*self.base.tensors.values(), *self.tuned.tensors.values()]
-
-    def _from_base(self, name: str) -> str:
-        return memory_name(self.tuned_prefix + name, model_types(self.base.config))
-
-    def _from_tuned(self, name: str) -> str:
-        """The in-memory name; a tuned tensor outside the shared prefix (lm_head) keeps its own."""
-        return memory_name(self.base_prefix + name, model_types(self.tuned.config))
+    def __init__(self, sides: Sides, left_out: set[str]) -> None:
+        self.sides, self.left_out = sides, left_out
+        self.base, self.tuned, self.selection = sides.base, sides.tuned, sides.selection
+        self.base_names, self.config = sides.base_names, sides.config
+        self.groups = {sides.places[m].parameter for m in left_out if m in sides.places}
 
     def pairs(self) -> Iterator[Pair]:
-        tuned_by_memory = {self._from_tuned(n): t for n, t in self.tuned.tensors.items()}
-        for name, info in self.base.tensors.items():
-            memory = self._from_base(name)
-            twin = tuned_by_memory.pop(memory, None) or self._tied_twin(memory, self.tuned_names)
-            if twin is not None:
-                yield self._pair(name, memory, info, twin)
-            elif not self._may_be_missing(memory, info):
-                raise MismatchError(
-                    f"{self.tuned.path}: has no {memory}, which {self.base.path} has; "
-                    f"--exclude {module_of(memory)} leaves it out"
-                )
-        for memory, info in tuned_by_memory.items():
-            twin = self._tied_twin(memory, self.base_names)
-            yield self._pair(memory, memory, twin, info)
+        for memory, name in self.sides.names.base.items():
+            twin = self.sides.twin(memory)
+            if twin is None:
+                continue
+            if self._is_left_out(memory):
+                leaf = memory.rpartition(".")[2]
+                yield Pair(name, module_of(memory), self.base.tensors[name], twin, "skipped", "--common", leaf=leaf)
+            else:
+                yield self._pair(name, memory, self.base.tensors[name], twin)
+        for memory, name in self.sides.names.tuned.items():
+            if not (memory in self.sides.names.base or self._is_left_out(memory) or is_buffer(memory)):
+                yield self._pair(memory, memory, self.sides.old(memory), self.tuned.tensors[name])
 
-    def _tied_twin(self, memory: str, names: BaseNames) -> TensorInfo | None:
-        """A tied head has no tensor of its own: the input embedding stands for it."""
-        shared = names.tied_source(module_of(memory)) if memory.endswith(".weight") else None
-        return names.tensors[shared] if shared else None
-
-    def _may_be_missing(self, memory: str, info: TensorInfo) -> bool:
-        return is_buffer(memory) or not info.is_float or not self.selection.wants(module_of(memory))
+    def _is_left_out(self, memory: str) -> bool:
+        place = self.sides.places.get(memory)
+        return memory in self.left_out or (place is not None and place.parameter in self.groups)
 
     def _pair(self, name: str, memory: str, base: TensorInfo | None, tuned: TensorInfo) -> Pair:
         path = module_of(memory)
-        place = expert_place(memory, tuned.shape, self.config)
+        place = self.sides.places.get(memory)
         if place is not None:
             treatment, why = self._expert_treatment(memory, place, base, tuned)
         else:
@@ -185,12 +201,7 @@ class _Matcher:
             return "skipped", "--target/--exclude"
         if selection.target and not any(any_match(selection.target, n) for n in names):
             return "skipped", "--target/--exclude"
-        if base is None or base.shape != tuned.shape:
-            found = f"has {_size(base)}" if base else "has none of this name"
-            raise MismatchError(
-                f"{self.tuned.path}: {tuned.name} is {_size(tuned)} but the base {found}; --exclude experts leaves "
-                "all of them out"
-            )
+        assert base is not None and base.shape == tuned.shape  # or it would have been odd
         self._check_float(base, tuned)
         return "experts", ""
 
@@ -198,14 +209,13 @@ class _Matcher:
         selection = self.selection
         if any_match(selection.full_patterns, path) or any_match(selection.full_patterns, memory):
             return "full", "--full"
-        if not selection.wants(path):
+        if not self.sides.wants(memory):
             return "skipped", "--target/--exclude"
         whole: Treatment = "full" if "auto" in selection.full else "left out"
         if base is None:
             return whole, "new in the tuned model"
         if base.shape != tuned.shape:
-            self._check_growth(path, base, tuned)
-            return whole, f"shape changed from {_size(base)} to {_size(tuned)}"
+            return whole, f"shape changed from {size_of(base.shape)} to {size_of(tuned.shape)}"
         if len(base.shape) in (3, 4, 5) and memory.endswith(".weight") and selection.names(path):
             self._check_float(base, tuned)
             return "conv", ""
@@ -220,22 +230,11 @@ class _Matcher:
             return "embedding", ""
         return ("conv1d" if self.base_names.is_conv1d(path) else "linear"), ""
 
-    def _check_growth(self, path: str, base: TensorInfo, tuned: TensorInfo) -> None:
-        table = len(base.shape) == 2 and base.shape[1:] == tuned.shape[1:]
-        if not (table and (is_embedding(path) or is_head(path))):
-            raise MismatchError(
-                f"{self.tuned.path}: {tuned.name} is {_size(tuned)} but the base has {_size(base)}; "
-                f"--exclude {path.rpartition('.')[2]} leaves it out"
-            )
-
     def _check_float(self, base: TensorInfo, tuned: TensorInfo) -> None:
         for info, where in ((base, self.base.path), (tuned, self.tuned.path)):
             if not info.is_float:
+                options = self.sides.exclude(self.sides.quantized())
+                way = f", or leave out all such weights with {options}" if options else ""
                 raise UnsupportedError(
-                    f"{where}: {info.name} is {info.dtype}, a quantized weight; dequantize the checkpoint first, "
-                    f"or leave it out with --exclude"
+                    f"{where}: {info.name} is {info.dtype}, a quantized weight; dequantize the checkpoint first{way}"
                 )
-
-
-def _size(info: TensorInfo) -> str:
-    return "×".join(map(str, info.shape)) or "a scalar"
