@@ -40,11 +40,13 @@ class Skeleton:
         modules: path -> Module, the root's own parameters under "".
         shared: Parameter names that are one tensor in memory, group by group, the input embedding's name first.
         source: Where this is known from, such as `transformers 5.23.0`.
+        closed: Why PEFT takes no adapter for this class at all; empty where it does.
     """
 
     modules: dict[str, Module]
     shared: tuple[tuple[str, ...], ...]
     source: str
+    closed: str = ""
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -73,9 +75,13 @@ def skeleton_from(model: nn.Module, source: str) -> Skeleton:
     owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name)
-    first = _input_embedding(model)
+    try:
+        first, closed = _input_embedding(model), ""
+    except NotImplementedError:
+        ties = isinstance(getattr(model, "_tied_weights_keys", None), dict)
+        first, closed = None, "its class does not say which is its input embedding, which PEFT asks for" if ties else ""
     shared = [tuple(sorted(names, key=lambda n: n != first)) for names in owners.values() if len(names) > 1]
-    return Skeleton(modules, tuple(shared), source)
+    return Skeleton(modules, tuple(shared), source, closed)
 
 
 def _module(module: nn.Module, twice: bool) -> Module:
@@ -116,6 +122,6 @@ def _input_embedding(model: nn.Module) -> str | None:
     """The name of the input embedding's weight, as the model itself has it."""
     try:
         table = model.get_input_embeddings()  # type: ignore[operator]
-    except Exception:  # no such method, or a model that has none
+    except AttributeError:  # no such method, or a model that has none
         return None
     return next((f"{path}.weight" for path, module in model.named_modules() if module is table), None)

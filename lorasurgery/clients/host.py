@@ -10,7 +10,7 @@ from typing import Any
 
 from lorasurgery.adapters.installed import Installed
 from lorasurgery.adapters.skeleton import Kind, Module, Skeleton
-from lorasurgery.clients.peft import LAYERS_PAST, saved_for, task_type
+from lorasurgery.clients.peft import LAYERS_PAST, MERGED_ONLY, READ_PAST, saved_for, task_type
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,16 @@ class Host:
             return None
         if not self.model.keeps(path):
             return "other"
-        parent = self.module(path.rpartition(".")[0])
-        # nn.MultiheadAttention reads out_proj's weight without calling it
-        return "other" if parent is not None and parent.name == "MultiheadAttention" else module.kind
+        return "other" if self._is_read_past(path, READ_PAST) else module.kind
+
+    def runs_only_merged(self, path: str) -> bool:
+        """Whether a layer's factors do nothing before they are merged: its weight is read past PEFT's layer."""
+        return self._is_read_past(path, MERGED_ONLY)
+
+    def _is_read_past(self, path: str, table: Mapping[str, tuple[str, ...]]) -> bool:
+        stem, _, leaf = path.rpartition(".")
+        parent = self.module(stem)
+        return parent is not None and leaf in table.get(parent.name, ())
 
     def class_of(self, path: str) -> str:
         """A module's class, for messages."""

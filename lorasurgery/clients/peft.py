@@ -27,6 +27,27 @@ _HEADS = {
 # model_type -> leaves at which PEFT stops: these models' kernels read the weights past the layer.
 LAYERS_PAST = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d"))
 
+# class of the parent -> children whose weight it reads itself (transformers 5.23): PEFT's layer is never called.
+_TABLES = (
+    "AudioFlamingo3Encoder VoxtralEncoder Qwen2AudioEncoder MossTranscribeDiarizeAudioModel embed_positions|"
+    "CLIPVisionEmbeddings Cosmos3EdgeVisionEmbeddings GitVisionEmbeddings Glm4vVisionEmbeddings "
+    "Glm4vMoeVisionEmbeddings GraniteDoclingVisionEmbeddings JanusVisionEmbeddings Kosmos2VisionEmbeddings "
+    "MetaClip2VisionEmbeddings Phi4MultimodalVisionEmbeddings Siglip2VisionEmbeddings SiglipVisionEmbeddings "
+    "Step3p7VisionEmbeddings UnlimitedOcrVisionEmbeddings position_embedding|"
+    "JanusVQVAEVectorQuantizer embedding|ProphetNetDecoder ngram_embeddings|SEWDTransformerEncoder rel_embeddings|"
+    "NeoMMEForMaskedLM unembedding_projection|LongcatFlashTopkRouter classifier|JambaMambaMixer dt_proj|"
+    "Gemma3nTextAltUp correction_coefs"
+)
+READ_PAST: dict[str, tuple[str, ...]] = {
+    **{parent: (row.split()[-1],) for row in _TABLES.split("|") for parent in row.split()[:-1]},
+    "MultiheadAttention": ("out_proj",),  # torch's own
+    "LayoutLMv3Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "MambaMixer": ("dt_proj", "x_proj", "out_proj"),
+    "FalconMambaMixer": ("dt_proj", "x_proj", "out_proj"),
+}
+# The same of layers too large to be stored whole for it: their factors count once they are merged.
+MERGED_ONLY = {"WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj")}
+
 
 def task_type(config: dict[str, Any]) -> str | None:
     """PEFT's task type for a model, from config.json's architectures.

@@ -24,6 +24,11 @@ _NAMED = re.compile(r"\.lora_(?:[AB]|embedding_[AB]|magnitude_vector)\.(?!weight
 _DEFAULT = re.compile(r"\.default(?:\.weight|\.bias)?$")  # the name that PEFT gives an adapter, which it finds again
 
 
+_VERDICTS: dict[str, Verdict] = {
+    "rejected": "rejected", "dropped": "dropped", "run wrongly": "wrong", "merged wrongly": "wrong"
+}  # fmt: skip
+
+
 def is_folder(adapter: Adapter, _: Setting) -> Iterator[Finding]:
     """PEFT, and all that build on it, read adapter_config.json beside adapter_model.safetensors."""
     if adapter.format != "peft":
@@ -79,7 +84,7 @@ def _model(adapter: Adapter, setting: Setting) -> Iterator[Finding]:
         config = _base_config(one, setting) if one.format == "peft" else {}
         host = Host(config, frozenset(), installed_model(config, for_task(config, one.config.get("task_type"))))
         for problem in PeftLoad(one.config, list(one.weights.tensors), host).problems():
-            verdict: Verdict = "wrong" if problem.kind == "merged wrongly" else problem.kind
+            verdict = _VERDICTS[problem.kind]
             yield Finding(verdict, f"{some(list(problem.names))}: {problem.why}", MERGE)
 
 

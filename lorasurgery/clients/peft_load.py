@@ -19,12 +19,12 @@ class Problem:
     """One way in which PEFT would not run, or not merge, what the file says.
 
     Args:
-        kind: It stops (`rejected`), leaves something out (`dropped`), or runs the right model but merges a wrong one
-            (`merged wrongly`).
+        kind: It stops (`rejected`), leaves something out (`dropped`), has the right model when merged but not before
+            (`run wrongly`), or the other way round (`merged wrongly`).
         names: Modules or keys that it is about. why: The reason, in a few words.
     """
 
-    kind: Literal["rejected", "dropped", "merged wrongly"]
+    kind: Literal["rejected", "dropped", "run wrongly", "merged wrongly"]
     names: tuple[str, ...]
     why: str
 
@@ -45,6 +45,10 @@ class PeftLoad:
         """Everything that would go wrong; nothing where the model is not known."""
         if self.host.skeleton is None:
             return
+        if self.host.skeleton.closed:
+            yield Problem(
+                "rejected", (str((self.host.config.get("architectures") or [""])[0]),), self.host.skeleton.closed
+            )
         refused = sorted(p for p in self.targets if self.host.kind(p) == "other")
         if refused:
             yield Problem("rejected", tuple(refused), f"{self.host.class_of(refused[0])} is no layer it has a LoRA for")
@@ -57,6 +61,9 @@ class PeftLoad:
         unknown = sorted(k for k in self._bare if not self._has_place(k))
         if unknown:
             yield Problem("dropped", tuple(unknown), "the model has no module or parameter of this name")
+        past = sorted(p for p in self.targets if self.host.runs_only_merged(p))
+        if past:
+            yield Problem("run wrongly", tuple(past), "the model reads their weight past PEFT's layer")
         yield from self._twice()
 
     @cached_property

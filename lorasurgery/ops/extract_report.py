@@ -130,6 +130,8 @@ def warning_of(problem: Problem, base: Checkpoint, out: Path) -> str:
             f"{names} are one tensor: PEFT runs the adapter as the tuned model but {problem.why}; {merge}, and "
             f"--full {problem.names[0]} stores the tensor whole, which PEFT merges rightly"
         )
+    if problem.kind == "run wrongly":
+        return f"{names}: {problem.why}, so PEFT has their update only after merge_and_unload; {merge}"
     verb = "rejects the adapter" if problem.kind == "rejected" else "leaves them out"
     return f"{names}: {problem.why}, so PEFT {verb}; {merge}"
 

@@ -123,7 +123,9 @@ class PeftPlacer:
         others = [
             d for d in adapter.deltas.values() if d is not delta and sorted(d.shape) == sizes and d.form == "lora"
         ]
-        return any(self._find(self.names, d) is not None and _same_update(mine, adapter.load(d)) for d in others)
+        tables = [self.names, *([self.names.by_library] if self.names.by_library else [])]
+        stored = [d for d in others if any(self._find(names, d) is not None for names in tables)]
+        return any(_same_update(mine, adapter.load(d)) for d in stored)
 
     def _orientation(self, adapter: Adapter, delta: Delta, edit: Edit) -> bool:
         if delta.kind == "conv":
