@@ -86,7 +86,7 @@ class PeftLayout:
         }
 
     def _modules(self) -> list[str] | str:
-        names = exact_suffixes(set(self.ranks) - self.parameters, self.paths)
+        names = exact_targets(set(self.ranks) - self.parameters, self.paths)
         return names if names or self.parameters else NO_TARGETS
 
     def _task(self) -> str | None:
@@ -137,24 +137,79 @@ def with_kernel(down: Tensor, up: Tensor, kernel: tuple[int, ...]) -> tuple[Tens
 
 
 def exact_suffixes(chosen: set[str], paths: set[str], *, whole_parts: bool = True) -> list[str]:
-    """The fewest names that mean exactly the chosen modules: a leaf where all of its modules are chosen.
+    """The fewest names that mean exactly the chosen modules: an ending where all of its modules are chosen.
 
     PEFT matches target_modules by path or by ".name" ending, modules_to_save by any ending (whole_parts=False).
+    A name of digits alone goes with its parent's, for `0` would also mean the activations and dropouts of other
+    sequences, which have no tensors and so are not among the paths.
 
     >>> exact_suffixes({"a.q", "b.q"}, {"a", "a.q", "b", "b.q", "b.k"})
     ['q']
     >>> exact_suffixes({"a.q"}, {"a", "a.q", "b", "b.q"})
     ['a.q']
+    >>> exact_suffixes({"a.to_out.0", "b.to_out.0"}, {"a.to_out.0", "b.to_out.0", "b.ff.2"})
+    ['to_out.0']
     """
     mine: dict[str, set[str]] = defaultdict(set)
     for path in chosen:
-        mine[path.rpartition(".")[2]].add(path)
-    sizes = {len(leaf) for leaf in mine}
-    wide = set()  # leaves that would also mean modules that are not chosen
-    for other in {prefix for path in paths for prefix in _prefixes(path)} - chosen:
-        leaf = other.rpartition(".")[2]
-        wide |= {leaf} if whole_parts else {leaf[len(leaf) - n :] for n in sizes if n <= len(leaf)}
-    return sorted(name for leaf, own in mine.items() for name in (own if leaf in wide else {leaf}))
+        mine[_ending(path)].add(path)
+    known = {prefix for path in paths | chosen for prefix in _prefixes(path)}
+    wide = _also_meant(set(mine), known - chosen, whole_parts=whole_parts)
+    wide |= _without_child({e for e in mine if e.rpartition(".")[2].isdigit()}, known)
+    return sorted(name for ending, own in mine.items() for name in (own if ending in wide else {ending}))
+
+
+def exact_targets(chosen: set[str], paths: set[str]) -> list[str] | str:
+    """target_modules for exactly these modules: names, or one expression where a whole path ends another's.
+
+    >>> exact_targets({"proj_out"}, {"proj_out", "blocks.0.proj_out"})
+    '(?:proj_out)'
+    """
+    names = exact_suffixes(chosen, paths)
+    known = {prefix for path in paths for prefix in _prefixes(path)}
+    if _also_meant(set(names), known - chosen, whole_parts=True):
+        return f"(?:{'|'.join(path.replace('.', '[.]') for path in sorted(chosen))})"
+    return names
+
+
+def _ending(path: str) -> str:
+    """The last part of a path, with as many before it as it takes to begin with a word.
+
+    >>> _ending("blocks.0.attn.to_q"), _ending("blocks.0.net.0.2")
+    ('to_q', 'net.0.2')
+    """
+    parts = path.split(".")
+    start = len(parts) - 1
+    while start and parts[start].isdigit():
+        start -= 1
+    return ".".join(parts[start:])
+
+
+def _also_meant(endings: set[str], others: set[str], *, whole_parts: bool) -> set[str]:
+    """The endings by which PEFT would also find one of the other paths."""
+    sizes, depths = {len(e) for e in endings}, {e.count(".") + 1 for e in endings}
+    found = set()
+    for other in others:
+        parts = other.split(".")
+        if whole_parts:
+            found |= {".".join(parts[-n:]) for n in depths if n <= len(parts)}
+        else:
+            found |= {other[len(other) - n :] for n in sizes if n <= len(other)}
+    return found & endings
+
+
+def _without_child(endings: set[str], known: set[str]) -> set[str]:
+    """The endings whose parent has a namesake without such a child on disk; there it may be a layer without tensors."""
+    parents: dict[str, set[str]] = defaultdict(set)
+    for ending in endings:
+        parents[ending.rpartition(".")[0]].add(ending.rpartition(".")[2])
+    found = set()
+    for path in known:
+        own = _ending(path)
+        for child in parents.get(own, ()):
+            if f"{path}.{child}" not in known:
+                found.add(f"{own}.{child}")
+    return found
 
 
 def _prefixes(path: str) -> Iterable[str]:

@@ -8,6 +8,7 @@ from math import prod
 from typing import Literal
 
 from lorasurgery.adapters.fused import ExpertPlace, expert_place
+from lorasurgery.adapters.image_models import is_convolution, is_image_model, is_own_layer, not_factored
 from lorasurgery.adapters.naming import (
     BaseNames,
     align_names,
@@ -84,7 +85,7 @@ class Selection:
         return (not self.target or any_match(self.target, path)) and not any_match(self.exclude, path)
 
     def names(self, path: str) -> bool:
-        """Whether --target means this module by name, not by a preset: convolutions are only factored on demand."""
+        """Whether --target means this module by name, not by a preset: so only are a language model's convolutions."""
         return any_match([t for t in self.target if t not in PRESETS], path)
 
     @property
@@ -122,6 +123,7 @@ class _Matcher:
         self.prefix = self.base_prefix or self.tuned_prefix  # memory has the longer path, where they differ
         everything = [*map(self._from_base, base.tensors), *map(self._from_tuned, tuned.tensors)]
         self.config = base.config | tuned.config
+        self.is_image = is_image_model(base) or is_image_model(tuned)
         places = (expert_place(n, t.shape, self.config) for n, t in zip(everything, self._infos(), strict=True))
         self.paths = {module_of(n) for n in everything}
         self.paths |= {n for p in places if p for n in (p.parameter, module_of(p.parameter))}
@@ -206,9 +208,13 @@ class _Matcher:
         if base.shape != tuned.shape:
             self._check_growth(path, base, tuned)
             return whole, f"shape changed from {_size(base)} to {_size(tuned)}"
-        if len(base.shape) in (3, 4, 5) and memory.endswith(".weight") and selection.names(path):
+        if is_own_layer(self.config.get("_class_name"), path):
+            return whole, "a layer of the model's own, which PEFT has no LoRA for"
+        if is_convolution(memory, base.shape) and (self.is_image or selection.names(path)):
             self._check_float(base, tuned)
-            return "conv", ""
+            bias = self.tuned.tensors.get(f"{tuned.name.removesuffix('weight')}bias")
+            why = not_factored(base.shape, bias.shape if bias else None)
+            return (whole, why) if why else ("conv", "")
         if len(base.shape) != 2 or not memory.endswith(".weight"):
             return whole, ""
         self._check_float(base, tuned)
