@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from lorasurgery.adapters.components import checkpoint_place
 from lorasurgery.adapters.dialects import family_of
@@ -15,6 +16,45 @@ _OWN_LAYERS = {
     "WanAnimateTransformer3DModel": ("motion_encoder.",),
     "RFD4ProteinaTransformer": ("init_repr_factory.", "cond_factory."),
 }
+# Classes of diffusers 0.42.1 without load_lora_adapter.
+_NO_ADAPTERS = re.compile(r"""
+    Autoencoder(?!KL$|KLFlux2$).+|AsymmetricAutoencoderKL|.+VAE|.+Vae|VQModel|RFD4ProteinaAutoencoder|.+Vocoder
+    |ControlNetUnionModel|ControlNetXSAdapter|CosmosControlNetModel|SparseControlNetModel|UNetControlNetXSModel
+    |(?:Flux|SD3)?MultiControlNetModel|HunyuanDiT2D(?:(?:Multi)?ControlNet)?Model|MotionAdapter|MultiAdapter|T2IAdapter
+    |AudioLDM2UNet2DConditionModel|I2VGenXLUNet|Kandinsky3UNet|StableCascadeUNet|UNet(?:1D|2D|3DCondition)Model
+    |UNetSpatioTemporalConditionModel|UniDiffuserModel|LTX2VideoDiffusionDecoderModel|MiniMaxMusic3.+|StableAudio.+
+    |(?:Allegro|EasyAnimate|JoyImageEdit|JoyImageEditPlus|Latte|SanaWM)Transformer3DModel|LongCatAudioDiTTransformer
+    |(?:CogView3Plus|DiT|DreamLite|OmniGen|PRX|PixArt)?Transformer2DModel|LuminaNextDiT2DModel|TransformerTemporalModel
+    |AceStep(?:AudioTokenDetokenizer|AudioTokenizer|ConditionEncoder)|Cosmos3AVAEAudioTokenizer|T5FilmDecoder
+    |AudioLDM2ProjectionModel|CLIPImageProjection|Ideogram4PromptEnhancerHead|Kandinsky6SRLatentUpscalerBank
+    |ReduxImageEncoder|UniDiffuserTextDecoder
+""", re.VERBOSE)  # fmt: skip
+_BESIDE = re.compile(r"(?P<vae>Autoencoder|VQModel|.*VAE|.*Vae$)|.*ControlNet")  # models that stand beside a denoiser
+
+
+def takes_adapters(class_name: str) -> bool:
+    """Whether a model class of diffusers has load_lora_adapter.
+
+    >>> takes_adapters("FluxTransformer2DModel"), takes_adapters("AutoencoderKLWan"), takes_adapters("AutoencoderKL")
+    (True, False, True)
+    """
+    return _NO_ADAPTERS.fullmatch(class_name) is None
+
+
+def beside_denoiser(class_name: str) -> str:
+    """What a model is that pipelines and web UIs load no LoRA into: a VAE or a ControlNet; empty for denoisers.
+
+    >>> beside_denoiser("FluxControlNetModel"), beside_denoiser("FluxTransformer2DModel")
+    ('a ControlNet', '')
+    """
+    match = _BESIDE.match(class_name)
+    return "" if match is None else "a VAE" if match["vae"] else "a ControlNet"
+
+
+def class_of(config: Mapping[str, object]) -> str:
+    """The diffusers class that config.json names; empty when none."""
+    name = config.get("_class_name")
+    return name if isinstance(name, str) else ""
 
 
 def is_image_model(checkpoint: Checkpoint) -> bool:
@@ -30,15 +70,18 @@ def is_image_model(checkpoint: Checkpoint) -> bool:
     return _has_image_names(checkpoint.tensors)
 
 
+def has_parts(tensors: Iterable[str]) -> bool:
+    """Whether a single file holds a whole image model, each part under its prefix."""
+    return any(n.startswith("first_stage_model.") or checkpoint_place(n, pipeline=False)[1] for n in tensors)
+
+
 def _has_image_names(tensors: Mapping[str, TensorInfo]) -> bool:
-    if any(name.startswith("first_stage_model.") or checkpoint_place(name, pipeline=False)[1] for name in tensors):
-        return True
-    return family_of(tensors) not in ("plain", "openclip") or any(n.startswith("transformer_blocks.") for n in tensors)
+    return has_parts(tensors) or family_of(tensors) not in ("plain", "openclip") or any(n.startswith("transformer_blocks.") for n in tensors)
 
 
-def is_own_layer(class_name: object, path: str) -> bool:
+def is_own_layer(class_name: str, path: str) -> bool:
     """Whether a module of a diffusers class is of a kind that PEFT can store whole but has no LoRA for."""
-    return isinstance(class_name, str) and path.startswith(_OWN_LAYERS.get(class_name, ()))
+    return path.startswith(_OWN_LAYERS.get(class_name, ()))
 
 
 def is_convolution(name: str, shape: tuple[int, ...]) -> bool:

@@ -8,7 +8,7 @@ from math import prod
 from typing import Literal
 
 from lorasurgery.adapters.fused import ExpertPlace, expert_place
-from lorasurgery.adapters.image_models import is_convolution, is_image_model, is_own_layer, not_factored
+from lorasurgery.adapters.image_models import class_of, is_convolution, is_image_model, is_own_layer, not_factored
 from lorasurgery.adapters.naming import (
     BaseNames,
     align_names,
@@ -208,7 +208,7 @@ class _Matcher:
         if base.shape != tuned.shape:
             self._check_growth(path, base, tuned)
             return whole, f"shape changed from {_size(base)} to {_size(tuned)}"
-        if is_own_layer(self.config.get("_class_name"), path):
+        if is_own_layer(class_of(self.config), path):
             return whole, "a layer of the model's own, which PEFT has no LoRA for"
         if is_convolution(memory, base.shape) and (self.is_image or selection.names(path)):
             self._check_float(base, tuned)
