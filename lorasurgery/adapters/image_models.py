@@ -13,9 +13,16 @@ from lorasurgery.checkpoint.reader import Checkpoint
 
 # Layers of diffusers' own that look like linear layers and convolutions on disk: PEFT refuses to adapt them.
 _OWN_LAYERS = {
-    "WanAnimateTransformer3DModel": ("motion_encoder.",),
-    "RFD4ProteinaTransformer": ("init_repr_factory.", "cond_factory."),
+    "WanAnimateTransformer3DModel": re.compile(r"motion_encoder\..*"),
+    "RFD4ProteinaTransformer": re.compile(
+        r".*\.feature_modules\.(?:token_type|secondary_structure|atom_charge|atomic_element|cath_code\.[cat])"
+    ),
 }
+# Classes whose causal convolutions PEFT can't make again for lora_A: their constructors take no `bias`.
+_OWN_CONVOLUTIONS = {
+    "AutoencoderKLCosmos", "AutoencoderKLMagvit", "AutoencoderKLMiniMaxH3", "AutoencoderKLQwenImage",
+    "AutoencoderKLQwenImage21", "AutoencoderKLWan", "Kandinsky6SRLatentUpscalerBank", "MMAudioVAE",
+}  # fmt: skip
 # Classes of diffusers 0.42.1 without load_lora_adapter.
 _NO_ADAPTERS = re.compile(r"""
     Autoencoder(?!KL$|KLFlux2$).+|AsymmetricAutoencoderKL|.+VAE|.+Vae|VQModel|RFD4ProteinaAutoencoder|.+Vocoder
@@ -76,12 +83,23 @@ def has_parts(tensors: Iterable[str]) -> bool:
 
 
 def _has_image_names(tensors: Mapping[str, TensorInfo]) -> bool:
-    return has_parts(tensors) or family_of(tensors) not in ("plain", "openclip") or any(n.startswith("transformer_blocks.") for n in tensors)
+    return (
+        has_parts(tensors)
+        or family_of(tensors) not in ("plain", "openclip")
+        or any(n.startswith("transformer_blocks.") for n in tensors)
+    )
 
 
-def is_own_layer(class_name: str, path: str) -> bool:
-    """Whether a module of a diffusers class is of a kind that PEFT can store whole but has no LoRA for."""
-    return path.startswith(_OWN_LAYERS.get(class_name, ()))
+def is_own_layer(class_name: str, path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight of a diffusers class is of a layer that PEFT can store whole but has no LoRA for.
+
+    >>> is_own_layer("AutoencoderKLWan", "encoder.conv_in", (8, 3, 3, 3, 3))
+    True
+    """
+    if class_name in _OWN_CONVOLUTIONS and len(shape) in (3, 5):
+        return True
+    own = _OWN_LAYERS.get(class_name)
+    return own is not None and own.fullmatch(path) is not None
 
 
 def is_convolution(name: str, shape: tuple[int, ...]) -> bool:

@@ -165,9 +165,11 @@ class Translator:
 
     def _unknown(self, path: str) -> str:
         if path.startswith("first_stage_model."):
-            return f"is the VAE's, which the {self.to} format has no place for; extract with --exclude '{path}' …"
-        advice = "only PEFT's format fits it" if self.dictionary else "--base BASE tells what it is, if it is one"
-        return f"is of no image model that lorasurgery knows; {advice}"
+            return (
+                f"is the VAE's, for which no {self.to} file has a place; extract with --exclude 'first_stage_model.*'"
+            )
+        unless = "" if self.dictionary else ", unless --base BASE tells more"
+        return f"is of no image model that lorasurgery knows; only PEFT's format fits it{unless}"
 
     def _part_of(self, place: Place, path: str) -> Part:
         """LyCORIS's own prefix names no part: the one whose modules the base has, else the denoiser."""

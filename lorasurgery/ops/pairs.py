@@ -208,7 +208,7 @@ class _Matcher:
         if base.shape != tuned.shape:
             self._check_growth(path, base, tuned)
             return whole, f"shape changed from {_size(base)} to {_size(tuned)}"
-        if is_own_layer(class_of(self.config), path):
+        if is_own_layer(class_of(self.config), path, base.shape):
             return whole, "a layer of the model's own, which PEFT has no LoRA for"
         if is_convolution(memory, base.shape) and (self.is_image or selection.names(path)):
             self._check_float(base, tuned)
