@@ -56,6 +56,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_ATTENTION, **_CHANNELS, "sample_size": 8, "joint_attention_dim": 32, "caption_projection_dim": 32,
         "pooled_projection_dim": 32, "pos_embed_max_size": 8,
     },
+    "ZImageControlNetModel": {
+        "control_layers_places": [0], "control_refiner_layers_places": [0], "control_in_dim": 4, "dim": 32,
+        "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+    },
     "SanaControlNetModel": {
         **_ATTENTION, **_CHANNELS, "num_cross_attention_heads": 2, "cross_attention_head_dim": 16,
         "cross_attention_dim": 32, "caption_channels": 32, "sample_size": 8,
@@ -63,6 +67,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "AutoencoderKL": {
         "block_out_channels": (16, 32), "norm_num_groups": 8, "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
+    },
+    "AutoencoderKLFlux2": {
+        "block_out_channels": (16, 32), "norm_num_groups": 8, "latent_channels": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
     },
     "AutoencoderKLWan": {
         "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False],
@@ -121,6 +129,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "head_dim": 16, "hidden_size": 32, "intermediate_size": 64, "latent_channel": 4, "num_attention_heads": 2,
         "num_hidden_layers": 1, "num_key_value_heads": 2, "patch_latent_dim": 16, "vocab_size": 64,
         "rope_scaling": {"mrope_section": [2, 3, 3]},
+    },
+    "NucleusMoEImageTransformer2DModel": {
+        **_CHANNELS, "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 64, "num_key_value_heads": 2,
+        "joint_attention_dim": 32, "axes_dims_rope": (16, 24, 24), "num_experts": 2, "moe_intermediate_dim": 32,
+        "capacity_factors": [2.0] * 4, "dense_moe_strategy": "leave_first_three_blocks_dense",
     },
     "RFD4ProteinaTransformer": {
         "nlayers": 1, "token_dim": 32, "nheads": 2, "dim_cond": 32, "pair_repr_dim": 32, "latent_dim": 8,

@@ -61,7 +61,11 @@ def _whole_problems(plan: Conversion) -> Iterator[tuple[str, str]]:
         if options.portable:
             yield name, f"is stored whole, which not every server takes; {merge}"
         if peft and options.to != "peft":
-            yield name, f"is stored whole, which the {options.to} format has no place for; {merge}"
+            yield (
+                name,
+                f"is stored whole, which the {options.to} format has no place for; {merge}, or leave such tensors out "
+                "with extract --full none",
+            )
         if not peft and options.to in ("peft", "diffusers"):
             yield name, "is set whole; only --to kohya or comfyui can say that"
     for name in sorted(adapter.diffs):

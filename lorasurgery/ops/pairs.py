@@ -65,7 +65,7 @@ class Pair:
     @property
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) of the weight as it is decomposed: a convolution's inputs and kernel are one axis."""
-        return self.tuned.shape[0], prod(self.tuned.shape[1:])
+        return prod(self.tuned.shape[:1]), prod(self.tuned.shape[1:])  # of a scalar 1 × 1
 
 
 @dataclass(frozen=True)
