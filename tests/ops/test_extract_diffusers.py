@@ -103,6 +103,8 @@ def test_a_class_that_loads_no_adapter_is_refused(name: str, tmp_path: Path) -> 
     extracted(name, tmp_path)
     with pytest.raises(UnsupportedError, match=f"its base is {name}, which diffusers loads no adapter into"):
         convert(tmp_path / "x", tmp_path / "d.safetensors", ConvertOptions("diffusers"), base=tmp_path / "base")
+    findings = check(tmp_path / "x", "diffusers", base=tmp_path / "base").totals["findings"]
+    assert [f for f in findings if name in f["what"] and "merge" in f["mend"]]
 
 
 @pytest.mark.parametrize("to", ["kohya", "comfyui"])
@@ -112,6 +114,8 @@ def test_what_stands_beside_a_denoiser_has_no_place_elsewhere(to: str, tmp_path:
     extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "x", RANK_16, device="cpu")
     with pytest.raises(UnsupportedError, match="FluxControlNetModel, a ControlNet, which no file"):
         convert(tmp_path / "x", tmp_path / "k.safetensors", ConvertOptions(to), base=tmp_path / "base")  # type: ignore[arg-type]
+    findings = check(tmp_path / "x", "comfyui", base=tmp_path / "base").totals["findings"]
+    assert [f for f in findings if f["verdict"] == "dropped" and "a ControlNet" in f["what"]]
     report = convert(tmp_path / "x", tmp_path / "d.safetensors", ConvertOptions("diffusers"), base=tmp_path / "base")
     assert any("its own load_lora_adapter" in w for w in report.warnings)
 
