@@ -60,12 +60,14 @@ def _whole_problems(plan: Conversion) -> Iterator[tuple[str, str]]:
     for name in sorted(adapter.replaced, key=lambda n: n.endswith(".bias")):  # a bias may only go with its weight
         if options.portable:
             yield name, f"is stored whole, which not every server takes; {merge}"
-        if peft and options.to != "peft":
+        if peft and options.to == "diffusers":
             yield (
                 name,
                 f"is stored whole, which the {options.to} format has no place for; {merge}, or leave such tensors out "
                 "with extract --full none",
             )
+        elif peft and options.to != "peft" and plan.base is None:
+            yield name, f"is stored whole; with --base BASE it becomes a difference, as the {options.to} format says it"
         if not peft and options.to in ("peft", "diffusers"):
             yield name, "is set whole; only --to kohya or comfyui can say that"
     for name in sorted(adapter.diffs):

@@ -120,6 +120,25 @@ def test_what_stands_beside_a_denoiser_has_no_place_elsewhere(to: str, tmp_path:
     assert any("its own load_lora_adapter" in w for w in report.warnings)
 
 
+@pytest.mark.parametrize("to", ["kohya", "comfyui"])
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "FluxTransformer2DModel", "SanaTransformer2DModel"])
+def test_what_is_stored_whole_becomes_a_difference(name: str, to: str, tmp_path: Path) -> None:
+    """Norms, biases and depthwise convolutions go along to kohya's and ComfyUI's files; merge has the tuned model."""
+    small.save_pair(name, tmp_path)
+    model, generator = small.load(name, tmp_path / "tuned"), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+    model.save_pretrained(tmp_path / "tuned")
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "x", RANK_16, device="cpu")
+    with pytest.raises(UnsupportedError, match="is stored whole; with --base BASE it becomes a difference"):
+        convert(tmp_path / "x", tmp_path / "k.safetensors", ConvertOptions(to))  # type: ignore[arg-type]
+    convert(tmp_path / "x", tmp_path / "k.safetensors", ConvertOptions(to), base=tmp_path / "base")  # type: ignore[arg-type]
+    merge(tmp_path / "base", [tmp_path / "k.safetensors"], tmp_path / "m", device="cpu", allow_loss=True)
+    assert_tuned(small.load(name, tmp_path / "m").state_dict(), small.load(name, tmp_path / "tuned").state_dict())
+
+
 def test_classes_without_adapters_are_diffusers_own() -> None:
     """The table of classes without load_lora_adapter is diffusers' own, class by class."""
     kinds = {n: getattr(diffusers, n, None) for n in dir(diffusers) if n[0].isupper()}
