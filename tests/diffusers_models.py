@@ -113,6 +113,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Kandinsky5Transformer3DModel": _KANDINSKY_TEXT,
     "Kandinsky6Transformer3DModel": {**_KANDINSKY_TEXT, "in_audio_dim": 4, "out_audio_dim": 4},
     "Kandinsky6SRTransformer3DModel": _KANDINSKY,
+    "Ideogram4Transformer2DModel": {
+        **_ATTENTION, "in_channels": 4, "intermediate_size": 64, "adaln_dim": 32, "llm_features_dim": 64,
+        "mrope_section": (2, 3, 3),
+    },
     "Krea2Transformer2DModel": {
         **_ATTENTION, "in_channels": 4, "num_key_value_heads": 2, "intermediate_size": 64, "timestep_embed_dim": 32,
         "text_hidden_dim": 32, "num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 2,
