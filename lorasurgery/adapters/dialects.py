@@ -16,6 +16,9 @@ from lorasurgery.adapters.dialect_tables import FLUX, HUNYUAN, OPENCLIP, WAN, Ro
 
 Family = Literal["unet", "flux", "hunyuan", "sd3", "wan", "openclip", "plain"]
 _TABLES = {"flux": FLUX, "hunyuan": HUNYUAN, "wan": WAN, "openclip": OPENCLIP, "plain": ()}
+# Qwen-Image and its kin have one set of names, diffusers', in which some words are those of Flux's original.
+_QWEN_HEADS = {"img_in", "txt_in"}
+_QWEN_INNER = {"img_mlp.net", "txt_mlp.net", "img_mod.1", "txt_mod.1"}
 _SLOTS = {"n": r"(?P<n>\d+)", "m": r"(?P<m>\d+)", "rest": r"(?P<rest>.+)"}
 
 
@@ -112,6 +115,8 @@ def family_of(paths: Iterable[str]) -> Family:
         heads.add(parts[0])
         inner.add(".".join(parts[2:4]))
         inner.add(parts[2] if len(parts) > 2 else "")
+    if "transformer_blocks" in heads and (heads & _QWEN_HEADS or inner & _QWEN_INNER):
+        return "plain"
     if heads & {"input_blocks", "middle_block", "output_blocks", "down_blocks", "mid_block", "up_blocks"}:
         return "unet"
     if "joint_blocks" in heads or ("transformer_blocks" in heads and heads & {"pos_embed"}):

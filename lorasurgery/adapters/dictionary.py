@@ -79,18 +79,23 @@ class Dictionary:
             grouped[checkpoint_place(name, pipeline=pipeline)].append(name)
         self.sides: dict[Part, Side] = {}
         for (part, prefix), names in grouped.items():
-            layers = config(prefix[:-1]).get("layers_per_block") if prefix else None
-            side = self._side(names, prefix, layers if isinstance(layers, int) and 0 < layers < 9 else None)
+            said = config(prefix[:-1])
+            layers = said.get("layers_per_block") if prefix else None
+            layers = layers if isinstance(layers, int) and 0 < layers < 9 else None
+            side = self._side(names, prefix, layers, ours="_class_name" in said)
             t5 = part == "te2" and any(p.startswith("encoder.block.") for p in side.tensors)
             self.sides["te3" if t5 else part] = side
 
-    def _side(self, names: Iterable[str], prefix: str, layers: int | None) -> Side:
+    def _side(self, names: Iterable[str], prefix: str, layers: int | None, *, ours: bool) -> Side:
         modules: dict[str, dict[str, str]] = defaultdict(dict)
         for name in names:
             module, leaf = split_leaf(name.removeprefix(prefix))
             modules[_TEXT.sub("", module)][leaf] = name
         family = family_of(modules)
-        side = Side(dialect(family, _blocks(modules) if family == "sd3" else layers), modules)
+        spoken = dialect(family, _blocks(modules) if family == "sd3" else layers)
+        if ours and sum(spoken.row(m) is not None for m in modules) > len(modules) // 2:
+            spoken = dialect("plain")  # a class of diffusers that has kept the original's names, as Wan-Animate 2's
+        side = Side(spoken, modules)
         for module, tensors in modules.items():
             self._add_atoms(side, module, tensors)
         atoms = (atom.partition("#")[0] for atom in side.atoms)  # a part of norm_out.linear goes by its name

@@ -22,7 +22,8 @@ from lorasurgery.errors import MismatchError, nearest
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
 _CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 _EMBEDDING = re.compile(
-    r"(?:.*\.)?(?:[a-z_]*embeddings?|[a-z_]*embed_tokens|embed_positions|embed_in|pos_embed|wte|wpe|shared|relative_attention_bias)"
+    r"(?:.*\.)?(?:(?!proj_to_)[a-z_]*embeddings?|[a-z_]*embed_tokens|embed_positions|embed_in|pos_embed|wte|wpe|shared|relative_attention_bias"
+    r"|embed|embedding_table|cond_type_embed|embed_image_indicator)"  # diffusers' tables
 )
 # Look-up tables whose forward takes no token ids (an offset is added inside), so no LoRA can run on them.
 _POSITIONS = re.compile(r"(?:.*\.)?embed_positions")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -80,7 +79,7 @@ class PeftLayout:
         }
 
     def _modules(self) -> list[str] | str:
-        names = target_names(set(self.ranks) - self.parameters, self.paths)
+        names = exact_targets(set(self.ranks) - self.parameters, self.paths)
         return names if names or self.parameters else NO_TARGETS
 
 
@@ -123,37 +122,79 @@ def with_kernel(down: Tensor, up: Tensor, kernel: tuple[int, ...]) -> tuple[Tens
     return down.reshape(down.shape[0], -1, *kernel), up.reshape(*up.shape, *[1] * len(kernel))
 
 
-def target_names(chosen: set[str], paths: Iterable[str]) -> list[str] | str:
-    """target_modules that mean exactly the chosen modules: names, or a regular expression where no names can.
-
-    A module at the top may have a name that others end in, and PEFT would take those for it too.
-
-    >>> target_names({"output", "l.q"}, {"output", "l", "l.q", "l.output"})
-    '(?:.*\\.)?q|output'
-    """
-    names = exact_suffixes(chosen, paths)
-    others = {prefix for path in paths for prefix in _prefixes(path)} - chosen
-    caught = {n for n in names if any(p.endswith(f".{n}") for p in others)}
-    if not caught:
-        return names
-    return "|".join([rf"(?:.*\.)?{re.escape(n)}" for n in names if n not in caught] + sorted(map(re.escape, caught)))
-
-
-def exact_suffixes(chosen: set[str], paths: Iterable[str]) -> list[str]:
-    """The fewest names that mean exactly the chosen modules: a leaf where all of its modules are chosen.
+def exact_suffixes(chosen: set[str], paths: set[str]) -> list[str]:
+    """The fewest names that mean exactly the chosen modules: an ending where all of its modules are chosen.
 
     PEFT matches target_modules by path or by ".name" ending.
+    A name of digits alone goes with its parent's, for `0` would also mean the activations and dropouts of other
+    sequences, which have no tensors and so may not be among the paths.
 
     >>> exact_suffixes({"a.q", "b.q"}, {"a", "a.q", "b", "b.q", "b.k"})
     ['q']
     >>> exact_suffixes({"a.q"}, {"a", "a.q", "b", "b.q"})
     ['a.q']
+    >>> exact_suffixes({"a.to_out.0", "b.to_out.0"}, {"a.to_out.0", "b.to_out.0", "b.ff.2"})
+    ['to_out.0']
     """
     mine: dict[str, set[str]] = defaultdict(set)
     for path in chosen:
-        mine[path.rpartition(".")[2]].add(path)
-    wide = {p.rpartition(".")[2] for p in {prefix for path in paths for prefix in _prefixes(path)} - chosen}
-    return sorted(name for leaf, own in mine.items() for name in (own if leaf in wide else {leaf}))
+        mine[_ending(path)].add(path)
+    known = {prefix for path in paths | chosen for prefix in _prefixes(path)}
+    wide = _also_meant(set(mine), known - chosen)
+    wide |= _without_child({e for e in mine if e.rpartition(".")[2].isdigit()}, known)
+    return sorted(name for ending, own in mine.items() for name in (own if ending in wide else {ending}))
+
+
+def exact_targets(chosen: set[str], paths: set[str]) -> list[str] | str:
+    """target_modules for exactly these modules: names, or an expression where a whole path ends another's.
+
+    >>> exact_targets({"proj_out", "blocks.0.q"}, {"proj_out", "blocks.0.proj_out", "blocks.0.q"})
+    '(?:.*[.])?q|proj_out'
+    """
+    names = exact_suffixes(chosen, paths)
+    known = {prefix for path in paths for prefix in _prefixes(path)}
+    caught = _also_meant(set(names), known - chosen)
+    if not caught:
+        return names
+    endings = [f"(?:.*[.])?{name.replace('.', '[.]')}" for name in names if name not in caught]
+    return "|".join(endings + [path.replace(".", "[.]") for path in sorted(caught)])
+
+
+def _ending(path: str) -> str:
+    """The last part of a path, with as many before it as it takes to begin with a word.
+
+    >>> _ending("blocks.0.attn.to_q"), _ending("blocks.0.net.0.2")
+    ('to_q', 'net.0.2')
+    """
+    parts = path.split(".")
+    start = len(parts) - 1
+    while start and parts[start].isdigit():
+        start -= 1
+    return ".".join(parts[start:])
+
+
+def _also_meant(endings: set[str], others: set[str]) -> set[str]:
+    """The endings by which PEFT would also find one of the other paths."""
+    depths = {e.count(".") + 1 for e in endings}
+    found = set()
+    for other in others:
+        parts = other.split(".")
+        found |= {".".join(parts[-n:]) for n in depths if n <= len(parts)}
+    return found & endings
+
+
+def _without_child(endings: set[str], known: set[str]) -> set[str]:
+    """The endings whose parent has a namesake without such a child on disk; there it may be a layer without tensors."""
+    parents: dict[str, set[str]] = defaultdict(set)
+    for ending in endings:
+        parents[ending.rpartition(".")[0]].add(ending.rpartition(".")[2])
+    found = set()
+    for path in known:
+        own = _ending(path)
+        for child in parents.get(own, ()):
+            if f"{path}.{child}" not in known:
+                found.add(f"{own}.{child}")
+    return found
 
 
 def _prefixes(path: str) -> Iterable[str]:

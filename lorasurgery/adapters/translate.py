@@ -144,19 +144,32 @@ class Translator:
     # The adapter's modules
 
     def _place(self, path: str) -> Place:
-        found = adapter_place(path)
+        found = self._at_home(path) or adapter_place(path)
         if found is None and self.home is not None:
             found = Place(self.home, path)
         if found is None:
-            raise UnsupportedError(
-                f"{self.adapter.path}: {path} is of no image model that lorasurgery knows; only PEFT's format fits it"
-            )
+            raise UnsupportedError(f"{self.adapter.path}: {path} {self._unknown(path)}")
         t5 = found.part == "te2" and found.path.startswith(("encoder.block.", "encoder_block_"))
         part: Part = "te3" if t5 else found.part
         if part == "any":
             part = self._part_of(found, path)
         path = found.path.removeprefix("text_model." if found.dotted else "text_model_")
         return Place(part, path if part != "denoiser" else found.path, found.dotted)
+
+    def _at_home(self, path: str) -> Place | None:
+        """The place of a module that the base has by this very name: no part of it is a prefix then."""
+        if self.home is None or self.dictionary is None:
+            return None
+        place = Place(self.home, path)
+        return place if self.dictionary.path_of(place) == path else None
+
+    def _unknown(self, path: str) -> str:
+        if path.startswith("first_stage_model."):
+            return (
+                f"is the VAE's, for which no {self.to} file has a place; extract with --exclude 'first_stage_model.*'"
+            )
+        unless = "" if self.dictionary else ", unless --base BASE tells more"
+        return f"is of no image model that lorasurgery knows; only PEFT's format fits it{unless}"
 
     def _part_of(self, place: Place, path: str) -> Part:
         """LyCORIS's own prefix names no part: the one whose modules the base has, else the denoiser."""

@@ -24,8 +24,8 @@ from lorasurgery.cli.ending import Ending
     help="Take what both models have in one shape, and say what is left out, instead of stopping at it.",
 )
 @click.option("--full", metavar="auto|none|PAT", multiple=True, default=["auto"], show_default=True,
-              help="What is stored whole beside the factors: what changed and is no matrix or changed its shape "
-                   "(auto), nothing (none), or what these patterns mean.")  # fmt: skip
+              help="What is stored whole beside the factors: what changed and is no matrix (nor an image model's "
+                   "convolution) or has another shape (auto), nothing (none), or what patterns mean.")  # fmt: skip
 @click.option("--alpha", type=float, help="lora_alpha to write; the factors make up for it. [default: scale 1]")
 @click.option("--rslora", is_flag=True, help="Scale by alpha/√r instead of alpha/r.")
 @click.option("--svd", type=click.Choice(["auto", "randomized", "exact"]), default="auto", show_default=True,

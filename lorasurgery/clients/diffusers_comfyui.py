@@ -11,6 +11,7 @@ from typing import Literal
 
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.adapters.components import Part, adapter_place
+from lorasurgery.adapters.image_models import beside_denoiser, class_of, takes_adapters
 from lorasurgery.clients.finding import MERGE, TO_DIFFUSERS, TO_KOHYA, Finding, Rule, Setting, some
 
 Model = Literal["unet", "flux", "sd3", "wan", "other"]
@@ -49,6 +50,20 @@ def _diffusers_folder(adapter: Adapter, _: Setting) -> Iterator[Finding]:
         yield Finding(
             "rejected", "a PEFT folder, where one file with the part's name in its keys is expected", TO_DIFFUSERS
         )
+
+
+def _diffusers_class(adapter: Adapter, setting: Setting) -> Iterator[Finding]:
+    """Models whose class has no load_lora_adapter: most VAEs, and denoisers that no pipeline adapts."""
+    name = class_of(setting.base.config) if setting.base else ""
+    if name and not takes_adapters(name):
+        yield Finding("rejected", f"the base is {name}, which has no load_lora_adapter", MERGE)
+
+
+def _comfyui_class(adapter: Adapter, setting: Setting) -> Iterator[Finding]:
+    """LoraLoader patches the denoiser and the text encoders, and nothing beside them."""
+    name = class_of(setting.base.config) if setting.base else ""
+    if name and beside_denoiser(name):
+        yield Finding("dropped", f"the base is {name}, {beside_denoiser(name)}, which is not patched", MERGE)
 
 
 def _diffusers_prefix(adapter: Adapter, _: Setting) -> Iterator[Finding]:
@@ -231,7 +246,7 @@ def _first(adapter: Adapter) -> str:
 
 
 DIFFUSERS: tuple[Rule, ...] = (
-    _diffusers_folder, _diffusers_prefix, _diffusers_forms, _diffusers_vectors, _diffusers_alpha, _diffusers_alphas,
-    _diffusers_text, _diffusers_wan,
+    _diffusers_folder, _diffusers_class, _diffusers_prefix, _diffusers_forms, _diffusers_vectors, _diffusers_alpha,
+    _diffusers_alphas, _diffusers_text, _diffusers_wan,
 )  # fmt: skip
-COMFYUI: tuple[Rule, ...] = (_comfyui_folder, _comfyui_alpha, _comfyui_names, _comfyui_parts)
+COMFYUI: tuple[Rule, ...] = (_comfyui_folder, _comfyui_class, _comfyui_alpha, _comfyui_names, _comfyui_parts)

@@ -12,12 +12,13 @@ from lorasurgery.adapters.components import FOLDER_NAMES, Part, adapter_place
 from lorasurgery.adapters.dialects import family_of
 from lorasurgery.adapters.dictionary import Dictionary
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.adapters.image_models import has_parts, is_image_model
 from lorasurgery.adapters.translate import Piece, Target, Translator
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UsageError
 from lorasurgery.ops.batch import find_adapters, run_each
-from lorasurgery.ops.convert_limits import check_sayable, check_whole
+from lorasurgery.ops.convert_limits import check_place, check_sayable, check_whole
 from lorasurgery.ops.layout import check_name
 from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.references import on_references
@@ -169,6 +170,7 @@ def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint 
         UnsupportedError: what the new format can't say, by name. MismatchError: a module the base does not have.
     """
     plan = Conversion(adapter, options, base=base)
+    plan.warnings += check_place(plan)
     check_sayable(plan)
     if adapter.format == "peft" and options.to == "peft":
         if base is not None:
@@ -178,7 +180,7 @@ def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint 
     dictionary = None
     if base is not None:
         dictionary = Dictionary(base.tensors, pipeline=bool(base.parts), config=base.config_of)
-    plan.translator = translator = Translator(adapter, options.to, dictionary, _home(adapter))
+    plan.translator = translator = Translator(adapter, options.to, dictionary, _home(adapter, base))
     if base is not None and dictionary is not None:
         plan.matched = _match(adapter, translator, base, plan.warnings)
         plan.kernels = _flat_kernels(adapter, translator, dictionary, base)
@@ -198,10 +200,15 @@ def _flat_kernels(
     return found
 
 
-def _home(adapter: Adapter) -> Part | None:
-    """The part that a PEFT adapter of one part is for: the folder's name says it, or a denoiser's own names do."""
+def _home(adapter: Adapter, base: Checkpoint | None) -> Part | None:
+    """The part that a PEFT adapter of one part is for: a base of one part or the folder's name says it, or its names.
+
+    What stands beside a denoiser (a ControlNet, a VAE) goes by its names too: its own load_lora_adapter reads them.
+    """
     if adapter.format != "peft":
         return None
+    if base is not None and is_image_model(base) and not base.parts and not has_parts(base.tensors):
+        return "denoiser"
     place = adapter_place(f"{adapter.folder.name}.") if adapter.folder.name in FOLDER_NAMES else None
     if place is not None:
         return place.part

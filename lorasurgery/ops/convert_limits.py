@@ -6,11 +6,32 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Delta
+from lorasurgery.adapters.image_models import beside_denoiser, class_of, takes_adapters
 from lorasurgery.adapters.translate import Target
 from lorasurgery.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from lorasurgery.ops.convert import Conversion
+
+
+def check_place(plan: Conversion) -> list[str]:
+    """Refuse a base that no client loads an adapter of this format into; what comes back is a warning.
+
+    Raises:
+        UnsupportedError: a VAE or a ControlNet for ComfyUI and kohya; a class that has no load_lora_adapter.
+    """
+    name, to = class_of(plan.base.config) if plan.base else "", plan.options.to
+    if not name or to == "peft":
+        return []
+    beside, merge = beside_denoiser(name), "merge the adapter into its base instead"
+    where = f"{plan.adapter.path}: its base is {name}"
+    if to != "diffusers" and beside:
+        raise UnsupportedError(f"{where}, {beside}, which no file of the {to} format has a place for; {merge}")
+    if to == "diffusers" and not takes_adapters(name):
+        raise UnsupportedError(f"{where}, which diffusers loads no adapter into (no load_lora_adapter); {merge}")
+    if beside:
+        return [f"{name} is {beside}: load the file by its own load_lora_adapter; a pipeline puts it elsewhere"]
+    return []
 
 
 def check_sayable(plan: Conversion) -> None:
@@ -36,11 +57,17 @@ def _whole_problems(plan: Conversion) -> Iterator[tuple[str, str]]:
             name,
             f"is replaced in single rows (trainable_token_indices), which can be merged but not converted; {merge}",
         )
-    for name in adapter.replaced:
+    for name in sorted(adapter.replaced, key=lambda n: n.endswith(".bias")):  # a bias may only go with its weight
         if options.portable:
             yield name, f"is stored whole, which not every server takes; {merge}"
-        if peft and options.to != "peft":
-            yield name, f"is stored whole, which the {options.to} format has no place for; {merge}"
+        if peft and options.to == "diffusers":
+            yield (
+                name,
+                f"is stored whole, which the {options.to} format has no place for; {merge}, or leave such tensors out "
+                "with extract --full none",
+            )
+        elif peft and options.to != "peft" and plan.base is None:
+            yield name, f"is stored whole; with --base BASE it becomes a difference, as the {options.to} format says it"
         if not peft and options.to in ("peft", "diffusers"):
             yield name, "is set whole; only --to kohya or comfyui can say that"
     for name in sorted(adapter.diffs):

@@ -28,6 +28,7 @@ from lorasurgery.ops.composition import Composition
 from lorasurgery.ops.convert import Conversion
 from lorasurgery.ops.convert_dora import plain_lora
 from lorasurgery.ops.convert_modules import Assembly, is_zero, join_vectors, portable
+from lorasurgery.ops.convert_whole import differences
 from lorasurgery.ops.extract_report import total_error
 from lorasurgery.ops.factored import Factored
 from lorasurgery.ops.layout import Layout, by_part, check_name, loose_layout, peft_folder, peft_layout, write_layout
@@ -147,21 +148,33 @@ def _peft(plan: Conversion, modules: Sequence[Module], metadata: Mapping[str, st
 
 def _vectors(plan: Conversion) -> dict[str, Tensor]:
     """Tensors that belong to no factors, under their new keys: norms, biases, whole replacements."""
-    adapter, translator = plan.adapter, plan.translator
-    assert translator is not None
+    adapter = plan.adapter
     found: dict[str, Tensor] = {}
     for names, leaves in ((adapter.diffs, ("weight", "bias")), (adapter.replaced, ("weight",))):
-        for leaf in leaves:
+        for leaf in leaves if names is adapter.diffs or adapter.format != "peft" else ():
             own = {n.rpartition(".")[0]: key for n, key in names.items() if n.endswith(f".{leaf}")}
             own = {path: key for path, key in own.items() if leaf != "bias" or path not in adapter.deltas}
             tensors = {path: adapter.weights.read(key) for path, key in own.items()}
-            sizes = {p: (t.shape[0] if t.ndim else 1, _width(plan, p)) for p, t in tensors.items()}
-            for target in translator.targets(sizes):
-                ending = own[target.sources[0]].rpartition(".")[2]
-                value = tensors[target.sources[0]]
-                if len(target.pieces) > 1 or target.pieces[0].height != sizes[target.sources[0]][0]:
-                    value = join_vectors(target.pieces, dict(tensors))  # type: ignore[assignment]
-                found[f"{plan.name(target)}.{ending}"] = value
+            found |= _renamed(plan, tensors, {path: key.rpartition(".")[2] for path, key in own.items()})
+    if adapter.format == "peft" and adapter.replaced:
+        for leaf, ending in (("weight", "diff"), ("bias", "diff_b")):
+            tensors = differences(plan, leaf)
+            new = _renamed(plan, tensors, dict.fromkeys(tensors, ending))
+            found |= {key: t for key, t in new.items() if bool(t.any())}  # a module is stored with what didn't change
+    return found
+
+
+def _renamed(plan: Conversion, tensors: dict[str, Tensor], endings: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors by their new keys, those of fused modules put together."""
+    assert plan.translator is not None
+    found: dict[str, Tensor] = {}
+    sizes = {p: (t.shape[0] if t.ndim else 1, _width(plan, p)) for p, t in tensors.items()}
+    for target in plan.translator.targets(sizes):
+        first = target.sources[0]
+        value = tensors[first]
+        if len(target.pieces) > 1 or target.pieces[0].height != sizes[first][0]:
+            value = join_vectors(target.pieces, dict(tensors))  # type: ignore[assignment]
+        found[f"{plan.name(target)}.{endings[first]}"] = value
     return found
 
 

@@ -64,7 +64,7 @@ def _formed(pair: Pair, host: Host, whole: Treatment) -> Pair:
     if kind in ("linear", "conv1d", "embedding") and rank == 2:
         return replace(pair, treatment=kind, why="") if pair.treatment in ("full", "left out", *FACTORED) else pair
     if kind == "conv" and pair.treatment in ("conv", "full", "left out"):
-        return pair
+        return replace(pair, treatment="conv", why="") if "_class_name" in host.config else pair
     if pair.treatment in FACTORED:
         return replace(pair, treatment=whole, why=f"{host.class_of(pair.path)}, which PEFT has no LoRA for")
     return pair

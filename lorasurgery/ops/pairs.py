@@ -8,6 +8,7 @@ from math import prod
 from typing import Literal
 
 from lorasurgery.adapters.fused import ExpertPlace
+from lorasurgery.adapters.image_models import class_of, is_convolution, is_image_model, is_own_layer, not_factored
 from lorasurgery.adapters.naming import is_buffer, is_embedding, is_position_table, is_router, module_of
 from lorasurgery.adapters.patterns import PRESETS, any_match, check_patterns
 from lorasurgery.checkpoint.header import FLOAT_DTYPES, TensorInfo
@@ -63,7 +64,7 @@ class Pair:
     @property
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) of the weight as it is decomposed: a convolution's inputs and kernel are one axis."""
-        return (self.tuned.shape[0], prod(self.tuned.shape[1:])) if self.tuned.shape else (1, 1)
+        return prod(self.tuned.shape[:1]), prod(self.tuned.shape[1:])  # of a scalar 1 × 1
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Selection:
         return any(any_match(self.full_patterns, n) for n in names)
 
     def names(self, path: str) -> bool:
-        """Whether --target means this module by name, not by a preset: convolutions are only factored on demand."""
+        """Whether --target means this module by name, not by a preset: so only are a language model's convolutions."""
         return any_match([t for t in self.target if t not in PRESETS], path)
 
     @property
@@ -156,6 +157,7 @@ class _Matcher:
         self.sides, self.left_out = sides, left_out
         self.base, self.tuned, self.selection = sides.base, sides.tuned, sides.selection
         self.base_names, self.config = sides.base_names, sides.config
+        self.is_image = is_image_model(self.base) or is_image_model(self.tuned)
         self.groups = {sides.places[m].parameter for m in left_out if m in sides.places}
 
     def pairs(self) -> Iterator[Pair]:
@@ -216,9 +218,13 @@ class _Matcher:
             return whole, "new in the tuned model"
         if base.shape != tuned.shape:
             return whole, f"shape changed from {size_of(base.shape)} to {size_of(tuned.shape)}"
-        if len(base.shape) in (3, 4, 5) and memory.endswith(".weight") and selection.names(path):
+        if is_own_layer(class_of(self.config), path, base.shape):
+            return whole, "a layer of the model's own, which PEFT has no LoRA for"
+        if is_convolution(memory, base.shape) and (self.is_image or selection.names(path)):
             self._check_float(base, tuned)
-            return "conv", ""
+            bias = self.tuned.tensors.get(f"{tuned.name.removesuffix('weight')}bias")
+            why = not_factored(base.shape, bias.shape if bias else None)
+            return (whole, why) if why else ("conv", "")
         if len(base.shape) != 2 or not memory.endswith(".weight"):
             return whole, ""
         self._check_float(base, tuned)

@@ -1,0 +1,127 @@
+"""What tells an image model's checkpoint from a language model's, and which of its tensors PEFT has no LoRA for."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from lorasurgery.adapters.components import checkpoint_place
+from lorasurgery.adapters.dialects import family_of
+from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.checkpoint.reader import Checkpoint
+
+# Layers of diffusers' own that look like linear layers and convolutions on disk: PEFT refuses to adapt them.
+_OWN_LAYERS = {
+    "WanAnimateTransformer3DModel": re.compile(r"motion_encoder\..*"),
+    "RFD4ProteinaTransformer": re.compile(
+        r".*\.feature_modules\.(?:token_type|secondary_structure|atom_charge|atomic_element|cath_code\.[cat])"
+    ),
+}
+# Classes whose causal convolutions PEFT can't make again for lora_A: their constructors take no `bias`.
+_OWN_CONVOLUTIONS = {
+    "AutoencoderKLCosmos", "AutoencoderKLMagvit", "AutoencoderKLMiniMaxH3", "AutoencoderKLQwenImage",
+    "AutoencoderKLQwenImage21", "AutoencoderKLWan", "Kandinsky6SRLatentUpscalerBank", "MMAudioVAE",
+}  # fmt: skip
+# Classes of diffusers 0.42.1 without load_lora_adapter.
+_NO_ADAPTERS = re.compile(r"""
+    Autoencoder(?!KL$|KLFlux2$).+|AsymmetricAutoencoderKL|.+VAE|.+Vae|VQModel|RFD4ProteinaAutoencoder|.+Vocoder
+    |ControlNetUnionModel|ControlNetXSAdapter|CosmosControlNetModel|SparseControlNetModel|UNetControlNetXSModel
+    |(?:Flux|SD3)?MultiControlNetModel|HunyuanDiT2D(?:(?:Multi)?ControlNet)?Model|MotionAdapter|MultiAdapter|T2IAdapter
+    |AudioLDM2UNet2DConditionModel|I2VGenXLUNet|Kandinsky3UNet|StableCascadeUNet|UNet(?:1D|2D|3DCondition)Model
+    |UNetSpatioTemporalConditionModel|UniDiffuserModel|LTX2VideoDiffusionDecoderModel|MiniMaxMusic3.+|StableAudio.+
+    |(?:Allegro|EasyAnimate|JoyImageEdit|JoyImageEditPlus|Latte|SanaWM)Transformer3DModel|LongCatAudioDiTTransformer
+    |(?:CogView3Plus|DiT|DreamLite|OmniGen|PRX|PixArt)?Transformer2DModel|LuminaNextDiT2DModel|TransformerTemporalModel
+    |AceStep(?:AudioTokenDetokenizer|AudioTokenizer|ConditionEncoder)|Cosmos3AVAEAudioTokenizer|T5FilmDecoder
+    |AudioLDM2ProjectionModel|CLIPImageProjection|Ideogram4PromptEnhancerHead|Kandinsky6SRLatentUpscalerBank
+    |ReduxImageEncoder|UniDiffuserTextDecoder
+""", re.VERBOSE)  # fmt: skip
+_BESIDE = re.compile(r"(?P<vae>Autoencoder|VQModel|.*VAE|.*Vae$)|.*ControlNet")  # models that stand beside a denoiser
+
+
+def takes_adapters(class_name: str) -> bool:
+    """Whether a model class of diffusers has load_lora_adapter.
+
+    >>> takes_adapters("FluxTransformer2DModel"), takes_adapters("AutoencoderKLWan"), takes_adapters("AutoencoderKL")
+    (True, False, True)
+    """
+    return _NO_ADAPTERS.fullmatch(class_name) is None
+
+
+def beside_denoiser(class_name: str) -> str:
+    """What a model is that pipelines and web UIs load no LoRA into: a VAE or a ControlNet; empty for denoisers.
+
+    >>> beside_denoiser("FluxControlNetModel"), beside_denoiser("FluxTransformer2DModel")
+    ('a ControlNet', '')
+    """
+    match = _BESIDE.match(class_name)
+    return "" if match is None else "a VAE" if match["vae"] else "a ControlNet"
+
+
+def class_of(config: Mapping[str, object]) -> str:
+    """The diffusers class that config.json names; empty when none."""
+    name = config.get("_class_name")
+    return name if isinstance(name, str) else ""
+
+
+def is_image_model(checkpoint: Checkpoint) -> bool:
+    """Tell a denoiser, a VAE or a whole image model: by config.json, by a pipeline's parts, else by its names.
+
+    A config with transformers' `architectures` is a language or vision model's, whatever its tensors are called.
+    """
+    config = checkpoint.config
+    if checkpoint.parts or "_class_name" in config or "_diffusers_version" in config:
+        return True
+    if config.get("architectures") or config.get("model_type"):
+        return False
+    return _has_image_names(checkpoint.tensors)
+
+
+def has_parts(tensors: Iterable[str]) -> bool:
+    """Whether a single file holds a whole image model, each part under its prefix."""
+    return any(n.startswith("first_stage_model.") or checkpoint_place(n, pipeline=False)[1] for n in tensors)
+
+
+def _has_image_names(tensors: Mapping[str, TensorInfo]) -> bool:
+    return (
+        has_parts(tensors)
+        or family_of(tensors) not in ("plain", "openclip")
+        or any(n.startswith("transformer_blocks.") for n in tensors)
+    )
+
+
+def is_own_layer(class_name: str, path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight of a diffusers class is of a layer that PEFT can store whole but has no LoRA for.
+
+    >>> is_own_layer("AutoencoderKLWan", "encoder.conv_in", (8, 3, 3, 3, 3))
+    True
+    """
+    if class_name in _OWN_CONVOLUTIONS and len(shape) in (3, 5):
+        return True
+    own = _OWN_LAYERS.get(class_name)
+    return own is not None and own.fullmatch(path) is not None
+
+
+def is_convolution(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell a convolution's weight by its name and shape.
+
+    >>> is_convolution("conv_in.weight", (8, 4, 3, 3)), is_convolution("pos_embed", (1, 8, 32))
+    (True, False)
+    """
+    return len(shape) in (3, 4, 5) and name.endswith(".weight")
+
+
+def not_factored(shape: tuple[int, ...], bias: tuple[int, ...] | None) -> str:
+    """Why a convolution can't become factors, in a few words; empty where it can.
+
+    >>> not_factored((8, 1, 3, 3), None)
+    'a depthwise convolution, which PEFT can not merge a LoRA into'
+
+    Args:
+        shape: Its weight's. bias: Its bias's shape, which tells a transposed one, stored (in, out, *kernel).
+    """
+    if shape[1] == 1 and math.prod(shape[2:]) > 1:
+        return "a depthwise convolution, which PEFT can not merge a LoRA into"
+    if bias is not None and bias != shape[:1]:
+        return "a transposed convolution, which PEFT has no LoRA for"
+    return ""
