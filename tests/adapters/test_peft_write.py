@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
 
 from lorasurgery.adapters.peft_write import exact_suffixes, exact_targets
+from lorasurgery.clients.peft import saved_names
 
 
 @pytest.mark.parametrize(
@@ -19,7 +22,7 @@ from lorasurgery.adapters.peft_write import exact_suffixes, exact_targets
      ({"a.net.0", "a.net.2"}, {"b.net.2"}, ["a.net.0", "a.net.2"]),
      ({"layers.0", "layers.1"}, set(), ["layers.0", "layers.1"]),
      ({"a.net.0.0"}, {"a.net.1.0"}, ["net.0.0"])],
-    ids=str,
+    ids=lambda value: "-".join(sorted(value)) or "none",
 )  # fmt: skip
 def test_names_mean_exactly_the_chosen_modules(chosen: set[str], others: set[str], names: list[str]) -> None:
     """One ending for all where it catches nothing else, whole paths where it would, digits never alone."""
@@ -39,7 +42,34 @@ def test_a_path_that_ends_another_is_an_expression() -> None:
     assert not check_target_module_exists(config, "xxq")
 
 
-def test_saved_modules_are_told_apart_by_any_ending() -> None:
-    """modules_to_save matches any ending, so `norm` would also mean layer_norm."""
-    paths = {"a.norm", "a.layer_norm"}
-    assert exact_suffixes({"a.norm"}, paths, whole_parts=False) == ["a.norm"]
+def saved_by_peft(names: list[str], paths: set[str]) -> set[str]:
+    """The modules of these paths that PEFT itself wraps for modules_to_save."""
+    model = torch.nn.Module()
+    for path in sorted(paths):
+        parent = model
+        for part in path.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, torch.nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(path.rpartition(".")[2], torch.nn.LayerNorm(2))
+    found = get_peft_model(model, LoraConfig(target_modules="dummy-target-modules", modules_to_save=names))
+    wrapped = [n for n, m in found.base_model.model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    return set(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "others"),
+    [({"a.norm", "b.norm"}, {"b.k"}), ({"a.norm"}, {"a.layer_norm"}), ({"a.norm"}, {"b.norm"}), ({"norm"}, {"a.k"})],
+    ids=lambda value: "-".join(sorted(value)),
+)
+def test_saved_modules_are_told_apart_by_any_ending(chosen: set[str], others: set[str]) -> None:
+    """modules_to_save matches any ending, at a dot or not; the names mean just the chosen modules to PEFT."""
+    names, unnamed = saved_names(chosen, chosen | others, [])
+    assert not unnamed
+    assert saved_by_peft(names, chosen | others) == chosen
+
+
+def test_a_saved_module_that_no_name_means_alone_is_told() -> None:
+    """A path that ends another, and one that would shut a target out, must be stored otherwise."""
+    assert saved_names({"norm"}, {"norm", "a.norm"}, []) == ([], {"norm"})
+    assert saved_names({"a.norm"}, {"a.norm", "a.norm.linear"}, ["a.norm.linear"]) == ([], {"a.norm"})
