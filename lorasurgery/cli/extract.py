@@ -26,6 +26,10 @@ from lorasurgery.cli.ending import Ending
 @click.option("--full", metavar="auto|none|PAT", multiple=True, default=["auto"], show_default=True,
               help="What is stored whole beside the factors: what changed and is no matrix (nor an image model's "
                    "convolution) or has another shape (auto), nothing (none), or what patterns mean.")  # fmt: skip
+@click.option("--for", "client", default="peft", show_default=True,
+              type=click.Choice(["peft", "vllm", "sglang", "diffusers", "comfyui", "kohya"]),
+              help="What the adapter is for: only what that program takes is kept, and image tools get their one "
+                   ".safetensors file.")  # fmt: skip
 @click.option("--alpha", type=float, help="lora_alpha to write; the factors make up for it. [default: scale 1]")
 @click.option("--rslora", is_flag=True, help="Scale by alpha/√r instead of alpha/r.")
 @click.option("--svd", type=click.Choice(["auto", "randomized", "exact"]), default="auto", show_default=True,
@@ -57,6 +61,8 @@ def command(
       lorasurgery extract llama llama-chat -o adapter --energy 0.9 --max-rank 128
       lorasurgery extract llama llama-chat -o adapter --budget 100MB
       lorasurgery extract llama llama-chat -o adapter --target attention --exclude o_proj
+      lorasurgery extract llama llama-chat -o adapter --for vllm
+      lorasurgery extract sdxl dreambooth -o style.safetensors --for comfyui
       lorasurgery extract llama llama-chat -o adapter --dry-run --json
     """
     from lorasurgery.ops.extract import extract

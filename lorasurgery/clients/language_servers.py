@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.naming import BaseNames, is_head
 from lorasurgery.adapters.peft import PREFIX
+from lorasurgery.clients.client import HEADS
 from lorasurgery.clients.finding import MERGE, PORTABLE, UNDONE, Finding, Rule, Setting, some
 from lorasurgery.clients.peft_check import INITS, is_folder, named_keys
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_HEADS = ("score", "classifier")
 
 
 def _folder(adapter: Adapter, setting: Setting) -> Iterator[Finding]:
@@ -51,7 +51,7 @@ def _vllm_whole(adapter: Adapter, _: Setting) -> Iterator[Finding]:
     """Tensors stored whole: parse_fine_tuned_lora_name, is_base_embedding_weights, from_lora_tensors."""
     keys = list(adapter.replaced.values()) if adapter.format == "peft" else []
     copies = [k for k in keys if k.endswith((".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight"))]
-    other = [k for k in keys if k not in copies and k.rpartition(".")[0].rpartition(".")[2] not in _HEADS]
+    other = [k for k in keys if k not in copies and k.rpartition(".")[0].rpartition(".")[2] not in HEADS]
     if copies:
         yield Finding("dropped", f"{some(copies)} is skipped: the base's own is used", MERGE)
     if other:

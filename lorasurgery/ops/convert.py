@@ -115,7 +115,6 @@ def convert(
     Raises:
         SurgeryError: one line saying which file, what was expected, what was found and the next move.
     """
-    clock = Clock()
     options.check()
     check_device_name(device)
     several = find_adapters(adapter)
@@ -126,7 +125,17 @@ def convert(
                                     progress=progress),
             out, loose=options.to != "peft", overwrite=overwrite, dry_run=dry_run,
         )  # fmt: skip
-    out = Path(out)
+    return convert_adapter(
+        adapter, Path(out), options, base=base, device=device, overwrite=overwrite, dry_run=dry_run, progress=progress
+    )
+
+
+def convert_adapter(
+    adapter: str | Path, out: Path, options: ConvertOptions, *, base: str | Path | None = None, device: str = "auto",
+    overwrite: bool = False, dry_run: bool = False, progress: Progress | None = None,
+) -> Report:  # fmt: skip
+    """Convert one adapter, without fetching its inputs or recording the result."""
+    clock = Clock()
     check_name(out, loose=options.to != "peft")
     opened = open_adapter(adapter)
     check_output(out, [Path(adapter)], overwrite)

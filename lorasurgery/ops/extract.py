@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.clients.client import client_named
 from lorasurgery.clients.host import Host
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.expert_pairs import group_experts
+from lorasurgery.ops.extract_for import narrowed, reservations, staged, to_file
 from lorasurgery.ops.extract_report import add_excluded, plan_report, summarise, warning_of
 from lorasurgery.ops.pair_forms import fit_pairs, host_of
 from lorasurgery.ops.pairs import Pair, Selection, match_pairs
@@ -45,6 +47,9 @@ class ExtractOptions:
         svd: `exact` for LAPACK/cuSOLVER, `randomized`, or `auto` by the matrix's size.
         dtype: safetensors name for what is written; None takes the tuned weights' own.
         allow_nonfinite: Store tensors whole of which a value is NaN or infinite, instead of stopping at them.
+        client: What the adapter is for: peft, vllm, sglang (a PEFT folder of what they take), diffusers, comfyui or
+            kohya (their one file).
+        client: The program it is for: peft, vllm or sglang (a folder), diffusers, comfyui or kohya (one file).
         keep_rounding: Take tensors too that differ by no more than the rounding of one side's dtype, instead of
             counting them and leaving them out.
     """
@@ -59,6 +64,7 @@ class ExtractOptions:
     dtype: str | None = None
     allow_nonfinite: bool = False
     keep_rounding: bool = False
+    client: str = "peft"
 
     def check(self) -> None:
         """Raise UsageError for values that have no meaning."""
@@ -66,6 +72,7 @@ class ExtractOptions:
             raise UsageError(f"--alpha {self.alpha}: expected a positive number")
         if self.dtype not in (None, "F32", "BF16", "F16"):
             raise UsageError("--dtype: an adapter is written as float32, bfloat16 or float16")
+        client_named(self.client)
 
     def scaling(self, rank: int) -> tuple[float, float]:
         """(alpha, scale) of a module of this rank."""
@@ -95,7 +102,7 @@ def extract(
 
     Args:
         base, tuned: Checkpoint folders or files of the same architecture.
-        out: Folder for adapter_config.json and adapter_model.safetensors.
+        out: Folder for adapter_config.json and adapter_model.safetensors; for image tools a .safetensors file.
         resume: Go on with what an interrupted run of the same inputs and options left; the result is the same.
         memory_limit: Bytes that differences may take; larger ones are read anew for every pass over them.
         dry_run: Settle everything from headers, write nothing (torch is not imported).
@@ -103,18 +110,42 @@ def extract(
     Raises:
         SurgeryError: one line saying which file, what was expected, what was found and the next move.
     """
-    clock, options = Clock(), options or ExtractOptions()
+    options = options or ExtractOptions()
     options.check()
+    client, out = client_named(options.client), Path(out)
+    if client.one_rank:
+        options = replace(options, uniform_rank=True)
+    if (out.suffix == ".safetensors") != bool(client.file):
+        wanted = "one .safetensors file" if client.file else "a folder (config and weights)"
+        raise UsageError(f"{out}: an adapter for {client.name} is {wanted}; give such a name")
+    check_output(out, [Path(base), Path(tuned)], overwrite, resume=resume)
+    folder = staged(out) if client.file else out
+    report = _to_folder(
+        base, tuned, folder, options, device=device, overwrite=overwrite or bool(client.file), resume=resume,
+        memory_limit=memory_limit, dry_run=dry_run, progress=progress,
+    )  # fmt: skip
+    report.output = str(out)
+    if not dry_run and ranks().first:
+        if client.file:
+            to_file(folder, out, client, Path(base), report, overwrite=overwrite)
+        report.warnings += reservations(out, client, Checkpoint.open(base))
+    return report
+
+
+def _to_folder(
+    base: str | Path, tuned: str | Path, out: Path, options: ExtractOptions, *, device: str, overwrite: bool,
+    resume: bool, memory_limit: int | None, dry_run: bool, progress: Progress | None,
+) -> Report:  # fmt: skip
+    """Extract into a PEFT folder."""
+    clock = Clock()
     check_device_name(device)
     check_memory_limit(memory_limit)
-    out = Path(out)
-    if out.suffix == ".safetensors":
-        raise UsageError(f"{out}: an adapter is a folder (config and weights); give a folder name")
     first, second = Checkpoint.open(base), Checkpoint.open(tuned)
-    check_output(out, [Path(base), Path(tuned)], overwrite, resume=resume)
     matched = match_pairs(first, second, options.selection)
     host = host_of(first, second, matched.pairs, ask=not dry_run)
-    pairs = group_experts(fit_pairs(matched.pairs, host, options.selection), first.config | second.config)
+    fitted = fit_pairs(matched.pairs, host, options.selection)
+    fitted = narrowed(fitted, client_named(options.client))
+    pairs = group_experts(fitted, first.config | second.config)
     report = plan_report(first, second, out, pairs, options.choice, dry_run)
     report.warnings += matched.notes
     if not dry_run:
@@ -154,7 +185,9 @@ def _carry_out(
     with Output(out, overwrite=overwrite, run=run) as output:
         draft = job.run(pairs, progress)
         if run.ranks.first:
-            report.warnings += [warning_of(p, base, out) for p in write_adapter(draft, tuned, output)]
+            problems = write_adapter(draft, tuned, output)
+            if not client_named(options.client).file:
+                report.warnings += [warning_of(p, base, out) for p in problems]
         report.bytes_written = output.bytes_written
     run.ranks.wait()
     report.resumed = run.resumed
