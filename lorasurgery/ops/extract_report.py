@@ -177,7 +177,7 @@ def _warn_left_out(report: Report, kept: float) -> None:
     unknown = sum(m.delta_norm is None for m in report.left_out)
     report.totals["left_out_norm"] = math.sqrt(missing)
     report.totals["left_out_share"] = share
-    refused = sorted({m.kind for m in report.left_out if " takes no " in m.kind})
+    refused = sorted({m.kind for m in report.left_out if m.kind and " takes no " in m.kind})
     names = ", ".join(m.name for m in report.left_out[:3]) + (" …" if len(report.left_out) > 3 else "")
     report.warnings.append(
         f"{len(report.left_out)} changed tensors are left out ({names}): {share:.2%} of the change's norm is lost"

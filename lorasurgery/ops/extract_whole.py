@@ -48,9 +48,18 @@ def _is_savable(draft: AdapterDraft, pair: Pair) -> bool:
     host, path = draft.host, pair.path
     if path == pair.leaf or host.holds_modules(path) or host.stands_twice(path) or _has_factors(draft, path):
         return False
+    if _is_shared(draft, pair):  # a copy would be one layer's alone
+        return False
     if pair.leaf == "bias" and _is_matrix(draft, pair.path):
         return any(p.path == pair.path and p.leaf == "weight" for p in draft.full)
     return pair.leaf in ("weight", "bias") and _has_all(draft, pair.path)
+
+
+def _is_shared(draft: AdapterDraft, pair: Pair) -> bool:
+    """Whether other layers hold the same tensor in memory, and none of them one of its own on disk."""
+    if draft.host.skeleton is not None:
+        return any(n not in draft.in_memory for n in draft.host.others_of(_name(pair)))
+    return pair.base is not None and bool(draft.names.tied_paths(pair.base.name)) and not draft.has_head
 
 
 def _has_all(draft: AdapterDraft, module: str) -> bool:
