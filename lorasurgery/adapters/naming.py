@@ -19,8 +19,8 @@ from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.errors import MismatchError, nearest
 
 # transformers' models whose linear layers are Conv1D, stored (in, out)
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
-_CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
+CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 _EMBEDDING = re.compile(
     r"(?:.*\.)?(?:(?!proj_to_)[a-z_]*embeddings?|[a-z_]*embed_tokens|embed_positions|embed_in|pos_embed|wte|wpe|shared|relative_attention_bias"
     r"|embed|embedding_table|cond_type_embed|embed_image_indicator)"  # diffusers' tables
@@ -171,7 +171,7 @@ class BaseNames:
 
     def is_conv1d(self, path: str) -> bool:
         """Whether a linear layer's weight is stored (in, out), as GPT-2's Conv1D is."""
-        return self._has_conv1d and path.rpartition(".")[2] in _CONV1D_LEAVES
+        return self._has_conv1d and path.rpartition(".")[2] in CONV1D_LEAVES
 
     def tied_source(self, path: str) -> str | None:
         """The tensor that stands for a module which shares its weight and so has none on disk.
@@ -226,7 +226,7 @@ class BaseNames:
     @cached_property
     def _has_conv1d(self) -> bool:
         if "model_type" in self.config:
-            return self.config["model_type"] in _CONV1D_MODELS
+            return self.config["model_type"] in CONV1D_MODELS
         # Without a config the fused projection tells: (n, 3n) is Conv1D, (3n, n) would be Linear.
         return any(
             n.endswith("c_attn.weight") and len(t.shape) == 2 and t.shape[1] == 3 * t.shape[0]

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 Kind = Literal["linear", "conv1d", "embedding", "conv", "other"]
 
 
+_PLAIN = ("FalconLinear",)  # subclasses with a forward of their own that computes just what the layer's would
+
+
 @dataclass(frozen=True)
 class Module:
     """One module.
@@ -106,7 +109,8 @@ def kind_of(module: nn.Module) -> Kind:
     )  # fmt: skip
     for known, kind in kinds:
         if isinstance(module, known):
-            plain = type(module).forward is known.forward or (kind == "embedding" and hasattr(module, "embed_scale"))
+            plain = type(module).forward is known.forward or type(module).__name__ in _PLAIN
+            plain |= kind == "embedding" and hasattr(module, "embed_scale")
             grouped = kind == "conv" and module.groups != 1
             return kind if plain and not grouped else "other"
     return "conv1d" if _is_conv1d(module) else "other"

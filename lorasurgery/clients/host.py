@@ -9,7 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from lorasurgery.adapters.installed import Installed
+from lorasurgery.adapters.renames import model_types
 from lorasurgery.adapters.skeleton import Kind, Module, Skeleton
+from lorasurgery.clients.layer_kinds import KINDS, ending_of
 from lorasurgery.clients.peft import LAYERS_PAST, MERGED_ONLY, READ_PAST, saved_for, task_type
 
 
@@ -64,10 +66,21 @@ class Host:
             return "other"
         module = self.module(path)
         if module is None or self.model is None:
-            return None
+            return self._known_kind(path)
         if not self.model.keeps(path):
             return "other"
         return "other" if self._is_read_past(path, READ_PAST) else module.kind
+
+    def _known_kind(self, path: str) -> Kind | None:
+        """The kind of a layer that its name tells wrongly, from our own table of transformers' models."""
+        if self.skeleton is not None:
+            return None
+        for model in model_types(self.config):
+            for parts in (2, 3, 4):
+                found = KINDS.get(model, {}).get(ending_of(path, parts))
+                if found:
+                    return found
+        return None
 
     def runs_only_merged(self, path: str) -> bool:
         """Whether a layer's factors do nothing before they are merged: its weight is read past PEFT's layer."""
