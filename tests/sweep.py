@@ -1,0 +1,295 @@
+"""What becomes of an adapter extracted from one architecture: in our own merge, in PEFT, and in what `check` says."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from architectures import Architecture, model_of, tune
+from peft import PeftModel
+
+from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.ops.check import check
+from lorasurgery.ops.extract import ExtractOptions, extract
+from lorasurgery.ops.merge import merge
+
+RANK = 16  # above that of every update, fused projections' too: extraction is exact
+CLOSE = 1e-4  # of weights
+SHARE = 1e-3  # of what tuning changed in the output
+
+
+@dataclass
+class Row:
+    """What was found out about one class; None where it did not come to that, or could not be told.
+
+    Args:
+        unbuilt: Why the class could not be tried.
+        extracted, merged: Whether `extract` ended well, and `merge BASE ADAPTER` is the tuned model.
+        loads: Whether PEFT loads the adapter with no key missing or left over.
+        runs, merges: Whether PEFT's model gives the tuned outputs, and merges to the tuned weights.
+        why: What went wrong first. warnings: Those of extract's report. named: Whether one names a tensor or a module.
+        findings: What `check --for peft` says.
+    """
+
+    one: Architecture
+    unbuilt: str = ""
+    extracted: bool = False
+    merged: bool | None = None
+    loads: bool | None = None
+    runs: bool | None = None
+    merges: bool | None = None
+    why: str = ""
+    warnings: list[str] = field(default_factory=list)
+    named: bool = False
+    findings: list[str] = field(default_factory=list)
+
+    @property
+    def works(self) -> bool:
+        """Whether PEFT has the tuned model, whichever way it is asked for it."""
+        return bool(self.loads and self.merges and self.runs is not False)
+
+    @property
+    def said(self) -> bool:
+        """Whether both extract and `check` warn of the adapter."""
+        return self.named and bool(self.findings)
+
+    @property
+    def lawful(self) -> bool:
+        """Our merge is the tuned model, and so is PEFT's, or else the user has been told."""
+        return self.extracted and bool(self.merged) and (self.works or self.said)
+
+
+def row_of(one: Architecture, folder: Path) -> Row:
+    """Try one class, in an empty folder."""
+    row = Row(one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            base = model_of(one)
+            tuned = _pair(one, base, folder)
+        except Exception as error:
+            row.unbuilt = _line(error, folder)
+            return row
+        wanted = {k: v.clone() for k, v in tuned.state_dict().items()}
+        if _extracted(row, folder, wanted):
+            _merged(row, folder, wanted)
+            _in_peft(row, folder, tuned)
+            found = check(folder / "adapter", "peft").totals["findings"]
+            row.findings = [_cleaned(f["what"], folder) for f in found]
+    return row
+
+
+def _pair(one: Architecture, model: Any, folder: Path) -> Any:
+    """Save base and tuned model; the tuned one as it is loaded again, since that is all an adapter can give."""
+    model.save_pretrained(folder / "base")
+    known = getattr(tf, one.name)
+    if one.base:
+        torch.manual_seed(3)
+        model = known.from_pretrained(folder / "base")
+    tune(model, one.linear_only)
+    model.save_pretrained(folder / "tuned")
+    tuned = known.from_pretrained(folder / "tuned").eval()
+    name, difference = _furthest(tuned.state_dict(), model.state_dict())
+    if difference > 0:
+        raise ValueError(f"transformers does not load {name} as it saved it")
+    return tuned
+
+
+def _extracted(row: Row, folder: Path, wanted: dict[str, torch.Tensor]) -> bool:
+    options = ExtractOptions(RankChoice(rank=RANK))
+    try:
+        report = extract(folder / "base", folder / "tuned", folder / "adapter", options, device="cpu")
+    except SurgeryError as error:
+        row.why = _line(error, folder)
+        return False
+    row.extracted, row.warnings = True, [_cleaned(w, folder) for w in report.warnings]
+    known = set(wanted) | {k.rpartition(".")[0] for k in wanted}
+    row.named = any(known & set(re.findall(r"\w+(?:\.\w+)*", w)) for w in row.warnings)
+    return True
+
+
+def _merged(row: Row, folder: Path, wanted: dict[str, torch.Tensor]) -> None:
+    try:
+        merge(folder / "base", [folder / "adapter"], folder / "merged", device="cpu", allow_loss=True)
+        found = getattr(tf, row.one.name).from_pretrained(folder / "merged").state_dict()
+    except Exception as error:  # ours, or that of transformers at what we wrote
+        row.merged, row.why = False, f"our merge: {_line(error, folder)}"
+        return
+    name, difference = _furthest(found, wanted)
+    row.merged = difference <= CLOSE
+    if not row.merged:
+        row.why = f"our merge: {name} differs by {difference:.2g}"
+
+
+def _in_peft(row: Row, folder: Path, tuned: Any) -> None:
+    """Load, run and merge as PEFT's users do."""
+    known = getattr(tf, row.one.name)
+    base = known.from_pretrained(folder / "base").eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = PeftModel.from_pretrained(known.from_pretrained(folder / "base"), folder / "adapter").eval()
+        except Exception as error:  # whatever it is, the user has no model
+            row.loads, row.why = False, row.why or f"PEFT: {_line(error, folder)}"
+            return
+    lost = [str(w.message) for w in caught if "adapter keys" in str(w.message)]
+    row.loads = not lost
+    row.runs = _runs(model.get_base_model(), tuned, base)
+    row.merges, reason = _merges(model, tuned, folder)
+    row.why = row.why or (f"PEFT: {_line(lost[0], folder)}" if lost else reason)
+
+
+def _merges(model: Any, tuned: Any, folder: Path) -> tuple[bool, str]:
+    """Whether PEFT merges to the tuned weights, or why not."""
+    try:
+        found = model.merge_and_unload().state_dict()
+    except Exception as error:
+        return False, f"PEFT's merge: {_line(error, folder)}"
+    name, difference = _furthest(found, tuned.state_dict())
+    return difference <= CLOSE, "" if difference <= CLOSE else f"PEFT's merge: {name} differs by {difference:.2g}"
+
+
+def _runs(model: Any, tuned: Any, base: Any) -> bool | None:
+    """Whether PEFT's outputs are the tuned model's; None where none of our inputs is one that it takes."""
+    for inputs in _inputs(tuned):
+        try:
+            want, before = _output(tuned, inputs), _output(base, inputs)
+        except Exception:  # another kind of input
+            continue
+        try:
+            found = _output(model, inputs)
+        except Exception:  # the tuned model runs, this one doesn't
+            return False
+        moved = float((before - want).abs().max())
+        return bool(float((found - want).abs().max()) <= SHARE * max(1e-3, moved))
+    return None
+
+
+def _inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Tokens, pictures, spectra and sound, as the model's class may take them."""
+    generator = torch.Generator().manual_seed(4)
+    size = getattr(model.config, "image_size", 32)
+    size = size if isinstance(size, int) else 32
+    tokens = torch.randint(16, 60, (1, 8), generator=generator)
+    bands = getattr(model.config, "num_mel_bins", 8)
+    yield {"input_ids": tokens}
+    yield {"input_ids": tokens, "decoder_input_ids": tokens}
+    yield {"pixel_values": torch.randn(1, 3, size, size, generator=generator)}
+    yield {"input_features": torch.randn(1, bands, 64, generator=generator), "decoder_input_ids": tokens}
+    yield {"input_features": torch.randn(1, 64, bands, generator=generator)}
+    yield {"input_values": torch.randn(1, 4000, generator=generator)}
+
+
+def _output(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The first tensor of numbers that comes out."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        found = model(**inputs, return_dict=True).to_tuple()
+    return next(v for v in found if torch.is_tensor(v) and v.is_floating_point())
+
+
+def _furthest(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[str, float]:
+    """The tensor that differs most, and by how much; one that is missing or of another shape by infinity."""
+
+    def distance(name: str) -> float:
+        one, other = found.get(name), wanted[name]
+        if one is None or one.shape != other.shape:
+            return float("inf")
+        return float((one.double() - other.double()).abs().max()) if other.numel() else 0.0
+
+    name = max(wanted, key=distance)
+    return name, distance(name)
+
+
+def _line(error: object, folder: Path) -> str:
+    text = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else str(error)
+    return _cleaned(text, folder)[:300]
+
+
+def _cleaned(text: str, folder: Path) -> str:
+    """One line, without the folder of this run."""
+    return " ".join(text.replace(f"{folder}/", "").split())
+
+
+# Each class in a process of its own would take an hour: importing the libraries takes longer than most classes.
+
+
+class Worker:
+    """A process that tries classes one by one; it is replaced when one hangs, and now and then for its memory.
+
+    Args:
+        limit: Seconds for one class. lives: Classes that one process tries.
+    """
+
+    def __init__(self, limit: float = 150, lives: int = 40) -> None:
+        self.limit, self.lives = limit, lives
+        self._process: Any = None
+        self._left = 0
+
+    def row(self, one: Architecture) -> Row:
+        """Try one class; what ends the process, or takes too long, is said in the row."""
+        if self._process is None or self._left == 0:
+            self.close()
+            self._start()
+        self._left -= 1
+        try:
+            self._line.send(one)
+            if self._line.poll(self.limit):
+                found: Row = self._line.recv()
+                return found
+            reason = f"not done after {self.limit:g} s"
+        except (EOFError, OSError):
+            reason = "the process that tried it died"
+        self.close()
+        return Row(one, why=reason)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._line.close()
+            self._process = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._line, end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(end,), daemon=True)
+        self._process.start()
+        end.close()
+        self._left = self.lives
+
+
+def _serve(line: Any) -> None:
+    """Answer with a row for each class, until there is nobody to answer."""
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError), open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        sys.stderr = sys.stdout = nowhere
+        while True:
+            one = line.recv()
+            folder = Path(tempfile.mkdtemp(prefix="architecture-"))
+            try:
+                line.send(_guarded(row_of, one, folder))
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _guarded(work: Callable[[Architecture, Path], Row], one: Architecture, folder: Path) -> Row:
+    """A traceback of ours is a row that breaks the law, not the end of the sweep."""
+    try:
+        return work(one, folder)
+    except Exception as error:
+        return Row(one, why=f"traceback: {_line(error, folder)}")
