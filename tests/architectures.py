@@ -36,8 +36,8 @@ SMALL = {
        " temporal_patch_size spatial_merge_size eos_token_id sep_token_id",
     3: "num_channels num_labels mask_token_id",
     4: "num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads"
-       " linear_num_value_heads num_experts num_local_experts n_routed_experts qk_rope_head_dim rotary_dim",
-    8: "head_dim attention_head_dim global_head_dim d_kv kv_channels kv_lora_rank qk_nope_head_dim v_head_dim"
+       " linear_num_value_heads num_experts num_local_experts n_routed_experts rotary_dim",
+    8: "head_dim attention_head_dim global_head_dim d_kv kv_channels kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
        " linear_key_head_dim linear_value_head_dim mamba_d_state mamba_d_head mamba_n_heads state_size patch_size"
        " hidden_size_per_layer_input num_mel_bins",
     16: "projection_dim q_lora_rank",
@@ -55,9 +55,7 @@ NUMBERS = {name: number for number, names in SMALL.items() for name in names.spl
 # Left to the class's own idea where it can't be built with ours: the first that works is taken.
 WITHOUT = ((), ("layer_types",), ("head_dim",), ("layer_types", "head_dim"))
 # Parts of a path that a fine-tune by LoRA leaves alone.
-HEADS = frozenset(
-    "lm_head score classifier cls embed_out output_projection proj_out decoder predictions".split()
-)  # fmt: skip
+HEADS = frozenset("lm_head score classifier cls embed_out output_projection proj_out decoder predictions".split())
 
 
 @dataclass(frozen=True)
@@ -140,6 +138,8 @@ def _shrunk(config: Any) -> dict[str, Any]:
             found[key] = _shrunk(value)
         elif key in NUMBERS and isinstance(value, int) and not isinstance(value, bool):
             found[key] = NUMBERS[key]
+        elif isinstance(value, dict) and "mrope_section" in value:  # three parts of half a head
+            found[key] = value | {"mrope_section": [2, 1, 1]}
         elif key == "layer_types" and isinstance(value, list) and value:
             found[key] = [value[0], value[-1]]
     return found

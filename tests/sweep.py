@@ -62,14 +62,15 @@ class Row:
         return bool(self.loads and self.merges and self.runs is not False)
 
     @property
-    def said(self) -> bool:
-        """Whether both extract and `check` warn of the adapter."""
-        return self.named and bool(self.findings)
-
-    @property
-    def lawful(self) -> bool:
-        """Our merge is the tuned model, and so is PEFT's, or else the user has been told."""
-        return self.extracted and bool(self.merged) and (self.works or self.said)
+    def breaches(self) -> list[str]:
+        """How the row breaks the law: our merge is the tuned model, and so is PEFT's, or else the user is told."""
+        if not self.extracted:
+            return [f"extract: {self.why}"]
+        found = [] if self.merged else [self.why]
+        if not self.works:
+            found += [] if self.named else [f"{self.why}; extract's report names nothing"]
+            found += [] if self.findings else [f"{self.why}; check finds nothing"]
+        return found
 
 
 def row_of(one: Architecture, folder: Path) -> Row:
@@ -147,9 +148,9 @@ def _in_peft(row: Row, folder: Path, tuned: Any) -> None:
             return
     lost = [str(w.message) for w in caught if "adapter keys" in str(w.message)]
     row.loads = not lost
-    row.runs = _runs(model.get_base_model(), tuned, base)
+    row.runs, stopped = _runs(model.get_base_model(), tuned, base)
     row.merges, reason = _merges(model, tuned, folder)
-    row.why = row.why or (f"PEFT: {_line(lost[0], folder)}" if lost else reason)
+    row.why = row.why or (f"PEFT: {_line(lost[0], folder)}" if lost else reason or stopped)
 
 
 def _merges(model: Any, tuned: Any, folder: Path) -> tuple[bool, str]:
@@ -162,20 +163,20 @@ def _merges(model: Any, tuned: Any, folder: Path) -> tuple[bool, str]:
     return difference <= CLOSE, "" if difference <= CLOSE else f"PEFT's merge: {name} differs by {difference:.2g}"
 
 
-def _runs(model: Any, tuned: Any, base: Any) -> bool | None:
-    """Whether PEFT's outputs are the tuned model's; None where none of our inputs is one that it takes."""
+def _runs(model: Any, tuned: Any, base: Any) -> tuple[bool | None, str]:
+    """Whether PEFT's outputs are the tuned model's, or why not; None where it takes none of our inputs."""
     for inputs in _inputs(tuned):
         try:
-            want, before = _output(tuned, inputs), _output(base, inputs)
+            wanted, before = _output(tuned, inputs), _output(base, inputs)
         except Exception:  # another kind of input
             continue
         try:
             found = _output(model, inputs)
-        except Exception:  # the tuned model runs, this one doesn't
-            return False
-        moved = float((before - want).abs().max())
-        return bool(float((found - want).abs().max()) <= SHARE * max(1e-3, moved))
-    return None
+        except Exception as error:  # the tuned model runs, this one doesn't
+            return False, f"PEFT's model does not run: {_line(error, Path())}"
+        share = float((found - wanted).abs().max()) / max(1e-3, float((before - wanted).abs().max()))
+        return share <= SHARE, "" if share <= SHARE else f"PEFT's outputs are off by {share:.1%} of the change"
+    return None, ""
 
 
 def _inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
@@ -184,6 +185,7 @@ def _inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     size = getattr(model.config, "image_size", 32)
     size = size if isinstance(size, int) else 32
     tokens = torch.randint(16, 60, (1, 8), generator=generator)
+    tokens[0, -1] = 2  # the end, at which some read off a sentence's class
     bands = getattr(model.config, "num_mel_bins", 8)
     yield {"input_ids": tokens}
     yield {"input_ids": tokens, "decoder_input_ids": tokens}
