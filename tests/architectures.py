@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from transformers.models.auto import configuration_auto, modeling_auto
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 # Which auto classes are gone through. A model type with a class of its own in one of the others is not tried again for
@@ -25,7 +25,7 @@ TASKS = {
     "token classification": "TOKEN_CLASSIFICATION",
 }
 REPEATED = ("masked", "token classification")
-LARGEST = 20_000_000  # parameters: what is larger in spite of all below takes too long
+LARGEST = 30_000_000  # parameters: what is larger in spite of all below takes too long
 
 # What the numbers of a config become, whatever part of a model they stand in.
 SMALL = {
@@ -52,8 +52,18 @@ SMALL = {
     13: "vision_start_token_id", 14: "vision_end_token_id",
 }  # fmt: skip
 NUMBERS = {name: number for number, names in SMALL.items() for name in names.split()}
+# What a family needs beside them, or instead, by its model_type.
+OWN: dict[str, dict[str, Any]] = {
+    "donut-swin": {"embed_dim": 24},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]}, "luke": {"entity_vocab_size": 64, "entity_emb_size": 32},
+    "mamba2": {"num_heads": 8, "n_groups": 1}, "falcon_h1": {"mamba_d_ssm": 64, "mamba_expand": 2},
+    "esmc": {"num_key_value_heads": 4}, "zaya": {"num_experts_per_tok": 1},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+}  # fmt: skip
 # Left to the class's own idea where it can't be built with ours: the first that works is taken.
 WITHOUT = ((), ("layer_types",), ("head_dim",), ("layer_types", "head_dim"))
+# Some configs leave these None, and their classes do not mind that until they are built.
+FORGOTTEN = ("head_dim", "num_key_value_heads", "vocab_size")
 # Parts of a path that a fine-tune by LoRA leaves alone.
 HEADS = frozenset("lm_head score classifier cls embed_out output_projection proj_out decoder predictions".split())
 
@@ -63,12 +73,11 @@ class Architecture:
     """One class to try.
 
     Args:
-        type: config.json's model_type. name: The class, of the tuned model. task: The auto class that lists it.
+        name: The class, of the tuned model. task: The auto class that lists it.
         base: The class of the base, where it is another one.
         linear_only: Move linear layers only, heads left out, as after a merged LoRA.
     """
 
-    type: str
     name: str
     task: str = ""
     base: str = ""
@@ -85,21 +94,20 @@ def every() -> list[Architecture]:
 
 def _listed() -> Iterator[Architecture]:
     types: set[str] = set()
-    seen: set[tuple[str, str]] = set()
+    seen: set[str] = set()
     for task, mapping in TASKS.items():
         for model_type, names in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").items():
             name = names if isinstance(names, str) else names[0]
-            if (model_type, name) in seen or (task in REPEATED and model_type in types):
-                continue
-            seen.add((model_type, name))
+            if name not in seen and not (task in REPEATED and model_type in types):
+                yield Architecture(name, task)
+            seen.add(name)
             types.add(model_type)
-            yield Architecture(model_type, name, task)
 
 
 def model_of(one: Architecture) -> Any:
     """The base with random weights, of which none is at its initial value, where zeros hide mistakes."""
     known = getattr(tf, one.base or one.name)
-    config = _fitting(one.type, known)
+    config = _fitting(known)
     torch.manual_seed(0)
     model = known(config).eval().float()
     generator = torch.Generator().manual_seed(1)
@@ -110,36 +118,42 @@ def model_of(one: Architecture) -> Any:
     return model
 
 
-def _fitting(model_type: str, known: Any) -> Any:
-    """The smallest config that the class takes."""
-    family = configuration_auto.CONFIG_MAPPING[model_type]
-    numbers = _shrunk(family())
-    parts = tuple(k for k, v in numbers.items() if isinstance(v, dict))
-    reason: Exception = ValueError("no config")
-    for left_out in (*WITHOUT, parts):
+def _fitting(known: Any) -> Any:
+    """The smallest config that the class takes; the reason given is that against our own numbers."""
+    family = known.config_class
+    reason: Exception | None = None
+    for numbers in _attempts(family()):
         try:
-            config = family(**{k: v for k, v in numbers.items() if k not in left_out})
+            config = family(**numbers)
             with torch.device("meta"):
                 size = sum(p.numel() for p in known(config).parameters())
+            if size > LARGEST:
+                raise ValueError(f"{size / 1e6:.0f} million parameters however small its config")
         except Exception as error:
-            reason = error
-            continue
-        if size <= LARGEST:
+            reason = reason or error
+        else:
             return config
-        reason = ValueError(f"{size / 1e6:.0f} million parameters however small its config")
+    assert reason is not None
     raise reason
 
 
-def _shrunk(config: Any) -> dict[str, Any]:
-    """The arguments that differ from a config's defaults, those of its parts too."""
+def _attempts(defaults: Any) -> Iterator[dict[str, Any]]:
+    """Arguments for a config: small numbers, without some that a class computes, with some that it forgets to."""
+    numbers = _shrunk(defaults) | OWN.get(defaults.model_type, {})
+    for left_out in WITHOUT:
+        yield {k: v for k, v in numbers.items() if k not in left_out}
+    yield _shrunk(defaults, unset=True)
+    yield {k: v for k, v in numbers.items() if not isinstance(v, dict)}
+
+
+def _shrunk(config: Any, unset: bool = False) -> dict[str, Any]:
+    """The arguments that differ from a config's defaults, those of its parts too; with `unset` what is None too."""
     found: dict[str, Any] = {}
     for key, value in vars(config).items():
         if isinstance(value, tf.PretrainedConfig) and not key.startswith("_"):
-            found[key] = _shrunk(value)
-        elif key in NUMBERS and isinstance(value, int) and not isinstance(value, bool):
+            found[key] = _shrunk(value, unset)
+        elif key in NUMBERS and (type(value) is int or (unset and value is None and key in FORGOTTEN)):
             found[key] = NUMBERS[key]
-        elif isinstance(value, dict) and "mrope_section" in value:  # three parts of half a head
-            found[key] = value | {"mrope_section": [2, 1, 1]}
         elif key == "layer_types" and isinstance(value, list) and value:
             found[key] = [value[0], value[-1]]
     return found

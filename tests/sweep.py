@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers as tf
 from architectures import Architecture, model_of, tune
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors import safe_open
 
+from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.check import check
@@ -40,7 +43,8 @@ class Row:
         extracted, merged: Whether `extract` ended well, and `merge BASE ADAPTER` is the tuned model.
         loads: Whether PEFT loads the adapter with no key missing or left over.
         runs, merges: Whether PEFT's model gives the tuned outputs, and merges to the tuned weights.
-        why: What went wrong first. warnings: Those of extract's report. named: Whether one names a tensor or a module.
+        why: What went wrong first. warnings: Those of extract's report. named: Whether one names a
+            tensor, a module, or the class as a whole.
         findings: What `check --for peft` says.
     """
 
@@ -117,7 +121,14 @@ def _extracted(row: Row, folder: Path, wanted: dict[str, torch.Tensor]) -> bool:
         row.why = _line(error, folder)
         return False
     row.extracted, row.warnings = True, [_cleaned(w, folder) for w in report.warnings]
-    known = set(wanted) | {k.rpartition(".")[0] for k in wanted}
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as adapter:
+        written = {k.removeprefix("base_model.model.") for k in adapter.keys()}  # noqa: SIM118
+    tensors = {
+        *wanted,
+        *Checkpoint.open(folder / "tuned").tensors,
+        *written,
+    }  # names in memory, on disk, in the adapter
+    known = {row.one.name, *tensors, *(k.rpartition(".")[0] for k in tensors)}
     row.named = any(known & set(re.findall(r"\w+(?:\.\w+)*", w)) for w in row.warnings)
     return True
 
@@ -139,18 +150,31 @@ def _in_peft(row: Row, folder: Path, tuned: Any) -> None:
     """Load, run and merge as PEFT's users do."""
     known = getattr(tf, row.one.name)
     base = known.from_pretrained(folder / "base").eval()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            model = PeftModel.from_pretrained(known.from_pretrained(folder / "base"), folder / "adapter").eval()
-        except Exception as error:  # whatever it is, the user has no model
-            row.loads, row.why = False, row.why or f"PEFT: {_line(error, folder)}"
-            return
-    lost = [str(w.message) for w in caught if "adapter keys" in str(w.message)]
+    try:
+        model, lost = _loaded(known.from_pretrained(folder / "base"), folder / "adapter")
+    except Exception as error:  # whatever it is, the user has no model
+        row.loads, row.why = False, row.why or f"PEFT: {_line(error, folder)}"
+        return
     row.loads = not lost
     row.runs, stopped = _runs(model.get_base_model(), tuned, base)
     row.merges, reason = _merges(model, tuned, folder)
-    row.why = row.why or (f"PEFT: {_line(lost[0], folder)}" if lost else reason or stopped)
+    row.why = row.why or lost or reason or stopped
+
+
+def _loaded(base: Any, adapter: Path) -> tuple[Any, str]:
+    """PEFT's model, and the first key that it lacks or does not know, of which PEFT itself is silent or only warns."""
+    results = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        results.append(set_peft_model_state_dict(*args, **options))
+        return results[-1]
+
+    with mock.patch("peft.peft_model.set_peft_model_state_dict", watched):
+        model = PeftModel.from_pretrained(base, adapter).eval()
+    missing = [k for r in results for k in r.missing_keys if "lora_" in k or "modules_to_save" in k]
+    unknown = [k for r in results for k in r.unexpected_keys]
+    lost = [f"PEFT misses {k}" for k in missing] + [f"PEFT does not know {k}" for k in unknown]
+    return model, lost[0] if lost else ""
 
 
 def _merges(model: Any, tuned: Any, folder: Path) -> tuple[bool, str]:
