@@ -27,22 +27,23 @@ os.environ |= {
 os.environ |= {"PYTHONWARNINGS": "ignore"}  # of the processes that do the work
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from architectures import Architecture, every  # noqa: E402
+from architectures import Architecture, denoisers, every  # noqa: E402
 from sweep import CLOSE, Row, Worker  # noqa: E402
 
 INTRO = """\
 # Which architectures
 
-Made by `make architectures` on {date} with transformers {transformers}, peft {peft} and torch {torch}; do not edit.
+Made by `make architectures` on {date} with transformers {transformers}, diffusers {diffusers}, peft {peft} and
+torch {torch}; do not edit.
 
-Each model class that transformers' auto classes list is built tiny, with random weights. A copy is fine-tuned: every
-weight moves, matrices by an update of rank 4. Then `lorasurgery extract` runs at rank 16, which is exact, and the
-adapter is tried:
+Each model class that transformers' auto classes list, and each of diffusers that loads adapters, is built tiny, with
+random weights. A copy is fine-tuned: every weight moves (of diffusers' models those of linear layers and convolutions),
+matrices by an update of rank 4. Then `lorasurgery extract` runs at rank 16, which is exact, and the adapter is tried:
 
 - **extract**: it ends well.
 - **merge**: `lorasurgery merge BASE ADAPTER` is the tuned model, each weight to {close}.
 - **PEFT runs**: loaded with `PeftModel.from_pretrained`, the model's outputs are the tuned model's. A dash means that
-  the tiny model takes none of the inputs that were tried.
+  the tiny model takes none of the inputs that were tried; diffusers' models are not run.
 - **PEFT merges**: `merge_and_unload` gives the tuned weights.
 
 {counts}
@@ -73,6 +74,7 @@ COMMON = {
 UNBUILT = {
     r"ImportError": "they need a package that is not installed here",
     r"million parameters": "too large however small the config",
+    r"not made small": "no small config is known here",
     r"does not load": "transformers does not load what it saved",
     "": "their default config, with small numbers, is none that they take",
 }
@@ -116,7 +118,7 @@ def rows_of(ones: Iterable[Architecture]) -> list[Row]:
 
 def page(rows: list[Row]) -> str:
     """The whole page."""
-    versions = {name: version(name) for name in ("transformers", "peft")} | {"torch": version("torch").split("+")[0]}
+    versions = {name: version(name).split("+")[0] for name in ("transformers", "diffusers", "peft", "torch")}
     head = INTRO.format(date=datetime.date.today(), close=f"{CLOSE:.0e}", counts=counts(rows), **versions)
     notes = Notes()
     built = [r for r in rows if not r.unbuilt]
@@ -195,7 +197,12 @@ def unbuilt(rows: list[Row]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    everything = every() + denoisers()
+    rows = rows_of([one for one in everything if str(one) in (sys.argv[1:] or map(str, everything))])
+    for row in rows:
+        if not row.unbuilt and row.breaches:
+            print(f"{row.one}: {'; '.join(row.breaches)}", file=sys.stderr)
     if len(sys.argv) > 1:
-        print(page(rows_of([one for one in every() if str(one) in sys.argv[1:]])))
+        print(page(rows))
     else:
-        TARGET.write_text(page(rows_of(every())))
+        TARGET.write_text(page(rows))

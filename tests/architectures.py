@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +15,17 @@ from transformers.pytorch_utils import Conv1D
 # Which auto classes are gone through. A model type with a class of its own in one of the others is not tried again for
 # the last two, whose classes are the same encoder under one more head.
 TASKS = {
-    "causal": "CAUSAL_LM",
-    "seq2seq": "SEQ_TO_SEQ_CAUSAL_LM",
-    "image-text-to-text": "IMAGE_TEXT_TO_TEXT",
+    "causal language models": "CAUSAL_LM",
+    "sequence to sequence": "SEQ_TO_SEQ_CAUSAL_LM",
+    "image and text to text": "IMAGE_TEXT_TO_TEXT",
     "sequence classification": "SEQUENCE_CLASSIFICATION",
     "image classification": "IMAGE_CLASSIFICATION",
-    "speech": "SPEECH_SEQ_2_SEQ",
+    "speech to text": "SPEECH_SEQ_2_SEQ",
     "CTC": "CTC",
-    "masked": "MASKED_LM",
+    "masked language models": "MASKED_LM",
     "token classification": "TOKEN_CLASSIFICATION",
 }
-REPEATED = ("masked", "token classification")
+REPEATED = ("masked language models", "token classification")
 LARGEST = 30_000_000  # parameters: what is larger in spite of all below takes too long
 
 # What the numbers of a config become, whatever part of a model they stand in.
@@ -76,12 +77,19 @@ class Architecture:
         name: The class, of the tuned model. task: The auto class that lists it.
         base: The class of the base, where it is another one.
         linear_only: Move linear layers only, heads left out, as after a merged LoRA.
+        library: Where the classes are.
     """
 
     name: str
     task: str = ""
     base: str = ""
     linear_only: bool = False
+    library: str = "transformers"
+
+    @property
+    def known(self) -> Any:
+        """The class itself."""
+        return getattr(importlib.import_module(self.library), self.name)
 
     def __str__(self) -> str:
         return f"{self.base}-{self.name}" if self.base else self.name
@@ -90,6 +98,15 @@ class Architecture:
 def every() -> list[Architecture]:
     """Each class of the auto mappings once, in their order."""
     return list(_listed())
+
+
+def denoisers() -> list[Architecture]:
+    """The classes of diffusers that load adapters; importing them all takes a while."""
+    import diffusers_models
+
+    return [
+        Architecture(name, "image and video models", library="diffusers") for name in diffusers_models.adapter_classes()
+    ]
 
 
 def _listed() -> Iterator[Architecture]:

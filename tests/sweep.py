@@ -17,7 +17,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import transformers as tf
 from architectures import Architecture, model_of, tune
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import safe_open
@@ -43,8 +42,8 @@ class Row:
         extracted, merged: Whether `extract` ended well, and `merge BASE ADAPTER` is the tuned model.
         loads: Whether PEFT loads the adapter with no key missing or left over.
         runs, merges: Whether PEFT's model gives the tuned outputs, and merges to the tuned weights.
-        why: What went wrong first. warnings: Those of extract's report. named: Whether one names a
-            tensor, a module, or the class as a whole.
+        why: What went wrong first. warnings: Those of extract's report. named: Whether one says of PEFT what it
+            makes of a tensor, a module, or the class as a whole.
         findings: What `check --for peft` says.
     """
 
@@ -83,8 +82,7 @@ def row_of(one: Architecture, folder: Path) -> Row:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            base = model_of(one)
-            tuned = _pair(one, base, folder)
+            tuned = _pair(one, folder) if one.library == "transformers" else _denoisers(one, folder)
         except Exception as error:
             row.unbuilt = _line(error, folder)
             return row
@@ -97,16 +95,25 @@ def row_of(one: Architecture, folder: Path) -> Row:
     return row
 
 
-def _pair(one: Architecture, model: Any, folder: Path) -> Any:
+def _denoisers(one: Architecture, folder: Path) -> Any:
+    """Base and tuned model of diffusers; its norms and biases stay as they are."""
+    import diffusers_models  # slow, and only for these
+
+    if diffusers_models.save_pair(one.name, folder) is None:
+        raise ValueError("not made small")
+    return one.known.from_pretrained(folder / "tuned").eval()
+
+
+def _pair(one: Architecture, folder: Path) -> Any:
     """Save base and tuned model; the tuned one as it is loaded again, since that is all an adapter can give."""
+    model = model_of(one)
     model.save_pretrained(folder / "base")
-    known = getattr(tf, one.name)
     if one.base:
         torch.manual_seed(3)
-        model = known.from_pretrained(folder / "base")
+        model = one.known.from_pretrained(folder / "base")
     tune(model, one.linear_only)
     model.save_pretrained(folder / "tuned")
-    tuned = known.from_pretrained(folder / "tuned").eval()
+    tuned = one.known.from_pretrained(folder / "tuned").eval()
     name, difference = _furthest(tuned.state_dict(), model.state_dict())
     if difference > 0:
         raise ValueError(f"transformers does not load {name} as it saved it")
@@ -129,14 +136,14 @@ def _extracted(row: Row, folder: Path, wanted: dict[str, torch.Tensor]) -> bool:
         *written,
     }  # names in memory, on disk, in the adapter
     known = {row.one.name, *tensors, *(k.rpartition(".")[0] for k in tensors)}
-    row.named = any(known & set(re.findall(r"\w+(?:\.\w+)*", w)) for w in row.warnings)
+    row.named = any("PEFT" in w and known & set(re.findall(r"\w+(?:\.\w+)*", w)) for w in row.warnings)
     return True
 
 
 def _merged(row: Row, folder: Path, wanted: dict[str, torch.Tensor]) -> None:
     try:
         merge(folder / "base", [folder / "adapter"], folder / "merged", device="cpu", allow_loss=True)
-        found = getattr(tf, row.one.name).from_pretrained(folder / "merged").state_dict()
+        found = row.one.known.from_pretrained(folder / "merged").state_dict()
     except Exception as error:  # ours, or that of transformers at what we wrote
         row.merged, row.why = False, f"our merge: {_line(error, folder)}"
         return
@@ -148,7 +155,7 @@ def _merged(row: Row, folder: Path, wanted: dict[str, torch.Tensor]) -> None:
 
 def _in_peft(row: Row, folder: Path, tuned: Any) -> None:
     """Load, run and merge as PEFT's users do."""
-    known = getattr(tf, row.one.name)
+    known = row.one.known
     base = known.from_pretrained(folder / "base").eval()
     try:
         model, lost = _loaded(known.from_pretrained(folder / "base"), folder / "adapter")

@@ -85,7 +85,7 @@ def test_silence_is_a_breach() -> None:
     assert not replace(silent, merges=True, runs=None).breaches
 
 
-def test_what_hangs_is_bounded_and_what_dies_is_a_row() -> None:
+def test_what_hangs_is_bounded() -> None:
     """A worker gives up at its limit, says so, and tries the next class in a new process."""
     worker = Worker(limit=0.05)
     one = KINDS["plain"]
