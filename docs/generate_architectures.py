@@ -50,12 +50,12 @@ matrices by an update of rank 4. Then `lorasurgery extract` runs at rank 16, whi
 """
 COUNTS = (
     "Of {all} classes {built} could be built. Our merge is the tuned model for {merged} of them. PEFT merges to it, "
-    "and runs it where that could be tried, for {works}. For {halved} more it runs the tuned model but merges another "
-    "one, and for {never} it has another model or none. {told}"
+    "and runs it where that could be tried, for {works}. For {halved} more it merges another one, but runs the tuned "
+    "model where that could be tried. For the other {never} it has another model or none. {told}"
 )
 TOLD = "Of all of these `extract` warns by name, and `lorasurgery check ADAPTER --for peft` says why."
 NOT_TOLD = (
-    "For {silent} of these one of `extract` and `lorasurgery check ADAPTER --for peft` is silent: *not told* below."
+    "For {silent} of these `extract` or `lorasurgery check ADAPTER --for peft` is silent: they are marked *not told*."
 )
 # What many classes have in common, in few words and in a sentence, by what `check` finds.
 COMMON = {
@@ -139,7 +139,7 @@ def counts(rows: list[Row]) -> str:
     """The sentences above the tables."""
     built = [r for r in rows if not r.unbuilt]
     works = sum(r.works for r in built)
-    halved = sum(bool(r.loads and r.runs and not r.merges) for r in built)
+    halved = sum(bool(r.loads and r.runs is not False and not r.merges) for r in built)
     silent = sum(bool(r.breaches) for r in built)
     text = COUNTS.format(
         all=len(rows), built=len(built), merged=sum(bool(r.merged) for r in built), works=works, halved=halved,
@@ -155,7 +155,7 @@ def table(rows: Iterable[Row], notes: Notes) -> Iterator[str]:
     for row in rows:
         runs = False if row.loads is False else row.runs
         merges = False if row.loads is False else row.merges
-        cells = [word(row.extracted), word(row.merged), word(runs), word(merges), " ".join(remarks(row, notes))]
+        cells = [word(row.extracted), word(row.merged), word(runs), word(merges), ", ".join(remarks(row, notes))]
         yield f"| `{row.one}` | {' | '.join(cells)} |"
 
 
