@@ -184,6 +184,8 @@ def tune(model: Any, linear_only: bool) -> None:
         for path, m in model.named_modules()
         if isinstance(m, (torch.nn.Linear, Conv1D)) and not HEADS & set(path.split(".")[-2:])
     }
+    if linear_only and not layers:
+        raise ValueError("no linear layers but the head's")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and (not linear_only or id(parameter) in layers):
