@@ -8,7 +8,7 @@ ONLY ?=
 MINUTES ?= 30
 BENCH ?=
 
-.PHONY: help install demo test test-slow fuzz lint types check docs site bench clean
+.PHONY: help install demo test test-slow fuzz lint types check docs architectures site bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -52,6 +52,10 @@ docs: $(STAMP) ## Write anew the pages that are made: the CLI reference, the JSO
 	@$(BIN)/python docs/generate_cli.py
 	@$(BIN)/python docs/generate_json.py
 	@$(BIN)/python -W ignore docs/generate_formats.py
+
+architectures: $(STAMP) ## Extract, merge and load every model class of transformers, and write docs/architectures.md (about 10 minutes)
+	@echo "== architectures"
+	@$(BIN)/python -W ignore docs/generate_architectures.py
 
 site: $(STAMP) ## Build the documentation into site/, strictly: a broken link is an error
 	@echo "== site"
