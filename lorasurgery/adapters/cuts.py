@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -77,14 +77,14 @@ def _cuts(memory: str, numbers: Sequence[int], owned: Mapping[str, range]) -> li
     found, at = [], 0
     for disk, group in groupby(numbers, key=owner.__getitem__):
         rows = [n - owned[disk].start for n in group]
-        found.append((disk, Cut(memory, _as_range(rows), range(at, at + len(rows)), len(numbers))))
+        found.append((disk, Cut(memory, as_range(rows), range(at, at + len(rows)), len(numbers))))
         at += len(rows)
     return found
 
 
-def _as_range(rows: Sequence[int]) -> range | tuple[int, ...]:
+def as_range(rows: Sequence[int]) -> range | tuple[int, ...]:
     """The same rows as a range where they are one, which takes no memory."""
     step = rows[1] - rows[0] if len(rows) > 1 else 1
-    if step > 0 and all(b - a == step for a, b in zip(rows, rows[1:], strict=False)):
+    if step > 0 and all(b - a == step for a, b in pairwise(rows)):
         return range(rows[0], rows[-1] + 1, step)
     return tuple(rows)

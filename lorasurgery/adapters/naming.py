@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorasurgery.adapters.library import library_names
+from lorasurgery.adapters.cuts import Cut
+from lorasurgery.adapters.library import library_cuts, library_names
 from lorasurgery.adapters.renames import disk_names, memory_name, model_types
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.errors import MismatchError, nearest
@@ -144,8 +145,17 @@ class BaseNames:
     @cached_property
     def by_library(self) -> BaseNames | None:
         """The same tensors by the names that transformers itself knows for them: a last resort before an error."""
-        table = library_names(self.tensors, self.config)
+        table = library_names(self._shapes, self.config)
         return _LibraryNames(self.tensors, self.config, self.where, table) if table else None
+
+    @cached_property
+    def cuts(self) -> dict[str, list[tuple[str, Cut]]]:
+        """Name in memory -> tensors that transformers cuts it from, or joins to it: a last resort before an error."""
+        return library_cuts(self._shapes, self.config)
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.tensors.items()}
 
     def missing(self, path: str, adapter: str, more: Sequence[str] = (), total: int = 1) -> NoTensorError:
         """The error for an adapter's paths that no tensor of the base answers to, with the nearest names.
