@@ -127,13 +127,12 @@ def test_the_adapter_is_the_tuned_model_in_peft_and_merged(name: str, tmp_path: 
 
 @pytest.mark.parametrize("name", ["gte", "hrm_text", "olmo_hybrid"])
 def test_verify_finds_the_merge(name: str, tmp_path: Path) -> None:
-    """verify computes the same from the adapter, of a merge made here and of the library's own files."""
+    """verify computes the same from base and adapter."""
     pair(name, tmp_path)
     extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "x")
     merge(tmp_path / "base", [tmp_path / "x"], tmp_path / "m")
-    for made in ("m", "tuned"):
-        found = verify(tmp_path / made, against=tmp_path / "base", adapters=[tmp_path / "x"])
-        assert found.totals["equal"] in (True, "rounding") or not found.modules
+    found = verify(tmp_path / "m", against=tmp_path / "base", adapters=[tmp_path / "x"])
+    assert found.totals["equal"] == "rounding"
 
 
 @pytest.mark.parametrize("name", ["nomic_bert", "mistral_large4", "olmo_hybrid"])
