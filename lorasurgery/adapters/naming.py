@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -119,10 +119,7 @@ class BaseNames:
                 return candidate
         parts = name.split(".")
         # the adapter's path is the longer one: `transformer.h.0…` on disk as `h.0…`
-        for i in range(1, min(len(parts) - 1, _MOST_WRAPPERS)):
-            if not self._is_wrapper(parts[i - 1]):
-                break
-            candidate = ".".join(parts[i:])
+        for candidate in self.unwrapped(name):
             if candidate in self.tensors and self._fits(candidate, shapes):
                 return candidate
         longer = self._by_ending(len(parts)).get(name, []) if len(parts) > 1 else []
@@ -227,6 +224,14 @@ class BaseNames:
                 return min(found, key=len)
         return None
 
+    def unwrapped(self, name: str) -> Iterator[str]:
+        """A name without its first parts, as long as those may be missing on disk."""
+        parts = name.split(".")
+        for i in range(1, min(len(parts) - 1, _MOST_WRAPPERS)):
+            if not self._is_wrapper(parts[i - 1]):
+                return
+            yield ".".join(parts[i:])
+
     def _is_wrapper(self, part: str) -> bool:
         """Whether a leading part of a path may be missing on disk; a misspelt prefix must not pass for one."""
         kind = str(self.config.get("model_type", "")).replace("-", "_")
@@ -274,7 +279,7 @@ class _LibraryNames(BaseNames):
     table: dict[str, list[str]]
 
     def renamed(self, name: str) -> list[str]:
-        return self.table.get(name, [])
+        return next((self.table[n] for n in (name, *self.unwrapped(name)) if n in self.table), [])
 
 
 def align_names(base: set[str], tuned: set[str]) -> tuple[str, str]:

@@ -72,11 +72,24 @@ def library_rows(names: BaseNames, memory: str, shape: tuple[int, ...]) -> list[
     Args:
         memory: Its name. shape: Of the update.
     """
-    parts = names.cuts.get(memory, [])
+    parts = cuts_of(names, memory)
     if any((cut.height, *names.tensors[disk].shape[1:]) != shape for disk, cut in parts):
         return []
     found = [_on_disk(disk, cut, names.tensors[disk].shape[0]) for disk, cut in parts]
     return [rows for rows in found if rows] if all(found) else []
+
+
+def cuts_of(names: BaseNames, memory: str) -> list[tuple[str, Cut]]:
+    """The tensors on disk that the library cuts one in memory from, or joins to it; its first parts may be a wrapper's.
+
+    Args:
+        memory: Its name, in a model with a head or in its body.
+    """
+    for name in (memory, *names.unwrapped(memory)):
+        if name in names.cuts:
+            return names.cuts[name]
+    longer = [n for n in names.cuts if n.endswith(f".{memory}")]
+    return names.cuts[longer[0]] if len(longer) == 1 else []
 
 
 def _on_disk(disk: str, cut: Cut, height: int) -> Rows | None:

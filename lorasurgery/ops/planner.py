@@ -7,6 +7,7 @@ from functools import partial
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.naming import BaseNames, NoTensorError, is_embedding, is_head, module_of
+from lorasurgery.adapters.projections import cuts_of
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError
@@ -96,7 +97,7 @@ class _Planner:
 
     def _replace_cut(self, adapter: Adapter, name: str, weight: float) -> bool:
         """Replace the rows of the tensors that the library cuts this one from, or joins to it."""
-        parts = self.names.cuts.get(name, []) if adapter.format == "peft" else []
+        parts = cuts_of(self.names, name) if adapter.format == "peft" else []
         key = adapter.replaced[name]
         info = adapter.weights.tensors[key]
         for disk, cut in parts:

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorasurgery.adapters.cuts import numbered, read_cuts
+from lorasurgery.adapters.cuts import Cut, numbered, read_cuts
 from lorasurgery.errors import MismatchError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.extract import ExtractOptions, extract
@@ -224,6 +224,57 @@ def test_one_of_two_changed_convolutions_writes_both(tmp_path: Path) -> None:
     assert torch.allclose(half[:3], wanted[name][:3] + 0.5)
     assert torch.equal(half[3:], wanted[name][3:])
     assert any(k.endswith("q_conv1d.weight") for k in base)
+
+
+def test_a_model_with_a_head_from_a_body(tmp_path: Path) -> None:
+    """The base is the body alone, so that the adapter's paths are longer; whole biases and factors find their rows."""
+    torch.manual_seed(0)
+    model = tf.AutoModelForSequenceClassification.from_config(make("gte").config)
+    model.base_model.save_pretrained(tmp_path / "base")
+    tuned(model)
+    model.save_pretrained(tmp_path / "tuned")
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "x")
+    merge(tmp_path / "base", [tmp_path / "x"], tmp_path / "m")
+    found = dict(type(model).from_pretrained(tmp_path / "m").base_model.state_dict())
+    assert_close(found, dict(model.base_model.state_dict()))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_rows_that_take_turns(dora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gate in the even rows and up in the odd ones, biases too: float64 arithmetic says where factors go; undone."""
+    turns = {"gate_proj": range(0, 8, 2), "up_proj": range(1, 8, 2)}
+    cuts = {
+        f"mlp.{leaf}.{kind}": [(f"mlp.w13.{kind}", Cut(f"mlp.{leaf}.{kind}", rows, range(4), 4))]
+        for leaf, rows in turns.items()
+        for kind in ("weight", "bias")
+    }
+    monkeypatch.setattr("lorasurgery.adapters.naming.library_cuts", lambda *_: cuts)
+    generator, stem = torch.Generator().manual_seed(0), "base_model.model.mlp"
+    weights = {f"mlp.w13.{k}": torch.randn(8, *s, generator=generator) for k, s in (("weight", (6,)), ("bias", ()))}
+    factors, wanted = {}, {k: v.double() for k, v in weights.items()}
+    for leaf, rows in turns.items():
+        a, b, bias = (torch.randn(*s, generator=generator) for s in ((2, 6), (4, 2), (4,)))
+        factors |= {f"{stem}.{leaf}.lora_A.weight": a, f"{stem}.{leaf}.lora_B.weight": b, f"{stem}.{leaf}.bias": bias}
+        new = wanted["mlp.w13.weight"][list(rows)] + b.double() @ a.double()
+        if dora:
+            factors[f"{stem}.{leaf}.lora_magnitude_vector"] = bias.abs() + 1
+            new = (bias.abs() + 1).double()[:, None] * new / new.norm(dim=1, keepdim=True)
+        wanted["mlp.w13.weight"][list(rows)], wanted["mlp.w13.bias"][list(rows)] = new, bias.double()
+    for folder, file, tensors, config in (
+        ("base", "model", weights, {}),
+        ("x", "adapter_model", factors, {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_dora": dora}),
+    ):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / f"{file}.safetensors")
+        (tmp_path / folder / ("config.json" if folder == "base" else "adapter_config.json")).write_text(
+            json.dumps(config | ({"target_modules": list(turns), "bias": "lora_only"} if config else {}))
+        )
+    merge(tmp_path / "base", [tmp_path / "x"], tmp_path / "m", undo=True)
+    found = load_file(tmp_path / "m" / "model.safetensors")
+    assert all(torch.allclose(found[k].double(), v, atol=1e-6) for k, v in wanted.items())
+    unmerge(tmp_path / "m", [tmp_path / "x"], tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(back[k], v) for k, v in weights.items())
 
 
 def test_another_shape_is_refused(tmp_path: Path) -> None:
