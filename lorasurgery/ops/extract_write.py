@@ -82,6 +82,20 @@ class AdapterDraft:
             [replace(f, copies=1 + len(aliases_of(self, pair)), surplus=surplus(pair)) for pair, f in self.factors]
         )
         self._keep(fit([f for _, f in self.factors], [_Folder(self).file], budget, scaling, uniform=uniform))
+        while (
+            uniform and self.padded_size > budget and self.factors[0][1].rank > 1
+        ):  # joined modules add their ranks up
+            rank = self.factors[0][1].rank
+            rank = max(1, min(rank - 1, rank * budget // self.padded_size))
+            self._keep([f.cut(rank, scaling) for _, f in self.factors])
+
+    @property
+    def padded_size(self) -> int:
+        """Bytes of the file with all modules at one rank."""
+        found = replace(self)
+        found.pad()
+        file = _Folder(found).file
+        return len(file.header()) + sum(t.nbytes for t in file.tensors)
 
     def _keep(self, modules: list[Factored]) -> None:
         self.dropped += [line for f in modules if not f.rank for line in f.reports]

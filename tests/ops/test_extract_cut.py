@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorasurgery.adapters.cuts import Cut, numbered, read_cuts
 from lorasurgery.errors import MismatchError
-from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.linalg.rank import Budget, RankChoice
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.pairs import Selection
@@ -171,6 +171,17 @@ def test_joined_modules_keep_their_scale(options: dict[str, object], only: str, 
     assert_close(dict(loaded("minimax_m3_vl", tmp_path / "m").state_dict()), wanted)
     ranks = {v.shape[0] for k, v in load_file(tmp_path / "x" / "adapter_model.safetensors").items() if "lora_A" in k}
     assert len(ranks) == 1 or "uniform_rank" not in options
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_budget_counts_copies_and_blocks(uniform: bool, tmp_path: Path) -> None:
+    """The file keeps to its budget where factors are written for several modules, or joined to one of twice the rank."""
+    for name, only, budget in (("hrm_text", "", 60_000), ("minimax_m3_vl", "shared_experts", 6_000)):
+        pair(name, tmp_path / name, only)
+        options = ExtractOptions(choice=RankChoice(budget=Budget(budget)), uniform_rank=uniform)
+        extract(tmp_path / name / "base", tmp_path / name / "tuned", tmp_path / name / "x", options)
+        size = (tmp_path / name / "x" / "adapter_model.safetensors").stat().st_size
+        assert size <= budget
 
 
 def test_fused_tensors_stored_whole(tmp_path: Path) -> None:
