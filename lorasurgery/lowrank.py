@@ -62,8 +62,8 @@ class LowRank:
         """The same on another device or in another dtype."""
         return LowRank(_to(self.up, where), _to(self.down, where).contiguous(), self.scale)
 
-    def part(self, rows: slice) -> LowRank:
-        """The update of some of the rows."""
+    def part(self, rows: slice | list[int]) -> LowRank:
+        """The update of some of the rows, in this order."""
         return LowRank(self.up[rows], self.down, self.scale)
 
     def placed(self, rows: slice, height: int) -> LowRank:
@@ -141,8 +141,8 @@ class Dense:
         """The same on another device or in another dtype."""
         return Dense(_to(self.matrix, where), self.scale)
 
-    def part(self, rows: slice) -> Dense:
-        """The update of some of the rows."""
+    def part(self, rows: slice | list[int]) -> Dense:
+        """The update of some of the rows, in this order."""
         return Dense(self.matrix[rows], self.scale)
 
     def placed(self, rows: slice, height: int) -> Dense:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from lorasurgery.adapters.cuts import Cut, Shapes
+from lorasurgery.adapters.loading import Loading
 from lorasurgery.adapters.skeleton import Skeleton, skeleton_from
 
 # A config is somebody's file: numbers beyond these are no real model's, and building it would take for ever.
@@ -32,11 +34,14 @@ class Installed:
             tensor is cut up or joined with others on loading.
         keeps: Whether PEFT leaves a module's name in an adapter's keys as it is: it renames them as if they were the
             checkpoint's, and some rules change what is right already.
+        cuts: Where the rows of each tensor on disk go that is cut up, joined or put in another order on loading, from
+            all tensors' shapes; () for one that becomes something else.
     """
 
     skeleton: Skeleton
     name_of: Callable[[str], str | None]
     keeps: Callable[[str], bool] = lambda path: True
+    cuts: Callable[[Shapes], dict[str, tuple[Cut, ...]]] = lambda shapes: {}
 
 
 def installed_model(config: dict[str, Any], architecture: str | None = None) -> Installed | None:
@@ -86,28 +91,12 @@ def _transformers(config: dict[str, Any], architecture: str | None) -> Installed
 
 
 def _loading(model: Any, skeleton: Skeleton) -> Installed:
-    """How from_pretrained renames what it reads (transformers 5.23, core_model_loading)."""
+    """How from_pretrained renames and converts what it reads."""
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        rules = Loading(model)
     except ImportError:  # transformers 4 renames nothing but prefixes
         return Installed(skeleton, lambda name: name if name in skeleton.names else None)
-    steps = get_model_conversion_mapping(model)
-    renamings = [s for s in steps if isinstance(s, WeightRenaming)]
-    converters = [s for s in steps if isinstance(s, WeightConverter)]
-    prefix, known = model.base_model_prefix, dict.fromkeys(skeleton.names, True)
-
-    def name_of(name: str) -> str | None:
-        found, converted = rename_source_key(name, renamings, converters, prefix, known)
-        if found not in known and name in known:
-            found, converted = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=known)
-        return found if found in known and converted is None else None
-
-    def keeps(path: str) -> bool:
-        key = f"{path}.lora_A.weight"
-        return key.endswith(rename_source_key(key, renamings, [])[0])
-
-    return Installed(skeleton, name_of, keeps)
+    return Installed(skeleton, rules.name_of, rules.keeps, rules.cuts)
 
 
 def _diffusers(config: dict[str, Any], _: str | None) -> Installed | None:

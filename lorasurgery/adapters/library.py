@@ -7,24 +7,27 @@ Facts: transformers 5.23, `conversion_mapping.get_checkpoint_conversion_mapping`
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from lorasurgery.adapters.cuts import Cut, Shapes
 from lorasurgery.adapters.installed import installed_model
 from lorasurgery.adapters.renames import model_types
 
 
-def library_names(tensors: Iterable[str], config: dict[str, Any]) -> dict[str, list[str]]:
+def library_names(tensors: Shapes, config: dict[str, Any]) -> dict[str, list[str]]:
     """Name in memory -> tensors on disk, by the renames that transformers would apply on loading; {} without it.
 
     What it says is a proposal: a caller takes it only where the shape fits too.
 
     Args:
-        tensors: The names on disk.
+        tensors: The names on disk, with shapes.
         config: config.json, whose architectures and model types pick the renames.
     """
     found: dict[str, list[str]] = defaultdict(list)
-    names, model = list(tensors), installed_model(config)
+    model = installed_model(config)
+    converted: Mapping[str, tuple[Cut, ...]] = model.cuts(tensors) if model is not None else {}
+    names = [name for name in tensors if name not in converted]  # a new name alone would not be right for them
     for name in names if model is not None else ():
         memory = model.name_of(name) if model is not None else None
         if memory and memory != name:
@@ -35,6 +38,19 @@ def library_names(tensors: Iterable[str], config: dict[str, Any]) -> dict[str, l
             if memory != name and name not in found[memory]:
                 found[memory].append(name)
     return {memory: disk for memory, disk in found.items() if disk}
+
+
+def library_cuts(tensors: Shapes, config: dict[str, Any]) -> dict[str, list[tuple[str, Cut]]]:
+    """Name in memory -> the tensors on disk that it is cut from or joined from, top to bottom; {} without the library.
+
+    Args:
+        tensors: The names on disk, with shapes.
+    """
+    model, found = installed_model(config), defaultdict(list)
+    for name, cuts in model.cuts(tensors).items() if model is not None else ():
+        for cut in cuts:
+            found[cut.memory].append((name, cut))
+    return {memory: sorted(parts, key=lambda p: p[1].into.start) for memory, parts in found.items()}
 
 
 def _rules(config: dict[str, Any]) -> list[list[Any]]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorasurgery.adapters.library import library_names
+from lorasurgery.adapters.cuts import Cut
+from lorasurgery.adapters.library import library_cuts, library_names
 from lorasurgery.adapters.renames import disk_names, memory_name, model_types
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.errors import MismatchError, nearest
@@ -119,10 +120,7 @@ class BaseNames:
                 return candidate
         parts = name.split(".")
         # the adapter's path is the longer one: `transformer.h.0…` on disk as `h.0…`
-        for i in range(1, min(len(parts) - 1, _MOST_WRAPPERS)):
-            if not self._is_wrapper(parts[i - 1]):
-                break
-            candidate = ".".join(parts[i:])
+        for candidate in self.unwrapped(name):
             if candidate in self.tensors and self._fits(candidate, shapes):
                 return candidate
         longer = self._by_ending(len(parts)).get(name, []) if len(parts) > 1 else []
@@ -145,8 +143,17 @@ class BaseNames:
     @cached_property
     def by_library(self) -> BaseNames | None:
         """The same tensors by the names that transformers itself knows for them: a last resort before an error."""
-        table = library_names(self.tensors, self.config)
+        table = library_names(self._shapes, self.config)
         return _LibraryNames(self.tensors, self.config, self.where, table) if table else None
+
+    @cached_property
+    def cuts(self) -> dict[str, list[tuple[str, Cut]]]:
+        """Name in memory -> tensors that transformers cuts it from, or joins to it: a last resort before an error."""
+        return library_cuts(self._shapes, self.config)
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.tensors.items()}
 
     def missing(self, path: str, adapter: str, more: Sequence[str] = (), total: int = 1) -> NoTensorError:
         """The error for an adapter's paths that no tensor of the base answers to, with the nearest names.
@@ -218,6 +225,14 @@ class BaseNames:
                 return min(found, key=len)
         return None
 
+    def unwrapped(self, name: str) -> Iterator[str]:
+        """A name without its first parts, as long as those may be missing on disk."""
+        parts = name.split(".")
+        for i in range(1, min(len(parts) - 1, _MOST_WRAPPERS)):
+            if not self._is_wrapper(parts[i - 1]):
+                return
+            yield ".".join(parts[i:])
+
     def _is_wrapper(self, part: str) -> bool:
         """Whether a leading part of a path may be missing on disk; a misspelt prefix must not pass for one."""
         kind = str(self.config.get("model_type", "")).replace("-", "_")
@@ -265,4 +280,4 @@ class _LibraryNames(BaseNames):
     table: dict[str, list[str]]
 
     def renamed(self, name: str) -> list[str]:
-        return self.table.get(name, [])
+        return next((self.table[n] for n in (name, *self.unwrapped(name)) if n in self.table), [])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lorasurgery.adapters.cuts import Cut, as_range
 from lorasurgery.adapters.naming import BaseNames
 from lorasurgery.errors import MismatchError, UnsupportedError
 
@@ -25,10 +26,14 @@ _SCRAMBLED = frozenset(("codegen",))  # its qkv_proj is cut by accelerator cores
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of an update and the tensor they are added to; None means all of them, on either side."""
+    """Rows of an update and the tensor they are added to; None means all of them, on either side.
+
+    Args:
+        rows: In the order of the tensor's rows, which may be another than the update's.
+    """
 
     tensor: str
-    rows: slice | None = None
+    rows: slice | list[int] | None = None
     into: slice | None = None
 
 
@@ -59,6 +64,45 @@ def projection_rows(names: BaseNames, path: str, shape: tuple[int, int], where: 
                 )
             return [Rows(tensor, into=into)]
     return []
+
+
+def library_rows(names: BaseNames, memory: str, shape: tuple[int, ...]) -> list[Rows]:
+    """Where the rows of a tensor in memory are on disk, by the library's own conversion; nothing where it is not known.
+
+    Args:
+        memory: Its name. shape: Of the update.
+    """
+    parts = cuts_of(names, memory)
+    if any((cut.height, *names.tensors[disk].shape[1:]) != shape for disk, cut in parts):
+        return []
+    found = [_on_disk(disk, cut, names.tensors[disk].shape[0]) for disk, cut in parts]
+    return [rows for rows in found if rows] if all(found) else []
+
+
+def cuts_of(names: BaseNames, memory: str) -> list[tuple[str, Cut]]:
+    """The tensors on disk that the library cuts one in memory from, or joins to it; its first parts may be a wrapper's.
+
+    Args:
+        memory: Its name, in a model with a head or in its body.
+    """
+    for name in (memory, *names.unwrapped(memory)):
+        if name in names.cuts:
+            return names.cuts[name]
+    longer = [n for n in names.cuts if n.endswith(f".{memory}")]
+    return names.cuts[longer[0]] if len(longer) == 1 else []
+
+
+def _on_disk(disk: str, cut: Cut, height: int) -> Rows | None:
+    """A cut as rows that are added; None where they are scattered so that no slice means them."""
+    order = sorted(range(len(cut.rows)), key=cut.rows.__getitem__)
+    there = as_range([cut.rows[i] for i in order])
+    if not isinstance(there, range):
+        return None
+    into = None if there == range(height) else slice(there.start, there.stop, there.step)
+    if isinstance(cut.rows, range):
+        whole = len(cut.into) == cut.height
+        return Rows(disk, None if whole else slice(cut.into.start, cut.into.stop), into)
+    return Rows(disk, [cut.into[i] for i in order], into)
 
 
 def _apart(

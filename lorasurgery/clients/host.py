@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lorasurgery.adapters.cuts import Cut
 from lorasurgery.adapters.installed import Installed
 from lorasurgery.adapters.renames import model_types
 from lorasurgery.adapters.skeleton import Kind, Module, Skeleton
@@ -23,11 +24,14 @@ class Host:
         config: Its config.json.
         names: Its tensors' names in memory, as the checkpoint tells them.
         model: What a library that has the class makes of it, where one is installed.
+        cuts: Tensor on disk -> where its rows go, of those that are not loaded as they are; () for one that becomes
+            something else.
     """
 
     config: dict[str, Any]
     names: frozenset[str]
     model: Installed | None = None
+    cuts: Mapping[str, tuple[Cut, ...]] = field(default_factory=dict)
 
     @property
     def skeleton(self) -> Skeleton | None:

@@ -114,6 +114,7 @@ def _start(base: Checkpoint, edit: Edit) -> torch.Tensor:
             value = old + new.weight * (value.to(torch.float32) - old)
     for item in edit.rows:
         rows, place = item.adapter.weights.read(item.key), torch.tensor(item.rows)
+        rows = rows if item.part is None else rows[item.part]
         if item.weight != 1 or value.dtype != rows.dtype:
             value = value.to(widened(value.dtype))
         value[place] = torch.lerp(value[place], rows.to(value.dtype), item.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lorasurgery.adapters.adapter import Adapter, Delta
@@ -17,7 +18,7 @@ class Contribution:
         delta: The update; None for a whole vector that is added (`diff` says which).
         bias: It is lora_B.bias that is meant.
         expert: Which of fused experts; None for all of them, or where there are none.
-        rows: The rows of the update that belong to this tensor; None is all of them.
+        rows: The rows of the update that belong to this tensor, in its order; None is all of them.
         into: The rows of the tensor that it is added to; None is all of them.
         diff: Name of the added tensor in memory.
     """
@@ -28,7 +29,7 @@ class Contribution:
     transposed: bool = False
     bias: bool = False
     expert: int | None = None
-    rows: slice | None = None
+    rows: slice | list[int] | None = None
     into: slice | None = None
     diff: str = ""
 
@@ -79,12 +80,19 @@ class Replacement:
 
 @dataclass(frozen=True)
 class RowReplacement:
-    """Single rows of an embedding that are replaced (trainable_token_indices); w other than 1 as for Replacement."""
+    """Single rows that are replaced, of an embedding (trainable_token_indices) or of a tensor that a model cuts up.
+
+    Args:
+        key: The adapter's tensor. rows: Which rows of the base's it replaces.
+        weight: As for Replacement.
+        part: The rows of the adapter's tensor that are meant; None is all of them.
+    """
 
     adapter: Adapter
     key: str
-    rows: tuple[int, ...]
+    rows: Sequence[int]
     weight: float
+    part: slice | None = None
 
 
 @dataclass

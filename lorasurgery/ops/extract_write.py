@@ -18,6 +18,17 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.host import Host
 from lorasurgery.clients.peft_load import PeftLoad, Problem
 from lorasurgery.hub.reference import cached_reference
+from lorasurgery.ops.extract_parts import (
+    Part,
+    Piece,
+    joined,
+    parts_of_modules,
+    pieces_in_memory,
+    put_together,
+    room_to_pad,
+    shape_of,
+    surplus,
+)
 from lorasurgery.ops.extract_whole import whole_tensors
 from lorasurgery.ops.factored import Factored, Scaling, fit, hold
 from lorasurgery.ops.pair_names import PairNames
@@ -56,8 +67,8 @@ class AdapterDraft:
 
     def pad(self) -> None:
         """Zero-pad every module to the largest rank."""
-        top = max((f.rank for _, f in self.factors), default=0)
-        self.factors = [(pair, f.pad(top, self.rslora)) for pair, f in self.factors]
+        ranks = room_to_pad(self.factors, self.full)
+        self.factors = [(pair, f.pad(r, self.rslora)) for (pair, f), r in zip(self.factors, ranks, strict=True)]
 
     def hold(self, budget: int, scaling: Scaling, *, uniform: bool) -> None:
         """Keep memory near the budget while modules come in."""
@@ -67,8 +78,24 @@ class AdapterDraft:
 
     def spend(self, budget: int, scaling: Scaling, *, uniform: bool) -> None:
         """Cut the factors so that the file takes at most `budget` bytes, all else in it counted."""
-        self._keep([replace(f, copies=1 + len(aliases_of(self, pair))) for pair, f in self.factors])
+        self._keep(
+            [replace(f, copies=1 + len(aliases_of(self, pair)), surplus=surplus(pair)) for pair, f in self.factors]
+        )
         self._keep(fit([f for _, f in self.factors], [_Folder(self).file], budget, scaling, uniform=uniform))
+        while (
+            uniform and self.padded_size > budget and self.factors[0][1].rank > 1
+        ):  # joined modules add their ranks up
+            rank = self.factors[0][1].rank
+            rank = max(1, min(rank - 1, rank * budget // self.padded_size))
+            self._keep([f.cut(rank, scaling) for _, f in self.factors])
+
+    @property
+    def padded_size(self) -> int:
+        """Bytes of the file with all modules at one rank."""
+        found = replace(self)
+        found.pad()
+        file = _Folder(found).file
+        return len(file.header()) + sum(t.nbytes for t in file.tensors)
 
     def _keep(self, modules: list[Factored]) -> None:
         self.dropped += [line for f in modules if not f.rank for line in f.reports]
@@ -92,8 +119,13 @@ class AdapterDraft:
     @property
     def factored(self) -> set[str]:
         """Paths of the modules with factors, those that share a table with one too."""
-        own = {p.path for p, _ in self.factors if p.treatment != "experts"}
+        own = {p.path for p, _ in self.factors if p.treatment != "experts" and not p.cuts} | set(self.parts)
         return own | {path for p, _ in self.factors for path in aliases_of(self, p)}
+
+    @property
+    def parts(self) -> dict[str, list[Part]]:
+        """The modules cut from one tensor on disk or joined from several -> the factors they have a share in."""
+        return parts_of_modules(self.factors, self.full)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -103,7 +135,8 @@ class AdapterDraft:
     @cached_property
     def in_memory(self) -> dict[str, str]:
         """Name in memory -> tensor of the tuned checkpoint."""
-        names = {self.host.find(memory, name) or memory: name for memory, name in self._names.tuned.items()}
+        whole = {memory: name for memory, name in self._names.tuned.items() if name not in self.host.cuts}
+        names = {self.host.find(memory, name) or memory: name for memory, name in whole.items()}
         return names | {f"{p.path}.{p.leaf}": p.tuned.name for p in self.full if p.path != p.leaf}
 
     @cached_property
@@ -114,6 +147,11 @@ class AdapterDraft:
     def memory_names(self) -> tuple[tuple[Checkpoint, dict[str, str]], ...]:
         """Of each side, name in memory -> tensor on disk."""
         return (self.tuned, self._names.tuned), (self.base, self._names.base)
+
+    @cached_property
+    def cut_in_memory(self) -> dict[str, tuple[Piece, ...]]:
+        """Name in memory -> what it is put together from, for tensors that are not loaded as they are."""
+        return pieces_in_memory(self.host.cuts)
 
     @property
     def names(self) -> BaseNames:
@@ -137,9 +175,9 @@ class _Folder:
         self.factors = _factor_tensors(draft, self.layout)
         self.whole = whole_tensors(draft, self.layout)
         planned = [PlannedTensor(key, dtype_name(t.dtype), tuple(t.shape)) for key, t in self.factors.items()]
-        for key, name in self.whole.items():
-            info = draft.tuned.tensors[name]
-            planned.append(PlannedTensor(key, (draft.dtype or info.dtype) if info.is_float else info.dtype, info.shape))
+        for key, pieces in self.whole.items():
+            info, shape = draft.tuned.tensors[pieces[0].tensor], shape_of(draft.tuned, pieces)
+            planned.append(PlannedTensor(key, (draft.dtype or info.dtype) if info.is_float else info.dtype, shape))
         self.file = PlannedFile(WEIGHTS_NAME, tuple(sorted(planned, key=lambda t: t.name)), {"format": "pt"})
 
 
@@ -160,13 +198,15 @@ def write_adapter(draft: AdapterDraft, tuned: Checkpoint, output: Output) -> lis
     return list(PeftLoad(config, [t.name for t in folder.file.tensors], draft.host).problems())
 
 
-def _whole(tuned: Checkpoint, name: str, planned: PlannedTensor) -> Tensor:
-    return tuned.read(name).to(torch_dtype(planned.dtype))
+def _whole(tuned: Checkpoint, pieces: tuple[Piece, ...], planned: PlannedTensor) -> Tensor:
+    return put_together(tuned, pieces).to(torch_dtype(planned.dtype))
 
 
 def _factor_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for pair, found in draft.factors:
+        if pair.cuts:
+            continue
         if pair.treatment == "experts":
             _add_experts(tensors, draft, pair, found, layout)
             continue
@@ -179,10 +219,19 @@ def _factor_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, Tensor
             a, b = factor_keys(path, kind)
             kernel = pair.tuned.shape[2:] if pair.treatment == "conv" else ()
             tensors[a], tensors[b] = with_kernel(factors.down.contiguous(), factors.up.contiguous(), kernel)
-            as_parameter = kind == "linear" and wants_parameter(path, draft.config)
-            name = f"{path}.weight" if as_parameter else path
-            layout.add(name, found.rank, found.report.alpha or 0.0, parameter=as_parameter)
+            _note(draft, layout, path, found.rank, found.report.alpha or 0.0, kind)
+    for path, parts in draft.parts.items():
+        update, alpha = joined(parts, rslora=draft.rslora)
+        a, b = factor_keys(path, "linear")
+        tensors[a], tensors[b] = update.down, update.up
+        _note(draft, layout, path, update.rank, alpha, "linear")
     return tensors
+
+
+def _note(draft: AdapterDraft, layout: PeftLayout, path: str, rank: int, alpha: float, kind: str) -> None:
+    """Tell the layout of a module with factors, or of its weight where PEFT must be told of that."""
+    as_parameter = kind == "linear" and wants_parameter(path, draft.config)
+    layout.add(f"{path}.weight" if as_parameter else path, rank, alpha, parameter=as_parameter)
 
 
 def _is_table(draft: AdapterDraft, pair: Pair, path: str) -> bool:
@@ -220,6 +269,7 @@ def _all_paths(draft: AdapterDraft) -> set[str]:
     names = draft.names
     paths = {module_of(n) for n in _all_parameters(draft)}
     paths |= {p.path for p, _ in draft.factors if p.treatment != "experts"} | {p.path for p in draft.full}
+    paths |= {module_of(name) for name in draft.cut_in_memory}
     return paths | draft.host.paths | (set(names.tied_paths(names.input_embedding)) if names.input_embedding else set())
 
 

@@ -40,6 +40,7 @@ class Factored:
         squares: σᵢ² of each direction.
         copies: How often the file holds these factors (tied modules).
         bias: lora_B.bias (out,) before division by the scale; None when there is none.
+        surplus: Numbers more that a direction takes in the file (modules cut from one tensor, or joined).
     """
 
     report: ModuleReport
@@ -47,6 +48,7 @@ class Factored:
     squares: Sequence[float]
     copies: int = 1
     bias: Tensor | None = None
+    surplus: int = 0
 
     @property
     def rank(self) -> int:
@@ -61,7 +63,7 @@ class Factored:
     @property
     def cost(self) -> int:
         """Bytes of one direction in the file."""
-        return sum(self.update.shape) * self.update.up.element_size() * self.copies
+        return (sum(self.update.shape) * self.copies + self.surplus) * self.update.up.element_size()
 
     def cut(self, rank: int, scaling: Scaling) -> Factored:
         """The first `rank` directions; what is dropped is orthogonal to the rest, so its energy adds to the error's."""

@@ -23,7 +23,9 @@ def host_of(base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair], *, ask: 
     types = model_types(config)
     names = {memory_name(name, types) for side in (base, tuned) for name in side.tensors}
     names |= {_name(p) for p in pairs}
-    return Host(config, frozenset(names), installed_model(config) if ask else None)
+    model = installed_model(config) if ask else None
+    cuts = model.cuts({name: info.shape for name, info in tuned.tensors.items()}) if model is not None else {}
+    return Host(config, frozenset(names), model, cuts)
 
 
 def fit_pairs(pairs: Sequence[Pair], host: Host, selection: Selection) -> list[Pair]:
@@ -44,6 +46,10 @@ def _name(pair: Pair) -> str:
 
 def _placed(pair: Pair, host: Host) -> Pair:
     """The pair under the name that the model has it by; experts are placed by their own rules."""
+    if pair.place is None and pair.tuned.name in host.cuts:
+        # no name in memory would be right for all of it, and of names that only look alike none is
+        path, leaf = module_of(pair.name), pair.name.rpartition(".")[2]
+        return replace(pair, path=path, leaf=leaf, cuts=host.cuts[pair.tuned.name])
     found = host.find(_name(pair), pair.tuned.name) if pair.place is None else None
     if found is None or found == _name(pair):
         return pair
@@ -53,6 +59,8 @@ def _placed(pair: Pair, host: Host) -> Pair:
 def _formed(pair: Pair, host: Host, whole: Treatment) -> Pair:
     if pair.treatment == "skipped" or pair.why == "--full" or pair.place is not None:
         return pair
+    if pair.cuts:
+        return _cut_formed(pair, host, whole)
     saver = host.saver_of(pair.path)
     if saver is not None:
         return replace(pair, treatment="full", why=f"in {saver}, which PEFT stores whole for {host.task}")
@@ -67,4 +75,17 @@ def _formed(pair: Pair, host: Host, whole: Treatment) -> Pair:
         return replace(pair, treatment="conv", why="") if "_class_name" in host.config else pair
     if pair.treatment in FACTORED:
         return replace(pair, treatment=whole, why=f"{host.class_of(pair.path)}, which PEFT has no LoRA for")
+    return pair
+
+
+def _cut_formed(pair: Pair, host: Host, whole: Treatment) -> Pair:
+    """Factors where all modules that the tensor's rows go to are linear layers: cutting B's rows is exact."""
+    paths = [module_of(cut.memory) for cut in pair.cuts]
+    comparable = pair.base is not None and pair.base.shape == pair.tuned.shape
+    linear = all(host.kind(p) == "linear" and host.saver_of(p) is None for p in paths)
+    weights = all(cut.memory.endswith(".weight") for cut in pair.cuts)
+    if linear and weights and comparable and len(pair.tuned.shape) == 2:
+        return replace(pair, treatment="linear", why="") if pair.treatment in ("full", "left out", *FACTORED) else pair
+    if pair.treatment in FACTORED:
+        return replace(pair, treatment=whole, why=f"{host.class_of(paths[0])}, which PEFT has no LoRA for")
     return pair

@@ -100,7 +100,8 @@ def _by_library(
 
 def _library(side: Checkpoint, names: dict[str, str]) -> dict[str, str]:
     """Name in memory, as far as known here -> as transformers has it, where it has but one."""
-    table = library_names(names, side.config) if side.config else {}
+    shapes = {memory: side.tensors[name].shape for memory, name in names.items()}
+    table = library_names(shapes, side.config) if side.config else {}
     found: dict[str, set[str]] = {}
     for memory, disks in table.items():
         for disk in disks:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from lorasurgery.adapters.cuts import Cut
 from lorasurgery.adapters.fused import ExpertPlace
 from lorasurgery.adapters.image_models import class_of, is_convolution, is_image_model, is_own_layer, not_factored
 from lorasurgery.adapters.naming import is_buffer, is_embedding, is_position_table, is_router, module_of
@@ -33,6 +34,8 @@ class Pair:
         place: Where the tensor lies in a parameter that holds all experts in memory.
         leaf: The last part of the tensor's name in memory: weight, bias, or a parameter of its own.
         count: How many matrices of this size there are (experts).
+        cuts: Where its rows go in memory, for one that is cut up, joined or put in another order on loading; its path
+            is then that on disk.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Pair:
     place: ExpertPlace | None = None
     leaf: str = "weight"
     count: int = 1
+    cuts: tuple[Cut, ...] = ()
 
     @property
     def tensors(self) -> tuple[Pair, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.adapters.naming import BaseNames, is_head, module_of
-from lorasurgery.adapters.projections import Rows, projection_rows
+from lorasurgery.adapters.projections import Rows, library_rows, projection_rows
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.lowrank import LowRank
@@ -75,13 +75,18 @@ class PeftPlacer:
         places = projection_rows(self.names, delta.path, delta.shape, adapter.path) if delta.kind == "linear" else []
         if places:
             return self._add_rows(adapter, delta, weight, places)
+        places = library_rows(self.names, f"{delta.path}.weight", delta.shape) if delta.kind == "linear" else []
+        if places:
+            return self._add_rows(adapter, delta, weight, places, f"{delta.path}.bias")
         library = self.names.by_library
         target = self._find(library, delta) if library else None
         if target is None:
             raise self.names.missing(delta.path, adapter.path)
         return self._add_to(adapter, delta, weight, target, self.names.tensors[target])
 
-    def _add_rows(self, adapter: Adapter, delta: Delta, weight: float, places: list[Rows]) -> None:
+    def _add_rows(
+        self, adapter: Adapter, delta: Delta, weight: float, places: list[Rows], bias: str | None = None
+    ) -> None:
         if delta.magnitude and not self.replace:
             self.plan.unrestored += [p.tensor for p in places]
             return
@@ -89,9 +94,20 @@ class PeftPlacer:
             edit = self.plan.edit(place.tensor, self.names.tensors[place.tensor])
             _check_free(adapter, edit, place.into, self.names.where)
             edit.contributions.append(Contribution(adapter, delta, weight, rows=place.rows, into=place.into))
-            if delta.bias:
+            if delta.bias and bias is None:
                 self._add_bias(adapter, delta, weight, place)
+        if delta.bias and bias is not None:
+            self._add_cut_bias(adapter, delta, weight, bias)
         self.plan.matched += 1
+
+    def _add_cut_bias(self, adapter: Adapter, delta: Delta, weight: float, bias: str) -> None:
+        """Add to the rows of biases that the library cuts up or joins as it does the weights."""
+        places = library_rows(self.names, bias, delta.shape[:1])
+        if not places:
+            raise MismatchError(f"{adapter.path}: {delta.bias} needs a bias but {self.names.where} has no {bias}")
+        for p in places:
+            edit = self.plan.edit(p.tensor, self.names.tensors[p.tensor])
+            edit.contributions.append(Contribution(adapter, delta, weight, bias=True, rows=p.rows, into=p.into))
 
     def _add_experts(self, adapter: Adapter, delta: Delta, weight: float) -> None:
         if delta.magnitude:
@@ -151,7 +167,7 @@ class PeftPlacer:
         if name not in self.names.tensors:
             raise MismatchError(f"{adapter.path}: {delta.bias} needs a bias but {self.names.where} has no {name}")
         edit = self.plan.edit(name, self.names.tensors[name])
-        wanted = delta.shape[0] if place.rows is None else place.rows.stop - place.rows.start
+        wanted = len(range(delta.shape[0])[place.rows]) if isinstance(place.rows, slice) else delta.shape[0]
         found = edit.shape if place.into is None else (min(edit.shape[0], place.into.stop) - place.into.start,)
         if found != (wanted,):
             raise MismatchError(
@@ -193,6 +209,13 @@ def _fitting_shapes(delta: Delta) -> tuple[tuple[int, ...], ...]:
 def _check_free(adapter: Adapter, edit: Edit, into: slice | None, where: str) -> None:
     """No two modules of one adapter may mean the same rows."""
     for c in edit.contributions:
-        apart = c.into is not None and into is not None and (c.into.stop <= into.start or into.stop <= c.into.start)
+        apart = c.into is not None and into is not None and _are_apart(c.into, into)
         if c.adapter is adapter and not c.bias and not apart:
             raise MismatchError(f"{adapter.path}: two modules of the adapter mean {edit.tensor} in {where}")
+
+
+def _are_apart(one: slice, other: slice) -> bool:
+    """Whether two slices have no row in common."""
+    first, second = (range(s.start, s.stop, s.step or 1) for s in (one, other))
+    far = first.stop <= second.start or second.stop <= first.start
+    return far or (first.step == second.step > 1 and (first.start - second.start) % first.step != 0)

@@ -7,6 +7,7 @@ from functools import partial
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.naming import BaseNames, NoTensorError, is_embedding, is_head, module_of
+from lorasurgery.adapters.projections import cuts_of
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError
@@ -78,6 +79,8 @@ class _Planner:
         shared = self.names.tied_source(path) if target is None and leaf == "weight" else None
         if shared is not None and self._same_as_shared(adapter, name, shared):
             return
+        if target is None and shared is None and self._replace_cut(adapter, name, weight):
+            return
         if target is None and shared is None and not self._is_fresh(adapter, name):
             raise self.names.missing(name, adapter.path)
         self._set_replacement(adapter, name, target or name, shared, weight)
@@ -91,6 +94,26 @@ class _Planner:
         found = self.names.find(path, leaf)
         library = self.names.by_library if found is None and self.names.tied_source(path) is None else None
         return library.find(path, leaf) if library else found
+
+    def _replace_cut(self, adapter: Adapter, name: str, weight: float) -> bool:
+        """Replace the rows of the tensors that the library cuts this one from, or joins to it."""
+        parts = cuts_of(self.names, name) if adapter.format == "peft" else []
+        key = adapter.replaced[name]
+        info = adapter.weights.tensors[key]
+        for disk, cut in parts:
+            edit, expected = (
+                self._edit(disk, self.names.tensors[disk]),
+                (cut.height, *self.names.tensors[disk].shape[1:]),
+            )
+            if info.shape != expected:
+                raise MismatchError(
+                    f"{adapter.path}: {name} has shape {list(info.shape)} but {disk} in {self.names.where} has "
+                    f"{list(expected)} for it"
+                )
+            part = None if len(cut.into) == cut.height else slice(cut.into.start, cut.into.stop)
+            edit.rows.append(RowReplacement(adapter, key, cut.rows, weight, part))
+        self.plan.matched += bool(parts)
+        return bool(parts)
 
     def _is_fresh(self, adapter: Adapter, name: str) -> bool:
         """A whole module that the base lacks, such as a new head, under the very name the config gives it."""

@@ -65,8 +65,10 @@ class Turns:
 
 
 def is_by_row(contribution: Contribution) -> bool:
-    """Whether a row of the result depends on that row of the weight alone."""
+    """Whether a row of the result depends on that row of the weight alone; rows apart are left to the whole tensor."""
     c = contribution
+    if c.into is not None and (c.into.step or 1) != 1:
+        return False
     assert c.delta is not None or not c.decomposes
     return not c.decomposes or not (c.transposed or (c.delta is not None and c.delta.lycoris))
 

@@ -52,9 +52,7 @@ def test_servers_take_what_is_made_for_them(llama: Path, tmp_path: Path, server:
     options = ExtractOptions(RankChoice(rank=4))
     extract(llama / "base", llama / "tuned", tmp_path / "peft", options)
     assert not check(tmp_path / "peft", server).totals["serves"]
-    made = extract(
-        llama / "base", llama / "tuned", tmp_path / "own", ExtractOptions(RankChoice(rank=4), client=server)
-    )
+    made = extract(llama / "base", llama / "tuned", tmp_path / "own", ExtractOptions(RankChoice(rank=4), client=server))
     assert check(tmp_path / "own", server, base=llama / "base").totals["serves"]
     assert any("left out" in w and server in w for w in made.warnings)
     assert made.totals["left_out_share"] > 0
@@ -88,7 +86,7 @@ def test_the_file_is_what_diffusers_fuses_to_the_tuned_weights(unet: Path, tmp_p
 
 def test_the_name_must_fit(unet: Path, tmp_path: Path) -> None:
     """A folder for an image tool, or a file for PEFT, is refused with what to give instead."""
-    with pytest.raises(UsageError, match="an adapter for comfyui is one .safetensors file"):
+    with pytest.raises(UsageError, match=r"an adapter for comfyui is one \.safetensors file"):
         extract(unet / "base", unet / "tuned", tmp_path / "folder", ExtractOptions(client="comfyui"))
     with pytest.raises(UsageError, match="an adapter for peft is a folder"):
         extract(unet / "base", unet / "tuned", tmp_path / "a.safetensors")
