@@ -16,6 +16,11 @@ from lorasurgery.clients.layer_kinds import KINDS, ending_of
 from lorasurgery.clients.peft import LAYERS_PAST, MERGED_ONLY, READ_PAST, saved_for, task_type
 
 
+def kind_is_plain(name: str) -> bool:
+    """Whether a class is one of those that PEFT does have layers for."""
+    return name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Conv1D", "NonDynamicallyQuantizableLinear")
+
+
 @dataclass(frozen=True)
 class Host:
     """A model as PEFT will meet it, as far as that is known.
@@ -95,10 +100,16 @@ class Host:
         parent = self.module(stem)
         return parent is not None and leaf in table.get(parent.name, ())
 
-    def class_of(self, path: str) -> str:
-        """A module's class, for messages."""
+    def why_not(self, path: str) -> str:
+        """Why PEFT has no LoRA for a layer, in a few words."""
         module = self.module(path)
-        return module.name if module is not None else "a layer of this model"
+        if module is None:
+            return "a layer that PEFT has no LoRA for"
+        if module.twice:
+            return f"{module.name} that stands at several places, of which PEFT adapts one"
+        if kind_is_plain(module.name):
+            return f"{module.name} that PEFT can't adapt here, for the model reads its weight past the layer"
+        return f"{module.name}, which PEFT has no LoRA for"
 
     def holds_modules(self, path: str) -> bool:
         """Whether a module has others in it, so that saving it whole would save more than its own tensors."""

@@ -1,7 +1,7 @@
 """Layers of known models whose kind names alone tell wrongly (transformers 5.23.0).
 
-Written by docs/generate_layer_kinds.py. A row is a model type, a kind as PEFT sees it, and endings of paths, numbers as `*`. They are for machines without
-transformers, and for dry runs; elsewhere the class itself is asked.
+Written by docs/generate_layer_kinds.py. A row is a model type, a kind as PEFT sees it, and endings of paths, numbers
+as `*`. They are for machines without transformers, and for dry runs; elsewhere the class itself is asked.
 """
 
 from __future__ import annotations

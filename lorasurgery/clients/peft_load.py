@@ -51,7 +51,7 @@ class PeftLoad:
             )
         refused = sorted(p for p in self.targets if self.host.kind(p) == "other")
         if refused:
-            yield Problem("rejected", tuple(refused), f"{self.host.class_of(refused[0])} is no layer it has a LoRA for")
+            yield Problem("rejected", tuple(refused), self.host.why_not(refused[0]))
         lacking = sorted(self._wanted() - set(self._bare))
         if lacking:
             yield Problem("rejected", tuple(lacking), "modules that it stores whole are not in the file")

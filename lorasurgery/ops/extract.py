@@ -162,7 +162,7 @@ def _to_folder(
         report.modules, report.full = job.modules, job.full
         report.warnings += job.fallback.warnings
         summarise(report, job.left_out, first.nbytes, unchanged=job.unchanged, rounding=job.rounding)
-        unseen = sum(p.treatment == "skipped" and not p.is_comparable for p in pairs if p.base is not None)
+        unseen = sum(p.treatment == "skipped" and p.why != "--target" and not p.is_comparable for p in pairs if p.base)
         add_excluded(report, job.excluded, unseen + matched.lone)
         if job.capped:
             report.warnings.append(

@@ -76,7 +76,7 @@ class Extraction:
         """
         load_solvers(self.device)
         self.budget = self._set_budget(pairs)
-        wanted = [p for p in pairs if p.treatment != "skipped" or p.is_comparable]
+        wanted = [p for p in pairs if p.treatment != "skipped" or p.is_measured]
         with spill(self.job) as factors, team() as threads:
             load = Workload(
                 self.job, wanted, [p.name for p in wanted], [p.nbytes for p in wanted], partial(packed, factors),

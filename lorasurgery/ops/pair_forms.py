@@ -64,7 +64,9 @@ def _formed(pair: Pair, host: Host, whole: Treatment) -> Pair:
     saver = host.saver_of(pair.path)
     if saver is not None:
         return replace(pair, treatment="full", why=f"in {saver}, which PEFT stores whole for {host.task}")
-    kind = host.kind(pair.path)
+    shared = [module_of(n) for n in host.others_of(_name(pair))]
+    closed = next((path for path in (pair.path, *shared) if host.kind(path) == "other"), None)
+    kind = "other" if closed else host.kind(pair.path)
     comparable = pair.base is not None and pair.base.shape == pair.tuned.shape
     if kind is None or pair.leaf != "weight" or not comparable:
         return pair
@@ -74,7 +76,7 @@ def _formed(pair: Pair, host: Host, whole: Treatment) -> Pair:
     if kind == "conv" and pair.treatment in ("conv", "full", "left out"):
         return replace(pair, treatment="conv", why="") if "_class_name" in host.config else pair
     if pair.treatment in FACTORED:
-        return replace(pair, treatment=whole, why=f"{host.class_of(pair.path)}, which PEFT has no LoRA for")
+        return replace(pair, treatment=whole, why=host.why_not(closed or pair.path))
     return pair
 
 

@@ -31,8 +31,25 @@ class PairNames:
 
     @classmethod
     def of(cls, base: Checkpoint, tuned: Checkpoint) -> PairNames:
-        """The names of two checkpoints of one model, from their headers and config.json."""
-        before, after = _in_memory(base, tuned), _in_memory(tuned, base)
+        """The names of two checkpoints of one model, from their headers and config.json.
+
+        Where files of one model lie under different prefixes, the rename tables may know only one of them: then the
+        names as they lie on disk meet better.
+        """
+        found = cls._met(base, tuned, _in_memory(base, tuned), _in_memory(tuned, base))
+        if found.shared == min(len(found.base), len(found.tuned)):
+            return found
+        plain = cls._met(base, tuned, *({n: d for d, n in unwrapped(s.tensors).items()} for s in (base, tuned)))
+        return max(found, plain, key=lambda names: names.shared)
+
+    @property
+    def shared(self) -> int:
+        """How many names both have."""
+        return len(self.base.keys() & self.tuned.keys())
+
+    @classmethod
+    def _met(cls, base: Checkpoint, tuned: Checkpoint, before: dict[str, str], after: dict[str, str]) -> PairNames:
+        """The names once prefixes are aligned, and transformers is asked about what is left."""
         shapes = [
             {memory: side.tensors[name].shape for memory, name in names.items() if not is_buffer(memory)}
             for side, names in ((base, before), (tuned, after))

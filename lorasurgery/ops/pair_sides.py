@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -74,8 +75,19 @@ class Sides:
 
     def wants(self, memory: str) -> bool:
         """Whether --target and --exclude leave a tensor in."""
+        return self._is_meant(memory, self.selection)
+
+    def is_beside_target(self, memory: str) -> bool:
+        """Whether --target is given and does not mean a tensor, whatever --exclude says of it."""
+        return not self._is_meant(memory, self._targets)
+
+    @cached_property
+    def _targets(self) -> Selection:
+        return replace(self.selection, exclude=())
+
+    def _is_meant(self, memory: str, selection: Selection) -> bool:
         names = self.called(memory)
-        return self.selection.wants(*names) if memory in self.places else self.selection.wants(names[0], tensor=memory)
+        return selection.wants(*names) if memory in self.places else selection.wants(names[0], tensor=memory)
 
     def odd(self) -> Odd:
         """What has no partner or another shape, is wanted, and is no matter of course."""

@@ -66,6 +66,11 @@ class Pair:
         return base is not None and base.shape == self.tuned.shape and {base.dtype, self.tuned.dtype} <= FLOAT_DTYPES
 
     @property
+    def is_measured(self) -> bool:
+        """Whether its change is looked at though it is left out: what --target does not mean is not even read."""
+        return self.is_comparable and self.why != "--target"
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) of the weight as it is decomposed: a convolution's inputs and kernel are one axis."""
         return prod(self.tuned.shape[:1]), prod(self.tuned.shape[1:])  # of a scalar 1 × 1
@@ -203,10 +208,10 @@ class _Matcher:
                     "on disk; leave it to factors, or --exclude it"
                 )
             return "full", "--full"
-        if any(any_match(selection.exclude, n) for n in names):
-            return "skipped", "--target/--exclude"
         if selection.target and not any(any_match(selection.target, n) for n in names):
-            return "skipped", "--target/--exclude"
+            return "skipped", "--target"
+        if any(any_match(selection.exclude, n) for n in names):
+            return "skipped", "--exclude"
         assert base is not None and base.shape == tuned.shape  # or it would have been odd
         self._check_float(base, tuned)
         return "experts", ""
@@ -216,7 +221,7 @@ class _Matcher:
         if any_match(selection.full_patterns, path) or any_match(selection.full_patterns, memory):
             return "full", "--full"
         if not self.sides.wants(memory):
-            return "skipped", "--target/--exclude"
+            return "skipped", "--target" if self.sides.is_beside_target(memory) else "--exclude"
         whole: Treatment = "full" if "auto" in selection.full else "left out"
         if base is None:
             return whole, "new in the tuned model"

@@ -432,7 +432,7 @@ def test_the_patterns_mean_what_is_meant_and_nothing_else(seed: int) -> None:
 # What was excluded
 
 SELECTIONS: list[dict[str, tuple[str, ...]]] = [
-    {"exclude": ("q_proj",)}, {"target": ("up_proj",)}, {"target": ("attention",), "exclude": ("v_proj",)},
+    {"exclude": ("q_proj",)}, {"target": ("attention",), "exclude": ("v_proj",)},
     {"exclude": ("model.layers.1.+",)},
 ]  # fmt: skip
 
@@ -442,7 +442,10 @@ SELECTIONS: list[dict[str, tuple[str, ...]]] = [
 def test_the_energy_of_what_is_excluded_is_reported(
     selection: dict[str, tuple[str, ...]], room: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """excluded_share is what float64 says: ‖ΔW‖² of what the patterns leave out of all ‖ΔW‖², in blocks as at once."""
+    """excluded_share is what float64 says: ‖ΔW‖² of what --exclude leaves out of all that --target means.
+
+    In blocks as at once.
+    """
     if room:
         monkeypatch.setattr(pair_work, "MEASURED", room)
     base = body()
@@ -450,12 +453,13 @@ def test_the_energy_of_what_is_excluded_is_reported(
     a, b = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned)
     options = ExtractOptions(RankChoice(rank=H), Selection(**selection))
     report = extract(a, b, tmp_path / "out", options, device="cpu")
-    squares = {n: float((tuned[n].double() - base[n].double()).square().sum()) for n in base}
+    meant = [n for n in base if Selection(selection.get("target", ())).wants(n.removesuffix(".weight"))]
+    squares = {n: float((tuned[n].double() - base[n].double()).square().sum()) for n in meant}
     chosen = Selection(**selection)
     out = sum(s for n, s in squares.items() if not chosen.wants(n.removesuffix(".weight")))
     assert report.totals["excluded_norm"] == pytest.approx(out**0.5, rel=1e-5)
     assert report.totals["excluded_share"] == pytest.approx(out / sum(squares.values()), rel=1e-5)
-    assert report.totals["excluded"] == sum(not chosen.wants(n.removesuffix(".weight")) for n in base)
+    assert report.totals["excluded"] == sum(not chosen.wants(n.removesuffix(".weight")) for n in meant)
     assert report.totals["excluded_unmeasured"] == 0
     assert "of the whole energy" in report.summary
 
@@ -493,7 +497,16 @@ def test_a_selection_of_what_did_not_change_says_what_did(tmp_path: Path) -> Non
     base = body()
     a, b = write(tmp_path / "base", base), write(tmp_path / "tuned", moved(base, "q_proj"))
     with pytest.raises(MismatchError, match="nothing to extract; 2 that are left out by name changed"):
-        run(a, b, tmp_path / "out", target=("v_proj",))
+        run(a, b, tmp_path / "out", exclude=("q_proj",))
+
+
+def test_what_a_target_does_not_mean_is_not_read(tmp_path: Path) -> None:
+    """Of a large model with one module asked for, only that module's bytes are read, and nothing is said of the rest."""
+    base = body()
+    a, b = write(tmp_path / "base", base), write(tmp_path / "tuned", moved(base))
+    report = run(a, b, tmp_path / "out", target=("model.layers.0.mlp.up_proj",))
+    assert report.bytes_read == 2 * base["model.layers.0.mlp.up_proj.weight"].nbytes
+    assert "excluded" not in report.totals
 
 
 def test_unsupported_numbers_on_one_side_only(tmp_path: Path) -> None:
