@@ -29,7 +29,7 @@ _STACKED = _CONVERTED | frozenset((
 # Parameters stored (experts, in, out) that PEFT turns: `is_transposed` of the experts' module, or of the conversion.
 _TRANSPOSED = frozenset(("gpt_oss", "openai_privacy_filter", "aria", "aria_text"))
 _TURNED_ON_DISK = frozenset(("qwen3_vl_moe", "qwen3_vl_moe_text"))
-_CONVERTED_LEAVES = ("gate_proj", "up_proj", "down_proj")
+_CONVERTED_LEAVES = ("gate_proj", "up_proj", "down_proj", "gate")
 
 # leaf on disk -> (leaf in memory, which part of its rows, of how many)
 _LEAVES = {

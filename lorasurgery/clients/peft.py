@@ -29,7 +29,8 @@ LAYERS_PAST = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "ne
 
 # class of the parent -> children whose weight it reads itself (transformers 5.23): PEFT's layer is never called.
 _TABLES = (
-    "AudioFlamingo3Encoder VoxtralEncoder Qwen2AudioEncoder MossTranscribeDiarizeAudioModel WhisperEncoder embed_positions|"
+    "AudioFlamingo3Encoder VoxtralEncoder Qwen2AudioEncoder MossTranscribeDiarizeAudioModel WhisperEncoder "
+    "embed_positions|"
     "CLIPVisionEmbeddings Cosmos3EdgeVisionEmbeddings GitVisionEmbeddings Glm4vVisionEmbeddings "
     "Glm4vMoeVisionEmbeddings GraniteDoclingVisionEmbeddings JanusVisionEmbeddings Kosmos2VisionEmbeddings "
     "MetaClip2VisionEmbeddings Phi4MultimodalVisionEmbeddings Siglip2VisionEmbeddings SiglipVisionEmbeddings "

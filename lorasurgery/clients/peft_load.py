@@ -13,6 +13,8 @@ from lorasurgery.adapters.selection import Selection
 from lorasurgery.clients.host import Host
 from lorasurgery.clients.peft import Shutter, saved_for
 
+_EXPERT = re.compile(r"(.+\.experts)\.\d{1,6}\.\w+")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -99,6 +101,9 @@ class PeftLoad:
     def _has_place(self, key: str) -> bool:
         stem, mark, _ = key.rpartition(".lora_")
         if mark:
+            expert = _EXPERT.fullmatch(stem)
+            if expert and any(self.host.has(f"{expert[1]}.{leaf}") for leaf in ("gate_up_proj", "up_proj")):
+                return True  # PEFT itself puts the experts' factors together
             return stem in self.targets or ".base_layer" in stem or any(self.config.get("target_parameters") or ())
         return self.host.has(re.sub(r"(\.base_layer)+\.", ".", key))
 

@@ -89,5 +89,5 @@ def _cut_formed(pair: Pair, host: Host, whole: Treatment) -> Pair:
     if linear and weights and comparable and len(pair.tuned.shape) == 2:
         return replace(pair, treatment="linear", why="") if pair.treatment in ("full", "left out", *FACTORED) else pair
     if pair.treatment in FACTORED:
-        return replace(pair, treatment=whole, why=f"{host.class_of(paths[0])}, which PEFT has no LoRA for")
+        return replace(pair, treatment=whole, why=host.why_not(paths[0]))
     return pair
