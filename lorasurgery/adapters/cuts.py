@@ -52,8 +52,8 @@ def read_cuts(
     >>> import torch
     >>> loaded = {"q": torch.tensor([[0], [2]]), "k": torch.tensor([[3], [1]])}
     >>> found = read_cuts(loaded, {"qk": range(4)}, {"qk": (4, 8)}, {"q": (2, 8), "k": (2, 8)})
-    >>> [(c.memory, c.rows) for c in found["qk"]]
-    [('q', range(0, 4, 2)), ('k', (3, 1))]
+    >>> [(c.memory, list(c.rows)) for c in found["qk"]]
+    [('q', [0, 2]), ('k', [3, 1])]
 
     Args:
         loaded: What the conversion made of the numbers, by names in memory. owned: The numbers of each tensor's rows.

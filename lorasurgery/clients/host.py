@@ -129,7 +129,7 @@ class Host:
 
     def tensors_of(self, path: str) -> list[str]:
         """All tensors that PEFT asks for of a module that is stored whole."""
-        if self.skeleton is not None:
+        if self.skeleton is not None and path in self.skeleton.modules:
             return self.skeleton.inside(path)
         return sorted(n for n in self.names if n.startswith(f"{path}."))
 

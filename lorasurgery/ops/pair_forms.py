@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lorasurgery.adapters.installed import installed_model
+from lorasurgery.adapters.installed import Installed, installed_model
 from lorasurgery.adapters.naming import module_of
 from lorasurgery.adapters.renames import memory_name, model_types
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.host import Host
 from lorasurgery.ops.pairs import FACTORED, Pair, Selection, Treatment
+
+_EXPERT = re.compile(r"\.experts\.")
 
 
 def host_of(base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair], *, ask: bool = True) -> Host:
@@ -23,9 +26,19 @@ def host_of(base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair], *, ask: 
     types = model_types(config)
     names = {memory_name(name, types) for side in (base, tuned) for name in side.tensors}
     names |= {_name(p) for p in pairs}
-    model = installed_model(config) if ask else None
+    model = _fitting(installed_model(config), tuned) if ask else None
     cuts = model.cuts({name: info.shape for name, info in tuned.tensors.items()}) if model is not None else {}
     return Host(config, frozenset(names), model, cuts)
+
+
+def _fitting(model: Installed | None, tuned: Checkpoint) -> Installed | None:
+    """The model, unless config.json is not that of this file: then what it says of names would be of another model."""
+    if model is None:
+        return None
+    alone = [name for name in tuned.tensors if model.name_of(name) is None and not _EXPERT.search(name)]
+    cut = model.cuts({name: tuned.tensors[name].shape for name in alone})
+    strange = [name for name in alone if name not in cut]
+    return model if 2 * len(strange) <= len(tuned.tensors) else None
 
 
 def fit_pairs(pairs: Sequence[Pair], host: Host, selection: Selection) -> list[Pair]:

@@ -49,7 +49,7 @@ Fields = dict[tuple[str, str], set[str]]
 # Each line is run as it stands, and where it writes something with --dry-run before.
 REAL = """
 extract base tuned -o adapter --rank 4
-extract base tuned -o lean --budget 1MB --target attention --full none
+extract base tuned -o lean --budget 1MB --target attention --exclude value --full none
 merge base adapter -o merged
 merge base adapter lean -o narrow --dtype bfloat16 -w 1 -w -0.5
 unmerge merged adapter -o left
