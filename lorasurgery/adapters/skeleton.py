@@ -63,6 +63,9 @@ class Skeleton:
 
     def inside(self, path: str) -> list[str]:
         """The parameters and persistent buffers of a module and of all in it."""
+        module = self.modules[path]
+        if not module.container:
+            return sorted(f"{path}.{leaf}" for leaf in module.leaves)
         return sorted(n for n in self.names if n.startswith(f"{path}."))
 
 
