@@ -8,6 +8,7 @@ import click
 
 from lorasurgery.cli import options
 from lorasurgery.cli.ending import Ending
+from lorasurgery.clients.client import CLIENTS
 
 
 @click.command("extract")
@@ -27,7 +28,7 @@ from lorasurgery.cli.ending import Ending
               help="What is stored whole beside the factors: what changed and is no matrix (nor an image model's "
                    "convolution) or has another shape (auto), nothing (none), or what patterns mean.")  # fmt: skip
 @click.option("--for", "client", default="peft", show_default=True,
-              type=click.Choice(["peft", "vllm", "sglang", "diffusers", "comfyui", "kohya"]),
+              type=click.Choice(list(CLIENTS)),
               help="What the adapter is for: only what that program takes is kept, and image tools get their one "
                    ".safetensors file.")  # fmt: skip
 @click.option("--alpha", type=float, help="lora_alpha to write; the factors make up for it. [default: scale 1]")

@@ -45,6 +45,7 @@ CLIENTS = {
         Client("peft", _ALL, "any"),
         Client("vllm", _LAYERS, "heads"),
         Client("sglang", _LAYERS, one_rank=True),
+        Client("llama.cpp", _LAYERS, one_rank=True),
         Client("diffusers", _IMAGE, file="diffusers"),
         Client("comfyui", _IMAGE, "any", file="comfyui"),
         Client("kohya", _IMAGE, "any", file="kohya"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapters.adapter import Delta
 from lorasurgery.adapters.image_models import beside_denoiser, class_of, takes_adapters
 from lorasurgery.adapters.translate import Target
+from lorasurgery.clients.client import CLIENTS
 from lorasurgery.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -60,11 +61,11 @@ def _whole_problems(plan: Conversion) -> Iterator[tuple[str, str]]:
     for name in sorted(adapter.replaced, key=lambda n: n.endswith(".bias")):  # a bias may only go with its weight
         if options.portable:
             yield name, f"is stored whole, which not every server takes; {merge}"
-        if peft and options.to == "diffusers":
+        if peft and CLIENTS[options.to].whole == "none":
             yield (
                 name,
                 f"is stored whole, which the {options.to} format has no place for; {merge}, or leave such tensors out "
-                "with extract --full none",
+                f"with extract --for {options.to}",
             )
         elif peft and options.to != "peft" and plan.base is None:
             yield name, f"is stored whole; with --base BASE it becomes a difference, as the {options.to} format says it"
@@ -89,7 +90,7 @@ def _problems(plan: Conversion, delta: Delta) -> list[str]:
     if delta.experts or delta.wrapped:
         what = "holds fused experts" if delta.experts else "lies inside an nn.MultiheadAttention"
         found.append(f"{what}: it can be merged but not converted")
-    if delta.kind == "embedding" and options.to != "peft":
+    if delta.kind == "embedding" and "embedding" not in CLIENTS[options.to].factors:
         found.append(f"adapts an embedding, which the {options.to} format has no place for; merge it instead")
     if delta.magnitude and options.portable and delta.path not in plan.undone:
         found.append(

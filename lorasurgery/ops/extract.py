@@ -49,7 +49,7 @@ class ExtractOptions:
         allow_nonfinite: Store tensors whole of which a value is NaN or infinite, instead of stopping at them.
         client: What the adapter is for: peft, vllm, sglang (a PEFT folder of what they take), diffusers, comfyui or
             kohya (their one file).
-        client: The program it is for: peft, vllm or sglang (a folder), diffusers, comfyui or kohya (one file).
+        client: The program it is for: peft, vllm, sglang or llama.cpp (a folder), diffusers, comfyui or kohya (a file).
         keep_rounding: Take tensors too that differ by no more than the rounding of one side's dtype, instead of
             counting them and leaving them out.
     """

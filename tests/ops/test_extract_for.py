@@ -46,7 +46,7 @@ def unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("server", ["vllm", "sglang"])
+@pytest.mark.parametrize("server", ["vllm", "sglang", "llama.cpp"])
 def test_servers_take_what_is_made_for_them(llama: Path, tmp_path: Path, server: str) -> None:
     """The same pair for PEFT has findings; for the server it has none, and the loss is a warning with its share."""
     options = ExtractOptions(RankChoice(rank=4))
