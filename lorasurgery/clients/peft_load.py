@@ -24,11 +24,13 @@ class Problem:
         kind: It stops (`rejected`), leaves something out (`dropped`), has the right model when merged but not before
             (`run wrongly`), or the other way round (`merged wrongly`).
         names: Modules or keys that it is about. why: The reason, in a few words.
+        full: What --full of extract calls the tensor that would be right if it were stored whole.
     """
 
     kind: Literal["rejected", "dropped", "run wrongly", "merged wrongly"]
     names: tuple[str, ...]
     why: str
+    full: str = ""
 
 
 @dataclass(frozen=True)

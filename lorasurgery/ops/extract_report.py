@@ -126,9 +126,8 @@ def warning_of(problem: Problem, base: Checkpoint, out: Path) -> str:
     names = ", ".join(problem.names[:3]) + (f" and {len(problem.names) - 3} more" if len(problem.names) > 3 else "")
     merge = f"`lorasurgery merge {base.path} {out} -o MERGED` applies everything once"
     if problem.kind == "merged wrongly":
-        return (
-            f"{names} are one tensor: PEFT runs the adapter as the tuned model but {problem.why}; {merge}, and "
-            f"--full {problem.names[0]} stores the tensor whole, which PEFT merges rightly"
+        return f"{names} are one tensor, and PEFT adapts each of them: {problem.why}; {merge}" + (
+            f", and extract with --full auto --full {problem.full} stores the tensor once" if problem.full else ""
         )
     if problem.kind == "run wrongly":
         return f"{names}: {problem.why}, so PEFT has their update only after merge_and_unload; {merge}"

@@ -195,7 +195,9 @@ def write_adapter(draft: AdapterDraft, tuned: Checkpoint, output: Output) -> lis
     config = folder.layout.config()
     output.write_bytes(CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
     output.commit(last=CONFIG_NAME)
-    return list(PeftLoad(config, [t.name for t in folder.file.tensors], draft.host).problems())
+    problems = PeftLoad(config, [t.name for t in folder.file.tensors], draft.host).problems()
+    called = {pair.path: pair.called or pair.path for pair, _ in draft.factors}
+    return [replace(p, full=next((called[n] for n in p.names if n in called), "")) for p in problems]
 
 
 def _whole(tuned: Checkpoint, pieces: tuple[Piece, ...], planned: PlannedTensor) -> Tensor:

@@ -66,7 +66,7 @@ def _placed(pair: Pair, host: Host) -> Pair:
     found = host.find(_name(pair), pair.tuned.name) if pair.place is None else None
     if found is None or found == _name(pair):
         return pair
-    return replace(pair, path=module_of(found), leaf=found.rpartition(".")[2])
+    return replace(pair, path=module_of(found), leaf=found.rpartition(".")[2], called=pair.called or pair.path)
 
 
 def _formed(pair: Pair, host: Host, whole: Treatment) -> Pair:

@@ -34,6 +34,7 @@ class Pair:
         place: Where the tensor lies in a parameter that holds all experts in memory.
         leaf: The last part of the tensor's name in memory: weight, bias, or a parameter of its own.
         count: How many matrices of this size there are (experts).
+        called: Module path as --target, --exclude and --full have it, where the path in memory is another.
         cuts: Where its rows go in memory, for one that is cut up, joined or put in another order on loading; its path
             is then that on disk.
     """
@@ -47,6 +48,7 @@ class Pair:
     place: ExpertPlace | None = None
     leaf: str = "weight"
     count: int = 1
+    called: str = ""
     cuts: tuple[Cut, ...] = ()
 
     @property
