@@ -61,10 +61,12 @@ class WriteFile(FileIO):
     Args:
         direct: Write what fills whole pages without the system's cache, where the file system can: for files so large
             that the cache would not hold them until they are wanted. Half as much work for the processor, or less.
+        new: It must not be there yet.
     """
 
-    def __init__(self, path: Path, *, direct: bool = False) -> None:
-        super().__init__(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+")
+    def __init__(self, path: Path, *, direct: bool = False, new: bool = False) -> None:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | (os.O_EXCL if new else 0)
+        super().__init__(os.open(path, flags, 0o666), "r+")
         self._turn = threading.Lock()
         self._direct = _open_direct(path) if direct else None
 

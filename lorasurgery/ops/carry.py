@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.locate import load_object
+from lorasurgery.checkpoint.operation import note
 from lorasurgery.report import RECORD_NAME
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def carried_files(folder: Path, adapters: Sequence[Adapter] = (), *, parts: Coll
         weights = file.name.endswith(_WEIGHTS) and (not rewritten or "/".join(inside[:-1]) in rewritten)
         if file.is_file() and not hidden and not weights and inside not in _ABOUT:
             found["/".join(inside)] = file
+    for file in found.values():
+        note(file)
     own = tokenizer_files(adapters)
     if own:  # one tokenizer's files, never a mixture of two
         found = {n: f for n, f in found.items() if n not in _TOKENIZER} | own
@@ -53,6 +56,8 @@ def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, Path]:
     """The tokenizer of the last adapter that brings one: name -> source."""
     for adapter in reversed(adapters):
         own = {n: adapter.folder / n for n in _TOKENIZER if (adapter.folder / n).is_file()}
+        for file in own.values():
+            note(file)
         if own:
             return own
     return {}

@@ -33,7 +33,7 @@ class Spill:
     def __init__(self, run: Run) -> None:
         older = len(journals(run.out, FACTORS))
         self._path = run.path(f"{run.ranks.rank}-{older}", FACTORS)
-        self._file = WriteFile(self._path)
+        self._file = WriteFile(self._path, new=True)
         self._place, self._lock = 0, threading.Lock()
 
     def put(self, found: Factored) -> dict[str, Any]:

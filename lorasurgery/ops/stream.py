@@ -76,7 +76,7 @@ class _Work:
         self.recorder: Recorder | None = None
         if recipe.undo is not None:
             older = len(journals(journal.out, UNDO))
-            self._heap = Heap(journal.path(f"{journal.ranks.rank}-{older}", UNDO))
+            self._heap = Heap(journal.path(f"{journal.ranks.rank}-{older}", UNDO), new=True)
             self.recorder = Recorder(self._heap, recipe.base, device, recipe.fallback)
 
     def jobs(self) -> Iterator[Job]:
