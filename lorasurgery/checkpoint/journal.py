@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from glob import escape
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,11 @@ class Run:
     def path(self, name: str, kind: str = JOURNAL) -> Path:
         """A file of this run beside the output."""
         return _folder(self.out) / f"{_stem(self.out, kind)}{self.token}-{name}{PARTIAL}"
+
+    def new_path(self, kind: str) -> Path:
+        """A file beside the output that neither this run nor what it goes on with has, or had before it was removed."""
+        older = len(journals(self.out, kind))
+        return next(p for n in count(older) if not (p := self.path(f"{self.ranks.rank}-{n}", kind)).exists())
 
     def begin(self, clear: Callable[[], None]) -> None:
         """Read what is finished, or start anew; rank 0 first.

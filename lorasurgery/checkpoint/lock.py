@@ -78,6 +78,7 @@ class Lock:
 
     def _taken(self) -> int:
         """A descriptor that is locked and whose file bears the name."""
+        locked: bool | None = False
         for attempt in range(_TRIES):
             if attempt:
                 time.sleep(_PAUSE)
@@ -87,13 +88,15 @@ class Lock:
             except FileNotFoundError:  # its last holder has just removed it, or the folder
                 continue
             try:
-                if _is_locked(descriptor, created) and _is_named(descriptor, self.file):
+                locked = _locked(descriptor)
+                if (created if locked is None else locked) and _is_named(descriptor, self.file):
                     return descriptor
             except BaseException:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
-        raise OutputError(_held(self.place, self.place, self.file))
+        hint = f", or where it is no more remove {show(str(self.file))}" if locked is None else ""
+        raise OutputError(_held(self.place, self.place, self.file) + hint)
 
     def _refuse_kin(self, mine: frozenset[str]) -> None:
         for other, file in _kin(self.place):
@@ -104,7 +107,8 @@ class Lock:
         """Say in the file who holds it; where that can't be written, nobody needs it."""
         words = f"process {os.getpid()} on {socket.gethostname()}" + (f": {call}" if call else "")
         with suppress(OSError):
-            os.ftruncate(self._descriptor, 0)
+            if os.fstat(self._descriptor).st_size:  # of one who was killed
+                os.ftruncate(self._descriptor, 0)
             os.write(self._descriptor, words.encode(errors="replace")[:_WORDS])
 
     def _make(self, folder: Path) -> None:
@@ -148,17 +152,16 @@ def _opened(file: Path) -> tuple[int, bool]:
         return os.open(file, flags & ~os.O_RDWR), False
 
 
-def _is_locked(descriptor: int, created: bool) -> bool:
-    """Lock an open file, if nobody else has.
+def _locked(descriptor: int) -> bool | None:
+    """Lock an open file, if nobody else has; None where the file system has no locks.
 
-    Where the file system has no locks, the file itself is the lock: whoever made it holds it, and after a kill it must
-    be removed by hand.
+    There the file itself is the lock: whoever made it holds it, and after a kill it must be removed by hand.
     """
     try:
         _lock(descriptor)
     except OSError as problem:
         if problem.errno in _LOCKLESS:
-            return created
+            return None
         if problem.errno in (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK, errno.EDEADLK):
             return False
         raise
@@ -196,7 +199,7 @@ def _is_held(file: Path) -> bool:
         except OSError:  # there is none, or no file that a lock hangs on
             return False
         try:
-            if _is_locked(descriptor, created=False):
+            if _locked(descriptor):
                 return False
         except OSError:  # a file system that wants to be asked by those who may write
             return False

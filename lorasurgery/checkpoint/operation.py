@@ -40,6 +40,7 @@ class Operation:
 
     def __enter__(self) -> Operation:
         self._outer = _CURRENT.get()
+        self.call = self._outer.call if self._outer is not None else self.call  # what was asked for
         self._token = _CURRENT.set(self)
         return self
 
@@ -55,14 +56,12 @@ class Operation:
         Raises:
             OutputError: another command is at work there. OSError: the system refuses the lock.
         """
-        mine = frozenset(self._files())
-        if self._writes and os.path.realpath(lock_of(place)) not in mine:
-            self._locks.append(Lock(place, self.call, mine))
+        if self._writes and os.path.realpath(lock_of(place)) not in self._files():
+            around = self._outer._files() if self._outer is not None else frozenset()
+            self._locks.append(Lock(place, self.call, self._files() | around))
 
-    def _files(self) -> Iterator[str]:
-        yield from (os.path.realpath(lock.file) for lock in self._locks)
-        if self._outer is not None:
-            yield from self._outer._files()
+    def _files(self) -> frozenset[str]:
+        return frozenset(os.path.realpath(lock.file) for lock in self._locks)
 
 
 @contextmanager
