@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lorasurgery.checkpoint.header import show
-from lorasurgery.errors import FormatError
+from lorasurgery.errors import FormatError, SurgeryError
 
 
 class Identity(NamedTuple):
@@ -100,6 +100,15 @@ class Inputs:
             found = _differs(name, before)
             if found:
                 raise FormatError(_changed(Path(name), found))
+
+    def cause(self) -> str:
+        """What check() would say while the result has no name yet; whatever else goes wrong then may come of it."""
+        try:
+            if not self._settled:
+                self.check()
+        except SurgeryError as problem:
+            return str(problem)
+        return ""
 
     def settle(self) -> None:
         """From now on nothing is read for the result any more: it has its name."""

@@ -50,6 +50,9 @@ def on_references(*parameters: str, headers_only: Callable[[dict[str, Any]], boo
                     if not report.output or report.dry_run:  # whatever is written is checked before it gets its name
                         under_way.inputs.check()
                 except SurgeryError as problem:
+                    cause = under_way.inputs.cause()
+                    if cause and not str(problem).startswith(cause):
+                        problem.args = (f"{cause}; what came of it: {problem}",)
                     problem.args = tuple(fetched.named(a) if isinstance(a, str) else a for a in problem.args)
                     raise
                 fetched.rename(report)
