@@ -48,8 +48,6 @@ class ExtractOptions:
         svd: `exact` for LAPACK/cuSOLVER, `randomized`, or `auto` by the matrix's size.
         dtype: safetensors name for what is written; None takes the tuned weights' own.
         allow_nonfinite: Store tensors whole of which a value is NaN or infinite, instead of stopping at them.
-        client: What the adapter is for: peft, vllm, sglang (a PEFT folder of what they take), diffusers, comfyui or
-            kohya (their one file).
         client: The program it is for: peft, vllm, sglang or llama.cpp (a folder), diffusers, comfyui or kohya (a file).
         keep_rounding: Take tensors too that differ by no more than the rounding of one side's dtype, instead of
             counting them and leaving them out.
