@@ -79,14 +79,17 @@ class Lock:
     def _taken(self) -> int:
         """A descriptor that is locked and whose file bears the name."""
         locked: bool | None = False
+        missing: FileNotFoundError | None = None
         for attempt in range(_TRIES):
             if attempt:
                 time.sleep(_PAUSE)
             try:
                 self._make(self.file.parent)
                 descriptor, created = _opened(self.file)
-            except FileNotFoundError:  # its last holder has just removed it, or the folder
+            except FileNotFoundError as problem:  # its last holder has just removed it, or the folder
+                missing = problem
                 continue
+            missing = None
             try:
                 locked = _locked(descriptor)
                 if (created if locked is None else locked) and _is_named(descriptor, self.file):
@@ -95,6 +98,8 @@ class Lock:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
+        if missing is not None:  # a folder that can't be made, such as a link to nothing
+            raise missing
         hint = f", or where it is no more remove {show(str(self.file))}" if locked is None else ""
         raise OutputError(_held(self.place, self.place, self.file) + hint)
 

@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from verbs import BASE, FACTORS, INSIDE, OTHER, OUTSIDE, REPORTS, SHARD, STYLE, Paused, make_world, state, tensors
 
+from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint import journal
 from lorasurgery.checkpoint.identity import Identity
 from lorasurgery.checkpoint.lock import LOCK
 from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import FormatError, MismatchError, SurgeryError
+from lorasurgery.nn.load import load_adapter
 from lorasurgery.ops.blend import BlendOptions, blend
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.record import read_record
@@ -198,6 +201,21 @@ def test_a_second_read_of_a_tensor(world: Path) -> None:
         rewritten(world / "base" / OTHER)
         with pytest.raises(FormatError, match="was changed while it was read"):
             base.read(name)
+
+
+def test_loading_into_a_model(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """load_adapter takes no mixture into memory: the model is as it was."""
+    layers = nn.ModuleDict({f"layer{i}": nn.Linear(32, 32) for i in range(2)})
+    sizes = {"A": (4, 32), "B": (32, 4)}
+    keys = {f"base_model.model.layer{i}.lora_{m}.weight": torch.ones(s) for i in range(2) for m, s in sizes.items()}
+    save_file(keys, world / STYLE[0], {"format": "pt"})
+    change, plain = changing(world / STYLE[0], "rewritten"), Adapter.load
+    monkeypatch.setattr(Adapter, "load", lambda self, delta: (plain(self, delta), change())[0])
+    before = list(layers.state_dict())
+    with pytest.raises(FormatError) as told:
+        load_adapter(layers, world / "style")
+    check_line(told.value, world / STYLE[0], "rewritten")
+    assert list(layers.state_dict()) == before
 
 
 def test_a_change_after_the_end(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,6 +242,14 @@ def test_who_opened_a_lock_before_it_was_removed(tmp_path: Path, monkeypatch: py
     second.release()
 
 
+def test_a_folder_that_cannot_be_made(world: Path, tmp_path: Path) -> None:
+    """A link to nothing on the way is no other command."""
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(OutputError) as told:
+        OUTSIDE["merge"].work(world, tmp_path / "link/out")
+    assert str(told.value).endswith("cannot be written (No such file or directory); nothing was left behind")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_a_fork_does_not_release(tmp_path: Path) -> None:
     """A process that was forked meanwhile has the lock's file open too; its end lets nobody in."""
