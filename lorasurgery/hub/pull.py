@@ -19,6 +19,7 @@ from lorasurgery.adapters.components import FOLDER_NAMES
 from lorasurgery.adapters.peft import WEIGHTS_NAME
 from lorasurgery.checkpoint.journal import new_token
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, locate
+from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.errors import FormatError
 from lorasurgery.hub.client import api, explained
 from lorasurgery.hub.reference import Reference, parse_reference
@@ -161,7 +162,8 @@ def _weights(reference: Reference, names: Sequence[str], beside: Path) -> list[s
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((beside / name).read_bytes() if name.endswith(INDEX_SUFFIX) else b"")
         try:
-            return [top + file for file in locate(Path(scratch) / reference.inside).files]
+            with Operation(writes=False):  # what lies here is no input of the one under way
+                return [top + file for file in locate(Path(scratch) / reference.inside).files]
         except FormatError as problem:
             raise type(problem)(
                 _several(reference, names, top, str(problem).replace(scratch, str(reference)))
