@@ -172,7 +172,7 @@ def _run(
         report.totals["budget"] = budget
     job = start_run(options.command, out, [a.path for a in sources], options, chosen, resume=resume, ranks=ranks())
     job.ranks.wait()  # until all have seen the output as it was
-    with Output(out, overwrite=overwrite, run=job) as output:
+    with Output(out, overwrite=overwrite, run=job, inputs=[a.path for a in sources]) as output:
         work = Composition(joints, options, draft, chosen)
         work.run(budget, progress, job)
         report.warnings += work.fallback.warnings

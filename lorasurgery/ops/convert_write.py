@@ -42,7 +42,7 @@ def carry_out(plan: Conversion, report: Report, out: Path, overwrite: bool, prog
     layout, unseen = _layout(plan, modules)
     copies = tokenizer_files([plan.adapter]) if plan.options.to == "peft" else {}
     check_name(out, loose=layout.loose)
-    with Output(out, overwrite=overwrite) as output:
+    with Output(out, overwrite=overwrite, inputs=[plan.adapter.path]) as output:
         write_layout(layout, output, copies)
     report.bytes_written = output.bytes_written
     report.bytes_read = plan.adapter.weights.bytes_read

@@ -19,6 +19,7 @@ from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.checkpoint.files import WriteFile, sync_folder
 from lorasurgery.checkpoint.journal import partial_of
 from lorasurgery.checkpoint.locate import load_object, locate
+from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.errors import OutputError, SurgeryError
 from lorasurgery.hub.reference import cached_reference
 from lorasurgery.report import RECORD_NAME, Report, Source
@@ -126,7 +127,7 @@ def record(report: Report, call: str) -> None:
     data = record_bytes(report, call)
     partial = partial_of(out / RECORD_NAME)
     try:
-        with WriteFile(partial) as file:
+        with WriteFile(partial, mode=Modes.of([out], out).file) as file:
             file.write_at(0, memoryview(data))
             file.truncate(len(data))
             file.sync()

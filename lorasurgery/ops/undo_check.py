@@ -8,8 +8,8 @@ from math import prod
 from typing import Any
 
 from lorasurgery.checkpoint.header import DTYPE_BITS
+from lorasurgery.checkpoint.inside import is_inside
 from lorasurgery.checkpoint.json_text import is_shallow
-from lorasurgery.checkpoint.locate import is_inside
 
 _LARGEST = 1 << 30  # bytes of one stretch; those that are written have some megabytes
 _KINDS = {"changed", "resized", "added"}
