@@ -173,7 +173,9 @@ def test_a_record_of_a_file_names_no_others(tmp_path: Path) -> None:
     assert snapshot(home) == before
 
 
-@pytest.mark.parametrize("verb", ["merge in place", "merge", "unmerge in place", "unmerge", "switch", "inspect", "verify"])
+@pytest.mark.parametrize(
+    "verb", ["merge in place", "merge", "unmerge in place", "unmerge", "switch", "inspect", "verify"]
+)
 def test_records_behind_a_link(verb: str, tmp_path: Path) -> None:
     """`lorasurgery-undo` that is a link is neither written through, nor copied from, nor believed."""
     ck, style, out = world(tmp_path)
@@ -391,13 +393,15 @@ def test_a_surgery_writes_by_the_rules_it_is_read_by(tmp_path: Path) -> None:
     (ck / "docs").symlink_to(out)
     before = snapshot(out)
     for files, removed in (({"docs/x.json": b"evil"}, []), ({}, ["docs/x.json"]), ({"../victim/x.json": b""}, [])):
-        with pytest.raises(FormatError, match=r"which is not in its checkpoint"), Surgery(
-            ck, {"call": "x"}, resume=False
-        ) as surgery:
+        with (
+            pytest.raises(FormatError, match=r"which is not in its checkpoint"),
+            Surgery(ck, {"call": "x"}, resume=False) as surgery,
+        ):
             surgery.finish(files, staged={}, removed=removed)
-    with pytest.raises(FormatError, match="none of its checkpoint's weights|not in its checkpoint"), Surgery(
-        ck, {"call": "x"}, resume=False
-    ) as surgery:
+    with (
+        pytest.raises(FormatError, match=r"none of its checkpoint's weights|not in its checkpoint"),
+        Surgery(ck, {"call": "x"}, resume=False) as surgery,
+    ):
         surgery.put("k", f"docs/{SHARD}", 0, memoryview(b"evil"), None)
         surgery.flush()
     assert snapshot(out) == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import stat
 from pathlib import Path
@@ -85,7 +84,7 @@ def world(tmp_path: Path) -> tuple[Path, Path, Path]:
 def snapshot(folder: Path) -> dict[str, tuple[Any, ...]]:
     """What a folder holds, to the bit and the mode; links by where they lead."""
     return {
-        path.relative_to(folder).as_posix(): (os.readlink(path),)
+        path.relative_to(folder).as_posix(): (str(path.readlink()),)
         if path.is_symlink()
         else (stat.S_IMODE(path.stat().st_mode), path.read_bytes() if path.is_file() else None)
         for path in sorted(folder.rglob("*"))
