@@ -19,6 +19,7 @@ from lorasurgery.checkpoint.header import show
 from lorasurgery.errors import FormatError, OutputError
 
 LEADS_OUT = "is a link that leads out of its folder, or lies behind one"
+_LONGEST = 255  # bytes of a name: file systems take no more
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -34,7 +35,7 @@ def is_inside(name: Any) -> bool:
         return False
     path = PurePosixPath(name)
     plain = str(path) == name and name != "." and not path.is_absolute() and ".." not in path.parts
-    return plain and not PureWindowsPath(name).drive
+    return plain and not PureWindowsPath(name).drive and all(len(p.encode()) <= _LONGEST for p in path.parts)
 
 
 def is_commit(text: Any) -> bool:
@@ -48,7 +49,9 @@ def is_commit(text: Any) -> bool:
 
 def is_link(path: Path) -> bool:
     """Whether a path is a link, or what Windows has for one between folders."""
-    return path.is_symlink() or bool(getattr(os.path, "isjunction", lambda _: False)(path))
+    return os.path.islink(path) or bool(  # noqa: PTH114 — a Path would raise where a name is too long
+        getattr(os.path, "isjunction", lambda _: False)(path)
+    )
 
 
 def leads_out(path: Path, folder: Path) -> bool:
@@ -127,7 +130,7 @@ def to_replace(folder: Path, name: Any) -> Path:
 def _named(folder: Path, name: Any) -> Path:
     if not is_inside(name):
         raise FormatError(f"{show(str(folder))}: {show(repr(name))} is not the name of a file in this folder")
-    return folder / name
+    return folder / str(name)
 
 
 def files_below(folder: Path) -> tuple[dict[str, Path], list[str]]:

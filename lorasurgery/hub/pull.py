@@ -178,7 +178,7 @@ def _lay_out(folder: Path, name: str, data: bytes, reference: Reference) -> None
 def _several(reference: Reference, names: Sequence[str], top: str, says: str) -> str:
     """Where a repository holds several adapters, the next move is to name one of them."""
     files = [n for n in names if n.endswith(".safetensors") and n.rpartition("/")[0] == top.rstrip("/")]
-    if len(files) < 2:
+    if len(files) < 2 or any(n.endswith(INDEX_SUFFIX) for n in names if n.rpartition("/")[0] == top.rstrip("/")):
         return says
     at = f"@{reference.revision}" if reference.revision else ""
     return (
