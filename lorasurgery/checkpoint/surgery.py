@@ -102,8 +102,8 @@ class Surgery:
             self._lock.release()
             if isinstance(problem, OSError):
                 raise self._failed(problem, changed=not begun) from None
-            if isinstance(problem, KeyboardInterrupt):
-                problem.args = ("nothing was changed" if begun else _GO_ON,)
+            if isinstance(problem, KeyboardInterrupt) and begun:
+                problem.args = ("nothing was changed",)
             raise
         return self
 
