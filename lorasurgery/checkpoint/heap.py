@@ -52,8 +52,9 @@ def read_back(folder: Path, place: Place) -> bytes:
         FormatError: it is not what was put.
     """
     name, start, size, crc = place
-    path = to_read(folder, name)
-    if isinstance(start, int) and isinstance(size, int) and 0 <= start <= start + size <= path.stat().st_size:
+    path = to_read(folder, name, odd=True)
+    there = path.stat().st_size if path.is_file() else -1
+    if isinstance(start, int) and isinstance(size, int) and 0 <= start <= start + size <= there:
         data = bytearray(size)
         with ReadFile(path) as file:
             got = file.read_all(start, memoryview(data))

@@ -58,7 +58,7 @@ def leads_out(path: Path, folder: Path) -> bool:
     """Whether what a path below a folder leads to lies elsewhere; the Hub's blobs count as part of their snapshot."""
     try:
         real, home = path.resolve(), folder.resolve()
-    except (OSError, RuntimeError):  # a link to itself
+    except (OSError, RuntimeError, ValueError):  # a link to itself, or half a character
         return True
     return not any(real.is_relative_to(place) for place in (home, *_blobs(home)))
 
@@ -76,13 +76,17 @@ def link_on_the_way(folder: Path, name: str) -> Path | None:
     return next((p for i in range(len(parts)) if is_link(p := folder.joinpath(*parts[: i + 1]))), None)
 
 
-def to_read(folder: Path, name: Any) -> Path:
+def to_read(folder: Path, name: Any, *, odd: bool = False) -> Path:
     """The path of a file that something names, to be read or copied.
+
+    Args:
+        odd: It lies in the folder itself, and what it is called follows a name that the user chose: any will do.
 
     Raises:
         FormatError: the name, or a link, leads out of the folder.
     """
-    path = _named(folder, name)
+    plain = odd and isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
+    path = folder / name if plain and "\x00" not in name else _named(folder, name)
     if leads_out(path, folder):
         raise FormatError(f"{show(str(path))}: {LEADS_OUT}, so it is not followed; put the file itself there")
     return path
@@ -121,10 +125,19 @@ def to_replace(folder: Path, name: Any) -> Path:
         FormatError: the name leads out of the folder. OutputError: a folder on the way is a link.
     """
     path = _named(folder, name)
-    parent = name.rpartition("/")[0]
-    if parent:
-        to_write(folder, parent)
+    refuse_folder_links(folder, name)
     return path
+
+
+def refuse_folder_links(folder: Path, name: str) -> None:
+    """Refuse to write a file, of whatever name, in a folder below another one that a link leads to.
+
+    Raises:
+        OutputError: a folder on the way is a link.
+    """
+    link = link_on_the_way(folder, name.rpartition("/")[0])
+    if link is not None:
+        refuse_link(link)
 
 
 def _named(folder: Path, name: Any) -> Path:

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from lorasurgery.checkpoint.files import ReadFile, WriteFile, clone, sync_folder
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.inside import refuse_link, to_replace
+from lorasurgery.checkpoint.inside import refuse_folder_links, refuse_link
 from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, UNDO_FOLDER, Run, journals, partial_of, partials
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, PIPELINE
 from lorasurgery.checkpoint.modes import Modes
@@ -234,7 +234,8 @@ class Output:
         return weights, guides
 
     def _stage(self, name: str) -> Path:
-        final = to_replace(self.folder, name)
+        final = self.folder / name
+        refuse_folder_links(self.folder, name)
         self._make(final.parent)
         partial = partial_of(final)
         self._staged[name] = partial

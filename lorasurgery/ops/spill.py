@@ -83,7 +83,7 @@ class Spill:
         name, place, dtype, shape, wanted = where
         tensor = torch.empty(shape, dtype=torch_dtype(dtype))
         view = as_bytes(tensor)
-        path, got = to_read(self._path.parent, name), -1
+        path, got = to_read(self._path.parent, name, odd=True), -1
         with suppress(FileNotFoundError), ReadFile(path) as file:
             got = file.read_all(place, view)
         if got != len(view) or zlib.crc32(view) != wanted:

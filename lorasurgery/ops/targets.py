@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inside import is_link, link_on_the_way, refuse_link, to_replace
+from lorasurgery.checkpoint.journal_lines import check_line, file_of
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import refuse_unfinished, settle_first, unfinished
+from lorasurgery.checkpoint.settle import FOLDER, refuse_unfinished, settle_first, surgery_folder, unfinished
 from lorasurgery.errors import MismatchError, OutputError, UsageError, some
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.record import record_bytes
@@ -104,6 +106,7 @@ def check_in_place(recipe: Recipe) -> None:
     for file in sorted({base.file_of[name] for name in touched}):
         _check_file(base.folder, file)
     _check_others(recipe, base.path)
+    _check_names(base, touched)
 
 
 def _check_others(recipe: Recipe, checkpoint: Path) -> None:
@@ -119,6 +122,17 @@ def _check_others(recipe: Recipe, checkpoint: Path) -> None:
     if checkpoint.is_dir():
         for name in [RECORD_NAME, *(restored.files if restored else ())]:
             to_replace(checkpoint, name)
+            check_line({"ending": {"0": name}, "removed": []}, checkpoint, "")
+
+
+def _check_names(base: Checkpoint, touched: Collection[str]) -> None:
+    """Refuse at once what a journal would not be believed: names that no record of this program has."""
+    place = surgery_folder(base.path)
+    file_name = file_of(place, FOLDER)
+    weights = sorted({base.file_of[name] for name in touched})
+    record = f"{undo_folder(base.path).name}/0001.safetensors"
+    check_line({"ready": [[name, 0, 0, 0, 0] for name in weights], "done": {}}, place.parent, file_name)
+    check_line({"ending": {"0": record}, "removed": []}, place.parent, file_name)
 
 
 def _check_file(folder: Path, name: str) -> None:
