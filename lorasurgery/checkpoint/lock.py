@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.inside import is_link
+from lorasurgery.checkpoint.modes import mode_within
 from lorasurgery.errors import OutputError
 
 LOCK = ".lorasurgery-lock"
@@ -56,7 +58,7 @@ class Lock:
 
     def __init__(self, place: Path, call: str = "", mine: frozenset[str] = frozenset()) -> None:
         self.place, self.file = place, lock_of(place)
-        self._made: list[Path] = []
+        self.made: list[Path] = []
         self._process = os.getpid()
         try:
             self._descriptor = self._taken()
@@ -120,7 +122,7 @@ class Lock:
         for path in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
             with suppress(FileExistsError):
                 path.mkdir()
-                self._made.append(path)
+                self.made.append(path)
 
     def _remove(self) -> None:
         if os.name == "posix":  # elsewhere an open file can't be removed
@@ -134,7 +136,7 @@ class Lock:
                 self.file.unlink()
 
     def _unmake(self) -> None:
-        for folder in reversed(self._made):
+        for folder in reversed(self.made):
             with suppress(OSError):
                 folder.rmdir()
 
@@ -143,13 +145,13 @@ def _opened(file: Path) -> tuple[int, bool]:
     """(descriptor, whether the file was made for it)."""
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:
-        return os.open(file, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+        return os.open(file, flags | os.O_CREAT | os.O_EXCL, mode_within(file.parent)), True
     except FileExistsError:
         pass
-    if file.is_symlink() or not file.is_file():
+    if is_link(file) or not file.is_file():
         if not os.path.lexists(file):
             raise FileNotFoundError(file)
-        raise OutputError(f"{show(str(file))}: is {'a link' if file.is_symlink() else 'no file'}, which no lock is; "
+        raise OutputError(f"{show(str(file))}: is {'a link' if is_link(file) else 'no file'}, which no lock is; "
                           "remove it")  # fmt: skip
     try:
         return os.open(file, flags), False

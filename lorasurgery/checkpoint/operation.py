@@ -60,6 +60,11 @@ class Operation:
             around = self._outer._files() if self._outer is not None else frozenset()
             self._locks.append(Lock(place, self.call, self._files() | around))
 
+    @property
+    def made(self) -> list[Path]:
+        """The folders that were made for its locks."""
+        return [folder for lock in self._locks for folder in lock.made]
+
     def _files(self) -> frozenset[str]:
         return frozenset(os.path.realpath(lock.file) for lock in self._locks)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
@@ -17,9 +18,11 @@ from types import TracebackType
 
 from lorasurgery.checkpoint.files import ReadFile, WriteFile, clone, sync_folder
 from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.inside import refuse_folder_links, refuse_link
 from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, UNDO_FOLDER, Run, journals, new_token, partial_of, partials
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, PIPELINE
 from lorasurgery.checkpoint.lock import LOCK
+from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.checkpoint.operation import current, holding
 from lorasurgery.checkpoint.plan import PlannedFile
 from lorasurgery.checkpoint.writer import TensorFile
@@ -90,12 +93,17 @@ class Output:
     Args:
         run: What an interrupted run of the same kind left is gone on with, and kept when this one is interrupted too;
             None for what is done at once.
+        inputs: What goes into it; who may not read that may not read what is written.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool, run: Run | None = None) -> None:
+    def __init__(
+        self, out: Path, *, overwrite: bool, run: Run | None = None, inputs: Iterable[str | Path] = ()
+    ) -> None:
         self.single = out.suffix == ".safetensors"
         self.folder = out.parent if self.single else out
         self.out, self.name, self.overwrite, self.run = out, out.name, overwrite, run
+        self.modes = Modes.of(inputs, self.folder)
+        self._records = f"{self.name}.{UNDO_FOLDER}" if self.single else UNDO_FOLDER
         self._token = new_token()
         self.bytes_written = 0
         self._made: list[Path] = []
@@ -107,8 +115,12 @@ class Output:
     def __enter__(self) -> Output:
         with ExitStack() as ending:
             try:
-                self._inputs = ending.enter_context(holding(self.out)).inputs
+                operation = ending.enter_context(holding(self.out))
+                self._inputs = operation.inputs
+                for folder in operation.made:  # for the lock, before anybody knew what would go into it
+                    folder.chmod(stat.S_IMODE(folder.stat().st_mode) & self.modes.folder)
                 self._make(self.folder)
+                refuse_link(self.folder / self._records)
                 if self.run is not None:
                     self.run.begin(self._clear)
                     self._token = self.run.token
@@ -144,7 +156,7 @@ class Output:
 
     def tensor_file(self, planned: PlannedFile) -> TensorFile:
         """A safetensors file to be filled tensor by tensor."""
-        return TensorFile(self._stage(planned.name), planned, self._count, new=self._is_new)
+        return TensorFile(self._stage(planned.name), planned, self._count, mode=self.modes.file, new=self._is_new)
 
     def expect(self, name: str) -> None:
         """Count on a file that another rank, or the run before this one, wrote."""
@@ -162,10 +174,10 @@ class Output:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Stage a small file."""
-        with self._stage(name).open("xb" if self._is_new else "wb") as file:
-            file.write(data)
-            file.flush()
-            _sync(file.fileno())
+        with WriteFile(self._stage(name), mode=self.modes.file, new=self._is_new) as file:
+            file.truncate(0)
+            file.write_at(0, memoryview(data))
+            file.sync()
         self._count(len(data))
 
     def copy_file(self, name: str, source: Path) -> int:
@@ -174,7 +186,7 @@ class Output:
         Raises:
             FormatError: the file was seen before, and changed since.
         """
-        with ReadFile(source) as old, WriteFile(self._stage(name), new=self._is_new) as new:
+        with ReadFile(source) as old, WriteFile(self._stage(name), mode=self.modes.file, new=self._is_new) as new:
             found = os.fstat(old.fileno())
             self._inputs.compare(source, found)
             size = found.st_size
@@ -233,7 +245,7 @@ class Output:
             for path in paths:
                 path.unlink(missing_ok=True)
             self._sync_names()
-        records = self.folder / (f"{self.name}.{UNDO_FOLDER}" if self.single else UNDO_FOLDER)
+        records = self.folder / self._records
         for file in records.glob("[0-9]*.safetensors") if records.is_dir() else ():
             if f"{records.name}/{file.name}" not in self._staged:
                 file.unlink()
@@ -254,6 +266,7 @@ class Output:
 
     def _stage(self, name: str) -> Path:
         final = self.folder / name
+        refuse_folder_links(self.folder, name)
         self._make(final.parent)
         partial = partial_of(final, self._token)
         self._staged[name] = partial
@@ -268,7 +281,7 @@ class Output:
         missing = [p for p in [folder, *folder.parents] if not p.exists()]
         for path in reversed(missing):
             with suppress(FileExistsError):  # another rank was faster
-                path.mkdir()
+                path.mkdir(self.modes.folder)
                 self._made.append(path)
 
     def _count(self, written: int) -> None:
@@ -295,7 +308,3 @@ def _indexed(index: Path) -> Iterable[str]:
         return [str(v) for v in weight_map.values()]
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return []
-
-
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)
