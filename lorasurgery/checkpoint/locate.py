@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, refuse_pickle, show
-from lorasurgery.checkpoint.json_text import MOST, parse_object, read_bytes
+from lorasurgery.checkpoint.json_text import MOST, MOST_CONFIG, parse_object, read_bytes
 from lorasurgery.errors import FormatError
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -136,7 +137,7 @@ def read_index(file: Path) -> dict[str, str]:
         FormatError: not JSON, names twice, a shard outside the folder, or a missing shard.
     """
     where = show(str(file))
-    weight_map = _load(file, where).get("weight_map")
+    weight_map = load_object(file, strict=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError(f"{where}: expected a weight_map from tensor names to shard names")
     if not weight_map:
@@ -168,6 +169,15 @@ def _check_shard(folder: Path, shard: str, where: str) -> None:
         raise FormatError(f"{where}: shard {show(shard)} is a link that leads outside the checkpoint's folder")
 
 
+def exists(path: str | Path) -> bool:
+    """Whether there is something of this name; a name that no system can have is simply not there.
+
+    >>> exists("x" * 5000), exists(".")
+    (False, True)
+    """
+    return os.path.exists(path)  # noqa: PTH110 — a Path would raise where a name is too long for the system
+
+
 def is_inside(name: Any) -> bool:
     """Whether a name from a file is that of a file in its folder or below, written in one way only.
 
@@ -182,18 +192,6 @@ def is_inside(name: Any) -> bool:
     return str(path) == name and name != "." and not path.is_absolute() and ".." not in path.parts
 
 
-def _load(file: Path, where: str) -> dict[str, Any]:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in items:
-            if name in found:
-                raise FormatError(f"{where}: {show(name)} stands twice")
-            found[name] = value
-        return found
-
-    return load_object(file, pairs)
-
-
 def load_config(file: Path) -> dict[str, Any]:
     """config.json; {} when it is missing or empty, for names and shapes often suffice.
 
@@ -202,7 +200,7 @@ def load_config(file: Path) -> dict[str, Any]:
     """
     if not file.is_file() or not file.stat().st_size:
         return {}
-    found = load_object(file)
+    found = load_object(file, most=MOST_CONFIG)
     kind, architectures = found.get("model_type"), found.get("architectures")
     if not isinstance(kind, (str, type(None))):
         raise FormatError(f"{show(str(file))}: model_type is {kind!r}; expected a name")
@@ -211,8 +209,8 @@ def load_config(file: Path) -> dict[str, Any]:
     return found
 
 
-def load_object(file: Path, pairs: Any = None, most: int = MOST) -> dict[str, Any]:
-    """Read a JSON file that must hold an object.
+def load_object(file: Path, *, most: int = MOST, strict: bool = False) -> dict[str, Any]:
+    """Read a JSON file that must hold an object; see json_text.parse.
 
     Raises:
         FormatError: unreadable, larger than `most`, not JSON, or something else than an object.
@@ -224,4 +222,4 @@ def load_object(file: Path, pairs: Any = None, most: int = MOST) -> dict[str, An
         raise FormatError(f"{where}: {problem.strerror or problem}") from None
     except FormatError as problem:
         raise FormatError(f"{where}: {problem}") from None
-    return parse_object(raw, where, pairs)
+    return parse_object(raw, where, strict=strict)

@@ -17,6 +17,7 @@ from lorasurgery.hub import push as hub
 from lorasurgery.hub.reference import cached_reference
 from lorasurgery.ops.batch import find_adapters
 from lorasurgery.ops.card import make_card
+from lorasurgery.ops.card_reader import check_card
 from lorasurgery.ops.runtime import Clock
 from lorasurgery.report import Progress, Report
 
@@ -77,6 +78,8 @@ def push(
     if parcel.left_out:
         report.warnings.append(f"not published: {some(parcel.left_out)} (pickles, other weights, other folders)")
     own_card = hub.CARD in parcel.files and not overwrite_card
+    if own_card:
+        check_card(parcel.files[hub.CARD])
     card = "" if own_card else " and a model card"
     report.summary = f"{len(parcel.files)} files{card}, {parcel.nbytes / 1e6:,.2f} MB, to {target.repo}"
     if not dry_run:

@@ -80,7 +80,7 @@ def switch(
         from lorasurgery.ops.in_place import run_in_place  # imports torch
 
         report.device, files = str(chosen), files_in_place(recipe)
-        report.sources = [source for item in report.inputs for source in describe(item)]
+        report.sources = [source for item in report.inputs for source in describe(item, report.warnings)]
         assert recipe.undo is not None
         before = recipe.restored.files if recipe.restored else {}
         recipe.undo.files = before_in_place(recipe.base, list(files)) | before
