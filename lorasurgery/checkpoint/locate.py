@@ -209,17 +209,25 @@ def load_config(file: Path) -> dict[str, Any]:
     return found
 
 
+def load_bytes(file: Path, most: int = MOST) -> bytes:
+    """All of a regular file that is no larger than `most`; see json_text.read_bytes.
+
+    Raises:
+        FormatError: unreadable, larger, or another kind of file; with its name.
+    """
+    where = show(str(file))
+    try:
+        return read_bytes(file, most)
+    except OSError as problem:
+        raise FormatError(f"{where}: {problem.strerror or problem}") from None
+    except FormatError as problem:
+        raise FormatError(f"{where}: {problem}") from None
+
+
 def load_object(file: Path, *, most: int = MOST, strict: bool = False) -> dict[str, Any]:
     """Read a JSON file that must hold an object; see json_text.parse.
 
     Raises:
         FormatError: unreadable, larger than `most`, not JSON, or something else than an object.
     """
-    where = show(str(file))
-    try:
-        raw = read_bytes(file, most)
-    except OSError as problem:
-        raise FormatError(f"{where}: {problem.strerror or problem}") from None
-    except FormatError as problem:
-        raise FormatError(f"{where}: {problem}") from None
-    return parse_object(raw, where, strict=strict)
+    return parse_object(load_bytes(file, most), show(str(file)), strict=strict)
