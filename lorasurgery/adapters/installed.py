@@ -123,9 +123,7 @@ def _reasonable(value: Any, key: str = "") -> bool:
         return _modules(value) <= _MOST_EXPERTS and all(_reasonable(v, str(k).lower()) for k, v in value.items())
     if isinstance(value, list):
         counted = sum(v for v in value if type(v) is int) if key.endswith(_COUNTS) else 0
-        return (
-            len(value) < _MOST_LAYERS * 100 and counted <= _MOST_LAYERS and all(_reasonable(v, key) for v in value)
-        )
+        return len(value) < _MOST_LAYERS * 100 and counted <= _MOST_LAYERS and all(_reasonable(v, key) for v in value)
     if not isinstance(value, int) or isinstance(value, bool):
         return True
     if key.endswith(_COUNTS):

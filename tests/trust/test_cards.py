@@ -99,7 +99,11 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cards") / "lora"
     folder.mkdir()
     factors = {}
-    for module in ("model.layers.0.self_attn.q_proj", "model.layers.0.<b>x</b>|`#`.q_proj", "model.layers.1.# x\u202e.q_proj"):
+    for module in (
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.<b>x</b>|`#`.q_proj",
+        "model.layers.1.# x\u202e.q_proj",
+    ):
         factors |= {f"base_model.model.{module}.lora_A.weight": torch.ones(1, 2),
                     f"base_model.model.{module}.lora_B.weight": torch.ones(2, 1)}  # fmt: skip
     save_file(factors, folder / "adapter_model.safetensors", {"format": "pt"})
@@ -111,7 +115,14 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def record(text: str, other: str) -> dict[str, Any]:
     """A record in which every word is of somebody's choosing."""
     file = {"name": text, "bytes": 7, "sha256": other, "header_sha256": text}
-    source = {"name": text, "kind": other, "revision": text, "base_model": other, "license": text, "files": [file, {**file, "name": other}]}
+    source = {
+        "name": text,
+        "kind": other,
+        "revision": text,
+        "base_model": other,
+        "license": text,
+        "files": [file, {**file, "name": other}],
+    }
     module = {"name": text, "shape": [2, 3], "kind": other, "rank": 1, "error": 0.5}
     return {
         "command": "extract", "call": text, "version": other, "sources": [source, {**source, "name": other, "license": other}],
@@ -124,7 +135,9 @@ def card_of(folder: Path, found: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The metadata and the text of the card of an adapter with this record."""
     (folder / "lorasurgery.json").write_text(json.dumps(found))
     adapter, warnings = open_adapter(folder), list[str]()
-    with mock.patch("lorasurgery.ops.card._picture", lambda *_: b"PNG"):  # drawing takes a while, and is tested elsewhere
+    with mock.patch(
+        "lorasurgery.ops.card._picture", lambda *_: b"PNG"
+    ):  # drawing takes a while, and is tested elsewhere
         text = make_card(folder, adapter, "me/a", warnings)["README.md"].decode()
     assert warnings == [] or "half of a character" in warnings[0]
     head, body = text.removeprefix("---\n").split("\n---\n", 1)
@@ -143,7 +156,11 @@ def test_what_a_card_quotes(lora: Path, text: str, other: str) -> None:
     assert set(metadata) <= {"base_model", "base_model_relation", "library_name", "license", "pipeline_tag", "tags"}
     assert metadata["base_model"] in ("org/base_model", text, other)
     assert metadata.get("license", "mit").isascii()
-    assert metadata["tags"] == ["lorasurgery", "lora"] if halves or found["sources"][0]["kind"] != "adapter" else metadata["tags"]
+    assert (
+        metadata["tags"] == ["lorasurgery", "lora"]
+        if halves or found["sources"][0]["kind"] != "adapter"
+        else metadata["tags"]
+    )
     read = Read(_markdown.render(body))
     tags = {t.removeprefix("/") for t in read.tags}
     assert tags <= TAGS, tags - TAGS
@@ -210,8 +227,19 @@ def test_names_of_files_and_tables_without_end(lora: Path, tmp_path: Path) -> No
 def test_terminals(lora: Path, tmp_path: Path) -> None:
     """Names with escape sequences, turned writing or rich's markup reach the terminal as escapes, in tables and error lines."""
     folder = Path(shutil.copytree(lora, tmp_path / "odd"))
-    names = ["m.[red]x[/red].q_proj", "m.\x1b]0;title\x07.q_proj", "m.\u202egnp.q_proj", "m.[/b].q_proj", "m.:smile:.q_proj", "m.\u2066.k"]
-    factors = {f"base_model.model.{n}.lora_{s}.weight": torch.ones(*shape) for n in names for s, shape in (("A", (1, 2)), ("B", (2, 1)))}
+    names = [
+        "m.[red]x[/red].q_proj",
+        "m.\x1b]0;title\x07.q_proj",
+        "m.\u202egnp.q_proj",
+        "m.[/b].q_proj",
+        "m.:smile:.q_proj",
+        "m.\u2066.k",
+    ]
+    factors = {
+        f"base_model.model.{n}.lora_{s}.weight": torch.ones(*shape)
+        for n in names
+        for s, shape in (("A", (1, 2)), ("B", (2, 1)))
+    }
     save_file(factors, folder / "adapter_model.safetensors")
     base = tmp_path / "base"
     base.mkdir()

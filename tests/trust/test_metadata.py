@@ -154,7 +154,9 @@ def test_marks_before_the_text_and_many_tensors(tmp_path: Path) -> None:
     shards = [f"model-{i:05}-of-00500.safetensors" for i in range(500)]
     for name in shards:
         (tmp_path / name).touch()
-    many = {f"model.layers.{i // 1000}.mlp.experts.{i % 1000}.down_proj.weight": shards[i % 500] for i in range(200_000)}
+    many = {
+        f"model.layers.{i // 1000}.mlp.experts.{i % 1000}.down_proj.weight": shards[i % 500] for i in range(200_000)
+    }
     (tmp_path / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": many}))
     assert len(read_index(tmp_path / INDEX)) == 200_000
 
@@ -176,7 +178,10 @@ def test_json_inside_headers(field: str, text: str, files: Files, tmp_path: Path
     good = {} if field == "lora_adapter_metadata" else {"lora_adapter_metadata": json.dumps(METADATA)}
     header = header_of(source) | {"__metadata__": good | HEADERS[field](TEXTS[text])}
     path.write_bytes(bytes_of(header, data_of(source)))
-    for words in (["inspect", path], ["convert", path, "-o", tmp_path / "out.safetensors", "--to", "kohya", "--overwrite"]):
+    for words in (
+        ["inspect", path],
+        ["convert", path, "-o", tmp_path / "out.safetensors", "--to", "kohya", "--overwrite"],
+    ):
         code, lines = cli(*words)
         refused = field == "lora_adapter_metadata" and text != "NaN"
         assert code == refused, lines
@@ -259,11 +264,29 @@ GOOD: dict[str, Any] = {
 
 def odd_records() -> Iterator[tuple[str, Any]]:
     """Every field of a record missing, or something of every other kind."""
-    others: list[Any] = [None, True, -1, 3.5, 10**400, "x", [], {}, [1], [None], [[]], {"a": 1}, [{}], [{"name": 5}], ["x"]]
+    others: list[Any] = [
+        None,
+        True,
+        -1,
+        3.5,
+        10**400,
+        "x",
+        [],
+        {},
+        [1],
+        [None],
+        [[]],
+        {"a": 1},
+        [{}],
+        [{"name": 5}],
+        ["x"],
+    ]
 
     def inside(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         yield path
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        for key, item in (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        ):
             yield from inside(item, (*path, key))
 
     for path in inside(GOOD, ()):
@@ -291,7 +314,9 @@ def test_odd_records_count_as_none(files: Files, tmp_path: Path) -> None:
         assert bool(found) != bool(warnings), (field, record)
         assert all(RECORD in line and "counts as none" in line for line in warnings)
         sources = found.get("sources", [])
-        text = card_parts.opening(None, found, None) + card_parts.history(found, sources) + card_parts.modules(None, found)
+        text = (
+            card_parts.opening(None, found, None) + card_parts.history(found, sources) + card_parts.modules(None, found)
+        )
         assert text or not found
         count += bool(warnings)
     assert count > 200

@@ -55,7 +55,9 @@ def test_switch_without_a_record_is_refused(options: Sequence[str], world: Path)
         before = bytes_in(world)
         code, out, err = cli("switch", place, "--to", world / "topic", *options)
         assert (code, out) == (1, "")
-        assert err.startswith(f"lorasurgery: {place}: no undo record says which adapter is in it, so none can be taken out")
+        assert err.startswith(
+            f"lorasurgery: {place}: no undo record says which adapter is in it, so none can be taken out"
+        )
         assert all(way in err for way in ("--add puts", "--base BASE begins", "lorasurgery unmerge"))
         assert ("says that style was merged" in err) == (place.name in ("merged", "lost"))
         assert len(err.splitlines()) == 1
@@ -114,7 +116,7 @@ def test_base_begins_again(world: Path) -> None:
 def test_a_base_that_is_none(world: Path) -> None:
     """Another model as --base, two ways at once, and a base beside a record are refused before anything is read."""
     other = llama(world / "wider", torch.bfloat16, 128)
-    with pytest.raises(MismatchError, match="wider: model.layers.0.mlp.down_proj.weight is not as in"):
+    with pytest.raises(MismatchError, match=r"wider: model\.layers\.0\.mlp\.down_proj\.weight is not as in"):
         switch(world / "merged", [world / "topic"], base=other, device="cpu")
     with pytest.raises(UsageError, match="--add and --base: say one way to begin, not 2"):
         switch(world / "merged", [world / "topic"], add=True, base=world / "base")
