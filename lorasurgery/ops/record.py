@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorasurgery import __version__
+from lorasurgery._version import __version__
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.checkpoint.files import WriteFile, sync_folder
