@@ -15,9 +15,8 @@ from typing import Any, NoReturn
 
 from lorasurgery.errors import FormatError
 
-MOST = 100_000_000  # bytes of an index, or of a result's record: a million tensors; as for headers
+MOST = 100_000_000  # bytes: an index or a result's record of a million tensors; a tokenizer, which has 40 MB at most
 MOST_CONFIG = 32_000_000  # a model's or an adapter's config: the modules of the largest models, several times
-MOST_TEXT = 256_000_000  # a tokenizer's file, which is kept as it is: the largest known have 40 MB
 MOST_VALUES = 10_000_000  # in one text: a header of the largest size has seven million
 DEEPEST = 64  # what is parsed is written, compared and shown by functions that call themselves
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that may be half a character

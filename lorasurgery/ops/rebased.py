@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.json_text import MOST_TEXT
 from lorasurgery.checkpoint.locate import load_bytes
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError
@@ -86,4 +85,4 @@ class Rebased(Checkpoint):
 
 
 def _bytes(path: Path) -> bytes | None:
-    return load_bytes(path, MOST_TEXT) if path.is_file() else None
+    return load_bytes(path) if path.is_file() else None

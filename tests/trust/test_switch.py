@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from undo_world import adapter, llama, sums
 
+from lorasurgery.checkpoint import surgery
+from lorasurgery.checkpoint.settle import unfinished
+from lorasurgery.checkpoint.surgery import Surgery
 from lorasurgery.cli.main import main
-from lorasurgery.errors import MismatchError, UsageError
+from lorasurgery.errors import MismatchError, SurgeryError, UsageError
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.switch import switch
 from lorasurgery.ops.unmerge import unmerge
@@ -98,8 +103,6 @@ def test_base_begins_again(world: Path) -> None:
     shutil.copy(world / "topic" / "adapter_config.json", world / "topic" / "kept.json")
     keys = load_file(world / "topic/adapter_model.safetensors")
     only = {k: t for k, t in keys.items() if "q_proj" in k}  # so that tensors of `style` alone must be put back
-    from safetensors.torch import save_file
-
     save_file(only, world / "topic/adapter_model.safetensors", {"format": "pt"})
     merge(world / "base", [world / "topic"], world / "wanted", device="cpu")
     plan = switch(world / "worn", [world / "topic"], base=world / "base", dry_run=True)
@@ -179,3 +182,35 @@ def test_another_strength_than_recorded(world: Path) -> None:
     assert report.warnings[0].startswith("style was merged with weight 0.5, as the record beside ")
     assert report.warnings[0].endswith("; -w 0.5 takes all of it out")
     assert not unmerge(world / "half", [world / "style"], world / "b", weights=[0.5], device="cpu").warnings
+
+
+@pytest.mark.parametrize(("place", "turn"), [("put", 0), ("put", 2), ("put", 5), ("flush", 0), ("finish", 0)])
+def test_a_base_and_a_full_disk(place: str, turn: int, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--base that is cut short: readers are told, the same command with --resume ends on the bytes of an undisturbed run."""
+    shutil.rmtree(world / "topic")
+    adapter(world / "base", world / "topic", 4, 0.05, 1)
+    factors = load_file(world / "topic/adapter_model.safetensors")
+    save_file({k: t for k, t in factors.items() if "q_proj" in k}, world / "topic/adapter_model.safetensors")
+    merge(world / "base", [world / "topic"], world / "wanted", device="cpu")
+    calls, real = [0], getattr(Surgery, place)
+
+    def full(self: Surgery, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > turn:
+            raise OSError(errno.ENOSPC, "No space left on device", "x")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Surgery, place, full)
+    monkeypatch.setattr(surgery, "BATCH", 5000)  # so that some tensors are in their place by then
+    with pytest.raises((SurgeryError, OSError), match="No space left"):
+        switch(world / "merged", [world / "topic"], base=world / "base", device="cpu")
+    monkeypatch.undo()
+    if unfinished(world / "merged") is not None:
+        with pytest.raises(MismatchError, match="is in the middle of `switch merged base topic`"):
+            unmerge(world / "merged", [world / "topic"], world / "nowhere", device="cpu")
+        switch(world / "merged", [world / "topic"], base=world / "base", device="cpu", resume=True)
+    else:
+        switch(world / "merged", [world / "topic"], base=world / "base", device="cpu")
+    assert sums(world / "merged") == sums(world / "wanted")
+    unmerge(world / "merged", [world / "topic"], in_place=True, device="cpu")
+    assert sums(world / "merged") == sums(world / "base")
