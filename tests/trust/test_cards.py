@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.torch import save_file
@@ -145,7 +145,6 @@ def card_of(folder: Path, found: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 @given(_text, _text)
-@settings(max_examples=120)
 @example("a\n# heading", "```")
 @example("</details>", "| a | b |")
 def test_what_a_card_quotes(lora: Path, text: str, other: str) -> None:

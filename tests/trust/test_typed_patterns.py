@@ -156,7 +156,7 @@ def test_what_is_no_expression_is_one_line(pattern: str, world: Path) -> None:
         apply_lora(torch.nn.Sequential(torch.nn.Linear(2, 2)), target_modules=[pattern])
 
 
-@pytest.mark.parametrize("length", [255, 256, 300, 5000, 90_000])
+@pytest.mark.parametrize("length", [255, 256, 300, 20_000])
 def test_long_patterns_are_patterns(length: int, world: Path, tmp_path: Path) -> None:
     """More characters than a file's name may have: matched, written into the record as they were given, or no module's."""
     long = f"(q_proj|{'x' * (length - 9)})"
