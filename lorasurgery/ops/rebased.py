@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.inside import to_read
 from lorasurgery.checkpoint.locate import load_bytes
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError
@@ -67,7 +68,7 @@ class Rebased(Checkpoint):
         """Config and tokenizer by name: what is to be written, and what the base has of it.
 
         Raises:
-            MismatchError: a tokenizer's file would be left of another one.
+            FormatError: a link leads out of either folder. MismatchError: two tokenizers would be mixed.
         """
         if self.is_file or self.origin.is_file:
             return {}, {}
@@ -78,9 +79,12 @@ class Rebased(Checkpoint):
                 f"{show(str(self.folder / left[0]))}: the tokenizer that is to come has no such file, so two would be "
                 "mixed; `lorasurgery merge BASE ADAPTER -o OUT` writes a new checkpoint"
             )
-        wanted = {name: _bytes(file) for name, file in {CONFIG: self.origin.folder / CONFIG, **tokenizer}.items()}
-        changed = {n: data for n, data in wanted.items() if data is not None and data != _bytes(self.folder / n)}
-        before = {n: _bytes(self.origin.folder / n) for n in (*tokenizer, CONFIG, RECORD_NAME)}
+        config = to_read(self.origin.folder, CONFIG)
+        wanted = {name: _bytes(file) for name, file in {CONFIG: config, **tokenizer}.items()}
+        changed = {
+            n: data for n, data in wanted.items() if data is not None and data != _bytes(to_read(self.folder, n))
+        }
+        before = {n: _bytes(to_read(self.origin.folder, n)) for n in (*tokenizer, CONFIG, RECORD_NAME)}
         return changed, {n: data for n, data in before.items() if n == RECORD_NAME or data != wanted[n]}
 
 

@@ -21,8 +21,10 @@ from lorasurgery.checkpoint.files import WriteFile, sync_folder
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.journal import partial_of
 from lorasurgery.checkpoint.locate import load_object, locate
+from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.errors import FormatError, OutputError, SurgeryError
 from lorasurgery.hub.reference import cached_reference
+from lorasurgery.ops.base_name import is_local
 from lorasurgery.ops.card_reader import license_of
 from lorasurgery.ops.record_check import check_record
 from lorasurgery.report import RECORD_NAME, Report, Source
@@ -70,7 +72,9 @@ def _source(path: Path, warnings: list[str]) -> Source:
 
 def _base_of(adapter: Adapter) -> str | None:
     name = adapter.config.get("base_model_name_or_path")
-    return without_folders(name) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return None
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_local(name) else name
 
 
 def without_folders(text: str) -> str:
@@ -117,7 +121,7 @@ def record(report: Report, call: str) -> None:
     data = record_bytes(report, call)
     partial = partial_of(out / RECORD_NAME)
     try:
-        with WriteFile(partial) as file:
+        with WriteFile(partial, mode=Modes.of([out], out).file) as file:
             file.write_at(0, memoryview(data))
             file.truncate(len(data))
             file.sync()
@@ -136,10 +140,18 @@ def record_bytes(report: Report, call: str) -> bytes:
     """The record of an operation as it is written."""
     found = report.to_dict()
     kept = {key: found[key] for key in _KEPT if key in found}
-    kept["warnings"] = [without_folders(text) for text in report.warnings]
+    kept["warnings"] = [without_folders(_by_last_names(text, report.inputs)) for text in report.warnings]
     sources = [source.to_dict() for source in report.sources or ()]
     table = {"command": report.command, "call": call, "version": __version__, "sources": sources, **kept}
     return (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _by_last_names(text: str, inputs: Sequence[str]) -> str:
+    """The same with inputs and their folders called by their last names, relative ones too."""
+    paths = {p for i in inputs if Path(i).exists() for p in (Path(i), Path(i).parent) if len(p.parts) > 1}
+    for path in sorted(paths, key=lambda p: -len(str(p))):
+        text = text.replace(str(path), path.name)
+    return text
 
 
 def read_record(folder: Path, warnings: list[str]) -> dict[str, Any]:

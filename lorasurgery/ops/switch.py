@@ -58,7 +58,8 @@ def switch(
     Args:
         checkpoint: A folder or file that `merge --in-place` or `merge --undo` left with a record.
         to: The adapters to be merged now, with `weights` and `block_weights` as for merge.
-        from_: Where the adapters that were merged last are, if no longer where they were then.
+        from_: Where the adapters that were merged last are, unless they lie beside the checkpoint or the new ones, in
+            the current folder, or in the Hub's cache.
         add: Take nothing out: put `to` on top of whatever is there, as `merge --in-place` does.
         base: Begin from this checkpoint instead of a record: every tensor that differs from it is put back.
 
@@ -79,7 +80,8 @@ def switch(
         raise UsageError(f"--base: an undo record takes {last.names} out to the bit; leave --base away")
     if last is None and not add and base is None:
         raise MismatchError(_nothing_to_take_out(path, to))
-    old = [open_adapter(a) for a in adapters_of(last, from_)] if last else []
+    places = [path.absolute().parent, *(Path(a).absolute().parent for a in to), Path.cwd()]
+    old = [open_adapter(a) for a in adapters_of(last, from_, places)] if last else []
     found = record_to_undo(path, old, None, (), ()) if last else None
     chosen = None if dry_run else resolve_device(device)
     start: Checkpoint = Undone(merged, *found, chosen) if found else merged
