@@ -75,13 +75,15 @@ class WriteFile(FileIO):
         direct: Write what fills whole pages without the system's cache, where the file system can: for files so large
             that the cache would not hold them until they are wanted. Half as much work for the processor, or less.
         mode: Who may read it when it is made here, as far as the umask allows; others than the user only when asked.
+        new: It must not be there yet.
 
     Raises:
         OSError: the system's; also where the path is a link.
     """
 
-    def __init__(self, path: Path, *, direct: bool = False, mode: int = 0o600) -> None:
-        super().__init__(os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK | getattr(os, "O_BINARY", 0), mode), "r+")
+    def __init__(self, path: Path, *, direct: bool = False, mode: int = 0o600, new: bool = False) -> None:
+        flags = os.O_RDWR | os.O_CREAT | _NO_LINK | getattr(os, "O_BINARY", 0) | (os.O_EXCL if new else 0)
+        super().__init__(os.open(path, flags, mode), "r+")
         self._turn = threading.Lock()
         self._direct = _open_direct(path) if direct else None
 

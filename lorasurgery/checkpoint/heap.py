@@ -15,7 +15,7 @@ Place = list[object]
 
 
 class Heap:
-    """Takes stretches from several threads; what lies in the file already stays.
+    """Takes stretches from several threads; what lies in the file already stays, unless it is to be a `new` one.
 
     >>> import tempfile
     >>> heap = Heap(Path(tempfile.mkdtemp()) / "heap")
@@ -24,9 +24,9 @@ class Heap:
     >>> heap.close()
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, new: bool = False) -> None:
         self.path = path
-        self._file = WriteFile(path)
+        self._file = WriteFile(path, new=new)
         self._end, self._lock = path.stat().st_size, threading.Lock()
 
     def put(self, data: bytes | memoryview) -> Place:

@@ -1,16 +1,14 @@
-"""Files and JSON that nobody vouches for: whatever is read of them is bounded in size, in depth and in time.
+"""JSON that nobody vouches for: bounded in size, in depth and in time.
 
-Every reader of something else than weights goes through this file: a regular file of bounded size is read whole, and a
-JSON text is parsed only when it holds no more values than any real one, for a value of three bytes takes a hundred when
-it is parsed. So the bound on the text bounds the memory (about a gigabyte for the largest) and the time.
+A text is parsed only when it holds no more values than any real one, for a value of three bytes takes a hundred when it
+is parsed. So the bounds on the text (regular.py reads no larger file) bound the memory, about a gigabyte for the
+largest, and the time.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import stat
-from pathlib import Path
 from typing import Any, NoReturn
 
 from lorasurgery.errors import FormatError
@@ -21,21 +19,6 @@ MOST_VALUES = 10_000_000  # in one text: a header of the largest size has seven 
 DEEPEST = 64  # what is parsed is written, compared and shown by functions that call themselves
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that may be half a character
 _BEFORE_VALUES = (b",", b"[", b"{")
-
-
-def read_bytes(file: Path, most: int = MOST) -> bytes:
-    """All of a regular file that is no larger than `most`; a FIFO or a device would be read for ever.
-
-    Raises:
-        FormatError: another kind of file, or a larger one; without the file's name. OSError: the system's.
-    """
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise FormatError("is not a regular file")
-    if found.st_size > most:
-        raise FormatError(f"has {found.st_size:,} bytes, more than {most:,}; it can't be what its name says")
-    with file.open("rb") as opened:
-        return opened.read(most)
 
 
 def parse(raw: bytes, where: str, *, strict: bool = False) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, refuse_pickle, show
 from lorasurgery.checkpoint.inside import is_inside, leads_out
-from lorasurgery.checkpoint.json_text import MOST, MOST_CONFIG, parse_object, read_bytes
+from lorasurgery.checkpoint.json_text import MOST, MOST_CONFIG, parse_object
+from lorasurgery.checkpoint.regular import read_bytes
 from lorasurgery.errors import FormatError
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -194,7 +195,7 @@ def load_config(file: Path) -> dict[str, Any]:
 
 
 def load_bytes(file: Path, most: int = MOST) -> bytes:
-    """All of a regular file that is no larger than `most`; see json_text.read_bytes.
+    """All of a regular file that is no larger than `most`; see regular.read_bytes.
 
     Raises:
         FormatError: unreadable, larger, or another kind of file; with its name.

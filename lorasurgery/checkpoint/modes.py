@@ -69,6 +69,11 @@ def _as_seen(found: os.stat_result, group: int | None) -> int:
     return mode & (0o707 | (mode & 0o007) << 3)
 
 
+def mode_within(folder: Path) -> int:
+    """The mode of a file that tells no more than its folder: for those whom that lets through."""
+    return _FILE & _let_through(folder.stat().st_mode)
+
+
 def _let_through(folder: int) -> int:
     """What is left of a file's mode for whom its folder lets through at all.
 

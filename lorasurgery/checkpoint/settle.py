@@ -13,20 +13,19 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorasurgery.checkpoint.files import ReadFile, WriteFile, make, sync_folder
+from lorasurgery.checkpoint.files import ReadFile, WriteFile, sync_folder
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.inside import is_link, refuse_link, to_replace, to_write
+from lorasurgery.checkpoint.inside import refuse_link, to_replace, to_write
 from lorasurgery.checkpoint.journal_lines import read_lines
 from lorasurgery.checkpoint.kin import about_files_of
 from lorasurgery.checkpoint.modes import Modes
+from lorasurgery.checkpoint.operation import holding
 from lorasurgery.errors import FormatError, MismatchError, OutputError
 
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
-
-FOLDER, LOCK = ".lorasurgery-surgery", ".lorasurgery-lock"
+_CHUNK = 4 << 20
+FOLDER = ".lorasurgery-surgery"
 MENDED = "--resume goes on once that is mended"
 
 
@@ -77,30 +76,6 @@ def in_the_middle(checkpoint: Path, about: Mapping[str, Any]) -> str:
     )
 
 
-def lock(checkpoint: Path) -> BaseFileLock:
-    """Keep other writers away from a checkpoint until the lock is released, or this process ends.
-
-    Raises:
-        OutputError: another one is at work.
-    """
-    from filelock import FileLock, Timeout
-
-    place = checkpoint / LOCK if checkpoint.is_dir() else checkpoint.with_name(f".{checkpoint.name}{LOCK}")
-    if is_link(place):  # older versions of filelock would empty what it leads to
-        raise OutputError(f"{show(str(place))}: is a link, which no lock is; remove it")
-    found = FileLock(place)
-    try:
-        make(place, Modes.of([checkpoint], place.parent).file)
-        found.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(
-            f"{show(str(checkpoint))}: another command is changing it at this moment; wait until it is done"
-        ) from None
-    except OSError as problem:
-        raise cannot_write(place, problem, "nothing was changed") from None
-    return found
-
-
 def cannot_write(checkpoint: Path, problem: OSError, left: str) -> OutputError:
     """One line about what the system refused, and what was left."""
     where = show(str(problem.filename or checkpoint))
@@ -119,11 +94,8 @@ def settle_first(checkpoint: Path, *, resume: bool) -> bool:
     if not surgery_folder(checkpoint).exists():
         return False
     before = unfinished(checkpoint)
-    held = lock(checkpoint)
-    try:
+    with holding(checkpoint):
         about = settle(checkpoint)
-    finally:
-        held.release()
     if about is not None and not resume:
         raise MismatchError(in_the_middle(checkpoint, about))
     return before is not None and about is None and resume

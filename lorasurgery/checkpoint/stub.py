@@ -11,7 +11,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from lorasurgery.checkpoint.json_text import parse, read_bytes
+from lorasurgery.checkpoint.json_text import MOST, parse
+from lorasurgery.checkpoint.regular import read_bytes
 from lorasurgery.errors import FormatError
 
 
@@ -43,7 +44,7 @@ def filled_in(path: Path) -> frozenset[str] | None:
     if not os.path.lexists(mark):  # nor where the mark's name would be too long for one
         return None
     try:
-        found = parse(read_bytes(mark), str(mark))
+        found = parse(read_bytes(mark, MOST), str(mark))
         if isinstance(found, list) and all(isinstance(name, str) for name in found):
             return frozenset(found)
     except (OSError, FormatError):

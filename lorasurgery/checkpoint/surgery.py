@@ -23,6 +23,7 @@ from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.heap import Heap
 from lorasurgery.checkpoint.journal_lines import check_line, file_of
 from lorasurgery.checkpoint.modes import Modes
+from lorasurgery.checkpoint.operation import holding
 from lorasurgery.checkpoint.settle import (
     FOLDER,
     MENDED,
@@ -33,7 +34,6 @@ from lorasurgery.checkpoint.settle import (
     end,
     in_the_middle,
     lines_of,
-    lock,
     settle,
     surgery_folder,
 )
@@ -79,7 +79,11 @@ class Surgery:
         self._end, self._turn = 0, threading.Lock()
 
     def __enter__(self) -> Surgery:
-        self._lock, begun = lock(self.checkpoint), False
+        begun, self._held = False, ExitStack()
+        try:
+            self._inputs = self._held.enter_context(holding(self.checkpoint)).inputs
+        except OSError as problem:
+            raise self._failed(problem, changed=False) from None
         try:
             about = settle(self.checkpoint)
             begun = about is None
@@ -99,7 +103,7 @@ class Surgery:
         except BaseException as problem:
             if begun:
                 discard(self.folder)
-            self._lock.release()
+            self._held.close()
             if isinstance(problem, OSError):
                 raise self._failed(problem, changed=not begun) from None
             if isinstance(problem, KeyboardInterrupt) and begun:
@@ -114,7 +118,7 @@ class Surgery:
             self._files.close()
             if kind is not None and not self.done and not self.resumed:  # nothing was changed yet
                 discard(self.folder)
-        self._lock.release()
+        self._held.close()
         changed = bool(self.done or self.resumed)
         if isinstance(problem, OSError):
             raise self._failed(problem, changed=changed) from None
@@ -128,7 +132,11 @@ class Surgery:
 
         Args:
             noted: What is known of the checkpoint as it was, JSON.
+
+        Raises:
+            FormatError: a file was changed while it was read, so what was tried is not what would be done.
         """
+        self._inputs.check()
         self.checked, self.noted = True, noted
         self._line({"checked": True, "noted": noted})
 
@@ -146,15 +154,21 @@ class Surgery:
             self.flush()
 
     def flush(self) -> None:
-        """Wait until all that was put is where it belongs, on the disk."""
+        """Wait until all that was put is where it belongs, on the disk.
+
+        Raises:
+            FormatError: a file that it was made from was changed meanwhile; then none of it goes there.
+        """
         if not self._keys:
             return
         with self._turn:
+            self._inputs.check()
             self._redo.sync()
             self.heap.sync()
             self._line({"ready": self._batch, "done": self._keys})
             self.done |= self._keys
-            apply(self.home, self.folder, self._batch)
+            with self._inputs.changing({self.home / item[0] for item in self._batch}):
+                apply(self.home, self.folder, self._batch)
             self._line({"applied": True})
         self.bytes_written += self._end
         self._batch, self._keys, self._end = [], {}, 0
@@ -181,7 +195,8 @@ class Surgery:
                 os.fsync(file.fileno())
         sync_folder(self.folder)
         self._line({"ending": moves, "removed": list(removed)})
-        end(self.home, self.folder, moves, removed)
+        with self._inputs.changing(self.home / path for path in [*moves.values(), *removed]):
+            end(self.home, self.folder, moves, removed)
 
     def _stage(self, name: str, data: bytes) -> None:
         with WriteFile(self.staged(name), mode=self.modes.file) as file:

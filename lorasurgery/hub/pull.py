@@ -19,6 +19,7 @@ from lorasurgery.adapters.components import FOLDER_NAMES
 from lorasurgery.adapters.peft import WEIGHTS_NAME
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inside import is_commit, is_inside, to_write
+from lorasurgery.checkpoint.journal import new_token
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, load_bytes, locate
 from lorasurgery.errors import FormatError
 from lorasurgery.hub.client import api, explained
@@ -214,10 +215,11 @@ def _keep_branch(reference: Reference, commit: str) -> None:
     name = reference.revision or "main"
     if name != commit:
         file = Path(constants.HF_HUB_CACHE) / f"models--{reference.repo.replace('/', '--')}" / "refs" / name
-        partial = file.with_name(f"{file.name}.lorasurgery-partial")
+        partial = file.with_name(f"{file.name}.{new_token()}.lorasurgery-partial")
         with suppress(OSError):  # a cache that can't be written is still a cache
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(commit)
+            with partial.open("x") as opened:
+                opened.write(commit)
             partial.replace(file)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.json_text import DEEPEST, read_bytes
+from lorasurgery.checkpoint.json_text import DEEPEST
+from lorasurgery.checkpoint.regular import read_bytes
 from lorasurgery.errors import FormatError
 
 CARD = "README.md"

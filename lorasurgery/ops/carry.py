@@ -11,6 +11,7 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inside import files_below, is_link, leads_out
 from lorasurgery.checkpoint.locate import load_object
+from lorasurgery.checkpoint.operation import note
 from lorasurgery.errors import some
 from lorasurgery.report import RECORD_NAME
 
@@ -41,6 +42,8 @@ def carried_files(folder: Path, adapters: Sequence[Adapter] = (), *, parts: Coll
     """
     rewritten = {file.rpartition("/")[0] for file in parts}
     found = {name: file for name, file in files_below(folder)[0].items() if _goes_along(name, rewritten)}
+    for file in found.values():
+        note(file)
     own = tokenizer_files(adapters)
     if own:  # one tokenizer's files, never a mixture of two
         found = {n: f for n, f in found.items() if n not in _TOKENIZER} | own
@@ -51,6 +54,8 @@ def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, Path]:
     """The tokenizer of the last adapter that brings one: name -> source. A part that leads elsewhere makes it none."""
     for adapter in reversed(adapters):
         own = {n: adapter.folder / n for n in _TOKENIZER if (adapter.folder / n).is_file()}
+        for file in own.values():
+            note(file)
         if own and not _leading_out(adapter.folder):
             return own
     return {}

@@ -38,9 +38,9 @@ from lorasurgery.report import ModuleReport, Progress, Report
 @torch.inference_mode()
 def carry_out(plan: Conversion, report: Report, out: Path, overwrite: bool, progress: Progress | None) -> None:
     """Do what was planned and fill in the report."""
+    copies = tokenizer_files([plan.adapter]) if plan.options.to == "peft" else {}
     modules, report.modules = _modules(plan, torch.device(report.device), progress)
     layout, unseen = _layout(plan, modules)
-    copies = tokenizer_files([plan.adapter]) if plan.options.to == "peft" else {}
     report.warnings += not_followed(None, [plan.adapter] if plan.options.to == "peft" else [])
     check_name(out, loose=layout.loose)
     with Output(out, overwrite=overwrite, inputs=[plan.adapter.path]) as output:

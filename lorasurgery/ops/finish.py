@@ -14,7 +14,7 @@ from lorasurgery.checkpoint.plan import index_json
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rounding import Survival
 from lorasurgery.ops.apply import Recipe
-from lorasurgery.ops.carry import CONFIG, carried_files, patched_config, write_carried
+from lorasurgery.ops.carry import CONFIG, patched_config, write_carried
 from lorasurgery.ops.edits import Edit
 from lorasurgery.ops.quantized import is_narrow
 from lorasurgery.ops.recorder import kept
@@ -94,7 +94,7 @@ def finish(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
             config = patched_config(
                 source.config, untied=recipe.edits.untied, vocab_size=recipe.edits.vocab_size, dtype=dtype
             )
-            carried = carried_files(source.folder, recipe.adapters, parts=source.parts)
+            carried = dict(recipe.carried)
             _put_back(recipe, output, carried)
             write_carried(output, carried, source.config, config, dtype)
         elif recipe.edits.untied:

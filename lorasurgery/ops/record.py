@@ -19,7 +19,7 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.checkpoint.files import WriteFile, sync_folder
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.journal import partial_of
+from lorasurgery.checkpoint.journal import new_token, partial_of
 from lorasurgery.checkpoint.locate import load_object, locate
 from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.errors import FormatError, OutputError, SurgeryError
@@ -119,9 +119,9 @@ def record(report: Report, call: str) -> None:
     if not out.is_dir():
         return
     data = record_bytes(report, call)
-    partial = partial_of(out / RECORD_NAME)
+    partial = partial_of(out / RECORD_NAME, new_token())
     try:
-        with WriteFile(partial, mode=Modes.of([out], out).file) as file:
+        with WriteFile(partial, mode=Modes.of([out], out).file, new=True) as file:
             file.write_at(0, memoryview(data))
             file.truncate(len(data))
             file.sync()

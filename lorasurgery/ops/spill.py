@@ -15,7 +15,7 @@ from torch import Tensor
 from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.files import ReadFile, WriteFile
 from lorasurgery.checkpoint.inside import to_read
-from lorasurgery.checkpoint.journal import FACTORS, Run, journals
+from lorasurgery.checkpoint.journal import FACTORS, Run
 from lorasurgery.checkpoint.writer import as_bytes
 from lorasurgery.errors import FormatError
 from lorasurgery.lowrank import LowRank
@@ -32,9 +32,8 @@ class Spill:
     """
 
     def __init__(self, run: Run) -> None:
-        older = len(journals(run.out, FACTORS))
-        self._path = run.path(f"{run.ranks.rank}-{older}", FACTORS)
-        self._file = WriteFile(self._path)
+        self._path = run.new_path(FACTORS)
+        self._file = WriteFile(self._path, new=True)
         self._place, self._lock = 0, threading.Lock()
 
     def put(self, found: Factored) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from lorasurgery.checkpoint.buffers import Buffers
 from lorasurgery.checkpoint.flow import Flow, Job
 from lorasurgery.checkpoint.heap import Heap
-from lorasurgery.checkpoint.journal import UNDO, Run, journals
+from lorasurgery.checkpoint.journal import UNDO, Run
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.writer import TensorFile
@@ -75,8 +75,7 @@ class _Work:
         self._heap: Heap | None = None
         self.recorder: Recorder | None = None
         if recipe.undo is not None:
-            older = len(journals(journal.out, UNDO))
-            self._heap = Heap(journal.path(f"{journal.ranks.rank}-{older}", UNDO))
+            self._heap = Heap(journal.new_path(UNDO), new=True)
             self.recorder = Recorder(self._heap, recipe.base, device, recipe.fallback)
 
     def jobs(self) -> Iterator[Job]:

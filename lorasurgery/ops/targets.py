@@ -9,8 +9,16 @@ from pathlib import Path
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inside import is_link, link_on_the_way, refuse_link, to_replace
 from lorasurgery.checkpoint.journal_lines import check_line, file_of
+from lorasurgery.checkpoint.operation import current
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import FOLDER, refuse_unfinished, settle_first, surgery_folder, unfinished
+from lorasurgery.checkpoint.settle import (
+    FOLDER,
+    cannot_write,
+    refuse_unfinished,
+    settle_first,
+    surgery_folder,
+    unfinished,
+)
 from lorasurgery.errors import MismatchError, OutputError, UsageError, some
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.rebased import Rebased
@@ -19,6 +27,8 @@ from lorasurgery.ops.undo_record import top_record, undo_folder
 from lorasurgery.ops.undone import Undone
 from lorasurgery.ranks import ranks
 from lorasurgery.report import COMMAND_LINE, RECORD_NAME, Report
+
+_ONE_PROCESS = "--in-place: is the work of one process; start it without torchrun"
 
 
 def check_target(
@@ -40,7 +50,7 @@ def check_target(
 
 
 def is_settled(checkpoint: Path, *, resume: bool, dry_run: bool) -> bool:
-    """Before an operation in place: finish what an interrupted one had ready; whether nothing of it is left to do.
+    """Before an operation in place: lock, and finish what an interrupted one had ready; whether nothing is left to do.
 
     A dry run finishes nothing, and is refused where something is unfinished.
 
@@ -51,6 +61,9 @@ def is_settled(checkpoint: Path, *, resume: bool, dry_run: bool) -> bool:
     if dry_run:
         refuse_unfinished(checkpoint)
         return False
+    if ranks().size > 1:
+        raise UsageError(_ONE_PROCESS)
+    hold_in_place(checkpoint)
     began = unfinished(checkpoint) is not None
     done = settle_first(checkpoint, resume=resume)
     if resume and not began:
@@ -61,6 +74,22 @@ def is_settled(checkpoint: Path, *, resume: bool, dry_run: bool) -> bool:
             f"complete or never began; {merged}, and without --resume the command does all of it"
         )
     return done
+
+
+def hold_in_place(checkpoint: Path) -> None:
+    """Keep others away from a checkpoint before anything of it is read that a plan rests on.
+
+    Raises:
+        OutputError: another command is at work there, or the system refuses the lock.
+    """
+    operation = current()
+    home = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if operation is None or not checkpoint.exists() or not os.access(home, os.W_OK):  # which others say better
+        return
+    try:
+        operation.hold(checkpoint)
+    except OSError as problem:
+        raise cannot_write(checkpoint, problem, "nothing was changed") from None
 
 
 def settled(command: str, checkpoint: str) -> Report:
@@ -93,7 +122,7 @@ def check_in_place(recipe: Recipe) -> None:
     """
     base = recipe.base
     if ranks().size > 1:
-        raise UsageError("--in-place: is the work of one process; start it without torchrun")
+        raise UsageError(_ONE_PROCESS)
     if base.path.is_file() and is_link(base.path):
         raise OutputError(f"{show(str(base.path))}: is a link; name the file itself")
     touched = {t.name: t for f in recipe.files for t in f.tensors if is_touched(recipe, t.name)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,9 +50,9 @@ def write_whole(file: Path, content: bytes, mode: int = 0o666) -> None:
     Raises:
         OutputError: the folder is missing or can't be written to.
     """
-    partial = file.with_name(f".{file.name}{_PARTIAL}")
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}{_PARTIAL}")
     try:
-        with open(partial, "wb", opener=lambda path, flags: os.open(path, flags, mode)) as out:
+        with open(partial, "xb", opener=lambda path, flags: os.open(path, flags, mode)) as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())

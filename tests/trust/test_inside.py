@@ -45,6 +45,8 @@ ESCAPES: dict[str, tuple[Callable[[Path, Path], object], Callable[[Path, str], s
 }
 LINKS_OF_FILES = {"a link for a file", "a link to nothing"}
 NAMED = {"absolute", "dots", "dots within", "backslashes", "a drive"}
+TOKEN = "0123456789abcdef"  # of an interrupted run
+JOURNAL = f".journal-{TOKEN}-0.lorasurgery-partial"
 
 
 def _link(link: Path, target: Path) -> None:
@@ -182,7 +184,6 @@ def test_records_behind_a_link(verb: str, tmp_path: Path) -> None:
     forged(ck, style, {})
     (ck / "lorasurgery-undo").rename(out / "records")
     (ck / "lorasurgery-undo").symlink_to(out / "records")
-    (ck / ".lorasurgery-lock").unlink()
     before = snapshot(out), snapshot(ck)
     verbs: dict[str, Callable[[], object]] = {
         "merge in place": lambda: merge(ck, [style], in_place=True, allow_loss=True),
@@ -287,9 +288,9 @@ def test_remains_that_are_links(tmp_path: Path) -> None:
     """What an interrupted run is said to have left is not written to through a link; --overwrite clears the link."""
     ck, style, out = world(tmp_path)
     target = tmp_path / "OUT"
-    for name in (".journal-0.lorasurgery-partial", ".model.safetensors.lorasurgery-partial"):
+    for name in (JOURNAL, f".model.safetensors.{TOKEN}.lorasurgery-partial"):
         target.mkdir(exist_ok=True)
-        (target / ".journal-0.lorasurgery-partial").touch()
+        (target / JOURNAL).touch()
         _link(target / name, out / "precious.json")
         before = snapshot(out)
         with pytest.raises(FormatError, match=r"is a link, which no run leaves; --overwrite clears it"):
@@ -350,7 +351,7 @@ def test_files_that_a_journal_names(escape: str, place: str, tmp_path: Path) -> 
             read_back(ck, [name(out, "x.json"), 0, 4, 0])
     elif place == "renamed":
         lines = [{"about": {"a": 1}, "boot": ""}, {"renamed": [name(out, "x.json")]}]
-        (ck / ".journal-0.lorasurgery-partial").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (ck / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
         run = Run(ck, {"a": 1}, resume=True, ranks=ranks())
         if escape in LINKS_OF_FILES:
             run.begin(lambda: None)

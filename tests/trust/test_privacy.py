@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from trust_world import SHARD, adapter, checkpoint, copied, modes, pipeline, pipeline_adapter, snapshot, victim, world
 
+from lorasurgery.checkpoint.lock import Lock
 from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.errors import FormatError, SurgeryError, UsageError
 from lorasurgery.hub.push import Target
@@ -217,7 +218,16 @@ def test_in_place_keeps_the_modes_of_what_it_replaces(tmp_path: Path) -> None:
     merge(ck, [first], in_place=True, allow_loss=True)
     assert modes(ck)["lorasurgery-undo"] == 0o750
     assert modes(ck)["lorasurgery-undo/0001.safetensors"] == 0o640
-    assert modes(ck)[".lorasurgery-lock"] & 0o007 == 0
+
+
+def test_a_lock_tells_no_more_than_its_folder(tmp_path: Path) -> None:
+    """It names a command and its files: of a private folder nobody else reads it."""
+    os.umask(0o022)
+    for mode, wanted in ((0o700, 0o600), (0o750, 0o640), (0o755, 0o644)):
+        tmp_path.chmod(mode)
+        lock = Lock(tmp_path, "lorasurgery merge …")
+        assert lock.file.stat().st_mode & 0o777 == wanted
+        lock.release()
 
 
 def test_a_mode_is_for_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
