@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from lorasurgery.checkpoint.dtypes import parse_dtype
+from lorasurgery.checkpoint.locate import exists
 from lorasurgery.checkpoint.plan import parse_size
 from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.linalg.rank import Budget, RankChoice
@@ -270,7 +271,7 @@ def _shown(value: Any) -> str:
     """A value as it may be published: of a path on this machine the last name."""
     text = str(value)
     path = Path(text)
-    return path.name if path.is_absolute() or text.startswith((".", "~")) or path.exists() else text
+    return path.name if path.is_absolute() or text.startswith((".", "~")) or exists(path) else text
 
 
 def _interrupted(*_: object) -> None:
