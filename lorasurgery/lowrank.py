@@ -58,6 +58,10 @@ class LowRank:
         """weight · ΔW; the factors are shared, only the scale changes."""
         return LowRank(self.up, self.down, self.scale * weight)
 
+    def with_scale(self, scale: float) -> LowRank:
+        """The same factors under another scale."""
+        return LowRank(self.up, self.down, scale)
+
     def to(self, *where: torch.device | torch.dtype | str) -> LowRank:
         """The same on another device or in another dtype."""
         return LowRank(_to(self.up, where), _to(self.down, where).contiguous(), self.scale)

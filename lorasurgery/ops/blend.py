@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.checkpoint.dtypes import typed_name
 from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
@@ -17,7 +18,7 @@ from lorasurgery.linalg.methods import ELEMENTWISE, METHODS, Method
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.block_weight import Blocks, weigh_joints
 from lorasurgery.ops.compose import Joint, Whole, base_models, join, whole_tensors
-from lorasurgery.ops.extract_report import total_error, worst
+from lorasurgery.ops.extract_report import rule_warning, total_error, worst
 from lorasurgery.ops.layout import check_name
 from lorasurgery.ops.merge import check_weights
 from lorasurgery.ops.references import on_references
@@ -258,6 +259,7 @@ def _summarise(report: Report, draft: Composed, options: BlendOptions) -> None:
     report.left_out = [m for m in draft.dropped if not options.choice]
     report.full = [ModuleReport(w.name, w.copies[0][0].weights.tensors[w.key].shape, kind="whole") for w in draft.whole]
     _, lost = total_error(report)
+    report.warnings += rule_warning(report.modules, options.choice, [typed_name(draft.dtype)])
     totals = report.totals
     given = totals["input_bytes"]
     totals |= {"full": len(report.full), "size_ratio": report.bytes_written / given if given else None}
