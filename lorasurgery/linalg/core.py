@@ -169,11 +169,17 @@ def distance(exact: LowRank, written: LowRank) -> float:
     """‖exact − written‖_F of two factorings that agree nearly, such as one and its rounding; no digits cancel.
 
     >>> a = LowRank(torch.ones(3, 1), torch.ones(1, 3))
-    >>> distance(a, LowRank(a.up, a.down * 1.5))
-    1.5
+    >>> distance(a, LowRank(a.up, a.down * 1.5)), distance(a, LowRank(a.up * 2, a.down / 2))
+    (1.5, 0.0)
+
+    Args:
+        written: A power of two may have gone over from one side to the other. Scales are left aside.
     """
     wide = widened(common(exact.up.dtype, exact.down.dtype))
     exact, (up, down) = exact.to(wide), (written.up.to(wide), written.down.to(wide))
+    sizes = [float(torch.linalg.vector_norm(x.to(torch.float64).cpu())) for x in (exact.up, up)]
+    shift = 2.0 ** round(math.log2(sizes[1] / sizes[0])) if all(sizes) else 1.0
+    exact = LowRank(exact.up * shift, exact.down / shift)
     terms = [LowRank(exact.up - up, exact.down), LowRank(up, exact.down - down)]
     return math.sqrt(max(inner(terms, terms, torch.float32), 0.0))
 
