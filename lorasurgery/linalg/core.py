@@ -177,11 +177,12 @@ def distance(exact: LowRank, written: LowRank) -> float:
     """
     wide = widened(common(exact.up.dtype, exact.down.dtype))
     exact, (up, down) = exact.to(wide), (written.up.to(wide), written.down.to(wide))
-    sizes = [float(torch.linalg.vector_norm(x.to(torch.float64).cpu())) for x in (exact.up, up)]
+    sizes = [float(torch.linalg.vector_norm(x.cpu(), dtype=torch.float64)) for x in (exact.up, up, exact.down, down)]
     shift = 2.0 ** round(math.log2(sizes[1] / sizes[0])) if all(sizes) else 1.0
     exact = LowRank(exact.up * shift, exact.down / shift)
+    plain = all(_PLAIN[0] < s < 1 / _PLAIN[0] for s in sizes)
     terms = [LowRank(exact.up - up, exact.down), LowRank(up, exact.down - down)]
-    return math.sqrt(max(inner(terms, terms, torch.float32), 0.0))
+    return math.sqrt(max(inner(terms, terms, torch.float32 if plain else torch.float64), 0.0))
 
 
 def beyond(size: float) -> str:

@@ -104,7 +104,7 @@ def narrowed(update: LowRank, dtype: torch.dtype) -> LowRank:
     if up.dtype == dtype and down.dtype == dtype or not update.rank:
         return LowRank(up.to(dtype), down.to(dtype), update.scale)
     peaks = float(up.abs().max()), float(down.abs().max())
-    shift = _shift(*peaks, dtype)
+    shift = _shift(*peaks, dtype) if all(map(math.isfinite, peaks)) else 0
     if shift:
         up, down = up * 2.0**shift, down * 2.0**-shift
     largest = max(peaks[0] * 2.0**shift, peaks[1] * 2.0**-shift)

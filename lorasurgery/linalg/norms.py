@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorasurgery.linalg.blocks import Blocks, blocked, over_rows
-from lorasurgery.lowrank import LowRank
+from lorasurgery.lowrank import LowRank, Update
 
 _BLOCK_BYTES = 2 << 20  # a block and its product stay in a core's cache
 _CUDA_BLOCK_BYTES = 64 << 20
@@ -93,6 +93,26 @@ def _residual(matrix: Blocks, update: LowRank, dtype: torch.dtype) -> float:
 def _place(device: torch.device, dtype: torch.dtype) -> torch.device:
     """Where numbers of this dtype can be worked with: MPS has no float64."""
     return torch.device("cpu") if device.type == "mps" and dtype == torch.float64 else device
+
+
+def row_squares(delta: Update, update: LowRank) -> tuple[Tensor, Tensor]:
+    """Of every row of an update, what factors leave of it and what it is, squared: each (m,) in float64 on the CPU.
+
+    >>> from lorasurgery.lowrank import Dense
+    >>> [x.tolist() for x in row_squares(Dense(torch.eye(2)), LowRank(torch.eye(2)[:, :1], torch.eye(2)[:1]))]
+    [[0.0, 1.0], [1.0, 1.0]]
+    """
+    wide = torch.float64
+    where = _place(delta.device, wide)
+    delta, update = delta.to(where), update.to(where)
+    lost, total = torch.empty(delta.shape[0], dtype=wide), torch.empty(delta.shape[0], dtype=wide)
+    step = block_height(delta.shape[1], where)
+    for start in range(0, delta.shape[0], step):
+        rows = slice(start, start + step)
+        exact = delta.rows(rows, wide)
+        total[rows] = exact.square().sum(1).cpu()
+        lost[rows] = (exact - update.rows(rows, wide)).square().sum(1).cpu()
+    return lost, total
 
 
 def losses(delta: Tensor | Blocks, update: LowRank) -> list[float]:

@@ -233,3 +233,40 @@ def test_linear_blend(
         check(done[0], truth, written(tmp / "o"))  # type: ignore[arg-type]
         if done[1] is not None:
             check_rule(done[0], done[1], (tmp / "o/adapter_model.safetensors").stat().st_size)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("rank", [4, 60])
+def test_many_terms_and_few_directions(rank: int, dtype: str, tmp_path: Path) -> None:
+    """Where float32 finds the leading directions of many, the error is told in float64 all the same."""
+    sources = []
+    for i in range(2):
+        generator, path = torch.Generator().manual_seed(i), tmp_path / f"a{i}"
+        adapter(path, {Q: (420, 400)}, 150, torch.float32, 8.0, i)
+        tensors = {k: torch.randn(t.shape, generator=generator) for k, t in load_file(path / "adapter_model.safetensors").items()}
+        save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
+        sources.append(path)
+    truth = {Q: sum(written(s)[Q] for s in sources)}
+    for choice in (RankChoice(rank=rank), RankChoice(energy=0.5, max_rank=rank)):
+        report = blend(sources, tmp_path / "o", BlendOptions(choice=choice, dtype=dtype), overwrite=True)
+        check(report, truth, written(tmp_path / "o"))  # type: ignore[arg-type]
+        check_rule(report, choice, 0)
+
+
+@pytest.mark.parametrize("choice", [None, RankChoice(rank=5), RankChoice(energy=0.9), RankChoice(budget=Budget(9_000))],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("method", ["ties", "magnitude-prune", "dare-linear", "knots-ties", "cat"])
+def test_other_blends(method: Any, choice: RankChoice | None, tmp_path: Path) -> None:
+    """What the result is of is the same blend at its full rank in float32."""
+    if method == "cat" and choice is not None:
+        pytest.skip("cat keeps every direction")
+    sources = [adapter(tmp_path / n, INPUTS, r, torch.float32, 5.0, r) for n, r in (("a", 4), ("b", 7))]
+    options = BlendOptions(method=method, weights=(0.7, -1.1))
+    whole = {} if method in ("cat", "knots-ties") else {"choice": RankChoice(rank=60)}
+    blend(sources, tmp_path / "whole", BlendOptions(**(vars(options) | whole)))
+    for dtype in TORCH:
+        now = BlendOptions(**(vars(options) | {"choice": choice, "dtype": dtype}))
+        report = blend(sources, tmp_path / "o", now, overwrite=True)
+        check(report, written(tmp_path / "whole"), written(tmp_path / "o"), 2 * FAR)
+        if choice is not None:
+            check_rule(report, choice, (tmp_path / "o/adapter_model.safetensors").stat().st_size)
