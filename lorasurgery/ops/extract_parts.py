@@ -113,7 +113,7 @@ def joined(parts: Sequence[Part], *, rslora: bool) -> tuple[LowRank, float]:
         at += one.rank
     downs = torch.cat([f.update.down for _, f in parts]).to(up.dtype)
     alpha = (first.report.alpha or 0.0) * ((rank / first.rank) ** (0.5 if rslora else 1.0) if first.rank else 1.0)
-    return LowRank(up.contiguous(), downs.contiguous(), first.update.scale), alpha
+    return LowRank(up.contiguous(), downs.contiguous(), first.update.scale), float(f"{alpha:.15g}")
 
 
 def surplus(pair: Pair) -> int:

@@ -270,3 +270,42 @@ def test_other_blends(method: Any, choice: RankChoice | None, tmp_path: Path) ->
         check(report, written(tmp_path / "whole"), written(tmp_path / "o"), 2 * FAR)
         if choice is not None:
             check_rule(report, choice, (tmp_path / "o/adapter_model.safetensors").stat().st_size)
+
+
+@settings(max_examples=60)
+@given(own=DTYPES, dtype=st.sampled_from([None, "F32", "BF16", "F16"]), portable=st.booleans(),
+       alpha=st.sampled_from([1.0, 8.0, 3.3, 1e-3]), rank=st.sampled_from([1, 8]))  # fmt: skip
+def test_convert(own: str, dtype: str | None, portable: bool, alpha: float, rank: int) -> None:
+    """Casts, and scales that are rounded into lora_B after them."""
+    with workplace() as tmp:
+        source = adapter(tmp / "a", INPUTS, rank, TORCH[own], alpha, 3)
+        report = convert_adapter(source, tmp / "o", ConvertOptions("peft", portable=portable, dtype=dtype))
+        check(report, written(source), written(tmp / "o"))
+
+
+@pytest.mark.parametrize("rank", [1, 3, None])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("form", ["hada", "diff"])
+def test_parts_of_what_has_no_factors(form: str, dtype: str, rank: int | None, tmp_path: Path) -> None:
+    """q, k and v are cut out of one LoHa, or of one whole difference: each of them has an error of its own."""
+    names = [f"transformer_blocks.0.attn.{n}" for n in ("to_q", "to_k", "to_v")]
+    more = [f"transformer_blocks.0.attn.{n}" for n in ("add_q_proj", "to_out.0", "to_add_out")]
+    save_file({f"{n}.weight": torch.ones(8, 10) for n in (*names, *more)}, tmp_path / "base.safetensors")
+    generator = torch.Generator().manual_seed(4)
+    random = {n: torch.randn(s, generator=generator) for n, s in (
+        ("w1_a", (24, 2)), ("w1_b", (2, 10)), ("w2_a", (24, 2)), ("w2_b", (2, 10)))}  # fmt: skip
+    random["w1_a"][8:16] *= 30  # k is much larger than the others
+    whole = (random["w1_a"].double() @ random["w1_b"].double()) * (random["w2_a"].double() @ random["w2_b"].double())
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    weights = {f"{stem}.hada_{n}": t for n, t in random.items()} if form == "hada" else {f"{stem}.diff": whole.float()}
+    save_file(weights, tmp_path / "in.safetensors")
+    options = ConvertOptions("diffusers", dtype=dtype, rank=rank)
+    report = convert_adapter(tmp_path / "in.safetensors", tmp_path / "o.safetensors", options, base=tmp_path / "base.safetensors")
+    file = load_file(tmp_path / "o.safetensors")
+    truth, found = {}, {}
+    for i, (line, name) in enumerate(zip(report.modules, names, strict=True)):
+        key = next(k for k in file if name in k and "lora_A" in k)
+        assert name in line.name
+        truth[line.name] = whole[8 * i : 8 * i + 8]
+        found[line.name] = file[key.replace("lora_A", "lora_B")].double() @ file[key].double()
+    check(report, truth, found)
