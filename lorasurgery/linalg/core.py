@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorasurgery.errors import SurgeryError
-from lorasurgery.linalg.norms import corners
+from lorasurgery.linalg.norms import corners, norm_of
 from lorasurgery.linalg.svd import lapack_svd
 from lorasurgery.linalg.thin import Thin, thin_qr
 from lorasurgery.lowrank import LowRank, common, widened
@@ -69,6 +69,11 @@ class Core:
             return 0
         floor = max(NOISE * float(self.singular[0]), _CANCELLED * self.size)
         return int((self.singular > floor).sum())
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether float32 holds factors of it to all their digits."""
+        return _PLAIN[0] < self.size < _PLAIN[1]
 
     def tail(self, rank: int) -> float:
         """‖ΔW − ΔW_r‖_F² of the best approximation of this rank (Eckart & Young 1936): exact, not estimated."""
@@ -177,6 +182,8 @@ def distance(exact: LowRank, written: LowRank) -> float:
     """
     wide = widened(common(exact.up.dtype, exact.down.dtype))
     exact, (up, down) = exact.to(wide), (written.up.to(wide), written.down.to(wide))
+    if not bool(torch.isfinite(up).all() and torch.isfinite(down).all()):
+        return math.inf
     sizes = [float(torch.linalg.vector_norm(x.cpu(), dtype=torch.float64)) for x in (exact.up, up, exact.down, down)]
     shift = 2.0 ** round(math.log2(sizes[1] / sizes[0])) if all(sizes) else 1.0
     exact = LowRank(exact.up * shift, exact.down / shift)
@@ -212,7 +219,7 @@ def _core(terms: Sequence[LowRank], dtype: torch.dtype) -> tuple[Thin, Thin, Ten
     up, down, scales = stack(terms, dtype)
     left, right = thin_qr(up), thin_qr(down)
     weights = scales * left.norms * right.norms
-    size = float(torch.linalg.vector_norm(weights))
+    size = norm_of(weights.to(torch.float64))
     wide = torch.promote_types(left.r.dtype, right.r.dtype)
     return left, right, (left.r.to(wide) * weights.to(wide)) @ right.r.to(wide).mT, size
 

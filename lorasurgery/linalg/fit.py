@@ -123,7 +123,7 @@ def check_kept(update: LowRank, wasted: float, total: float) -> None:
         SurgeryError: more than a tenth of `total` is lost.
     """
     if wasted > _WASTED * total:
-        raise SurgeryError(too_far(update.up.dtype, update.scale, float(update.up.abs().max())))
+        raise SurgeryError(too_far(update.up.dtype, update.scale, (total / update.scale**2) ** 0.25))
 
 
 def scale_within(scale: float, power: int) -> float:

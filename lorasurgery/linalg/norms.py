@@ -14,6 +14,7 @@ from lorasurgery.lowrank import LowRank, Update
 _BLOCK_BYTES = 2 << 20  # a block and its product stay in a core's cache
 _CUDA_BLOCK_BYTES = 64 << 20
 _FINE = 1e-4  # of ‖ΔW‖: a residual below it holds the rounding of float32 products, which is about 1e-6
+_SQUARED = 1e-15, 1e15  # norms whose squares, and those of their parts that count, float32 can hold
 _PLAIN = 2.0**30  # scales beyond it (or below its inverse) are left to float64, for products without them may overflow
 
 
@@ -50,6 +51,21 @@ def squared_norm(matrix: Tensor | Blocks) -> float:
         over_rows(found, lambda part, rows: torch.linalg.vector_norm(part, dim=-1, out=norms[rows]))
         found.total = summed(norms)
     return found.total
+
+
+def norm_of(values: Tensor) -> float:
+    """‖x‖ of a few numbers, however large or small they are: where squares leave the dtype, in float64.
+
+    >>> norm_of(torch.tensor([3e30, 4e30])), norm_of(torch.tensor([0.0]))
+    (5e+30, 0.0)
+    """
+    found = float(torch.linalg.vector_norm(values))
+    if _SQUARED[0] < found < _SQUARED[1] or not values.numel():
+        return found
+    largest = float(values.abs().max())
+    if not largest or not math.isfinite(largest):
+        return largest
+    return largest * float(torch.linalg.vector_norm(values.cpu().to(torch.float64) / largest))
 
 
 def residual_norm(delta: Tensor | Blocks, update: LowRank) -> float:

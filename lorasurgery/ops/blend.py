@@ -87,12 +87,13 @@ class BlendOptions:
     def strengths(self, adapters: int) -> list[float]:
         """The weight of each adapter, normalised if asked for."""
         weights = check_weights(self.weights, adapters)
-        total = math.fsum(weights)
         if not self.normalize:
             return weights
-        if total == 0:
-            raise UsageError("--normalize: the weights sum to 0, so they can't be made to sum to 1")
-        return [w / total for w in weights]
+        total = sum(weights) if math.isinf(sum(weights)) else math.fsum(weights)
+        shares = [w / total for w in weights] if total else []
+        if not shares or not all(map(math.isfinite, shares)) or not any(shares):
+            raise UsageError(f"--normalize: the weights sum to {total:g}, so they can't be made to sum to 1")
+        return shares
 
 
 @on_references("adapters")

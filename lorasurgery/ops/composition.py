@@ -20,11 +20,11 @@ from lorasurgery.linalg.blocks import InMemory
 from lorasurgery.linalg.core import SMALLEST, Core, beyond, distance, inner, recompress
 from lorasurgery.linalg.elementwise import combine, sum_of
 from lorasurgery.linalg.fallback import Fallback
-from lorasurgery.linalg.fit import Fitted, check_kept, narrowed
+from lorasurgery.linalg.fit import Fitted, check_kept, narrowed, too_far
 from lorasurgery.linalg.keep import keeping
 from lorasurgery.linalg.knots import knots_ties
 from lorasurgery.linalg.methods import ELEMENTWISE, Elementwise
-from lorasurgery.linalg.norms import losses, residual_norm
+from lorasurgery.linalg.norms import losses, norm_of, residual_norm, squared_norm
 from lorasurgery.linalg.rank import EVERYTHING, RankChoice
 from lorasurgery.linalg.ranged import ranged
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
@@ -39,6 +39,7 @@ from lorasurgery.ops.spill import spill
 from lorasurgery.ops.workload import Workload
 from lorasurgery.report import ModuleReport, Progress
 
+BEYOND = "its update is beyond what float32 holds; look at its alphas and weights"
 _EXACT = 1e-14  # sums of σ² in float64 agree to this
 _AT_ONCE = 8  # modules at a time, memory permitting
 _COPIES, _LEAST = 8, 64 << 20  # factors in float64, their products and what they become, beside the file's bytes
@@ -114,6 +115,8 @@ class Composition:
         choice = self.choice or EVERYTHING
         if self.options.method == "knots-ties":
             terms = [knots_ties(terms, weights, density=self.options.share)]
+            if not _finite(terms[0]):
+                raise SurgeryError(BEYOND)
         else:
             terms = [t.times(w) for t, w in zip(terms, weights, strict=True)]
         core = recompress(terms, choice.directions() or choice.max_rank)
@@ -146,7 +149,7 @@ class Composition:
 
     def _losses(self, core: Core, written: LowRank) -> list[float]:
         """What the first r directions leave, for every r; in float32 rounding is too little to be measured."""
-        if self.dtype == torch.float32 and not core.terms:
+        if self.dtype == torch.float32 and core.is_plain and not core.terms:
             return [core.tail(r) for r in range(written.rank + 1)]
         return core.losses(written)
 
@@ -165,6 +168,9 @@ class Composition:
     def _concatenated(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
         ups = [t.up.float() * (t.scale * w) for t, w in zip(terms, weights, strict=True)]
         kept = LowRank(torch.cat(ups, 1), torch.cat([t.down.float() for t in terms]))
+        sizes = [abs(t.scale * w) * norm_of(t.up.to(torch.float64)) for t, w in zip(terms, weights, strict=True)]
+        if not math.isclose(norm_of(kept.up), math.hypot(*sizes), rel_tol=1e-3):
+            raise SurgeryError(too_far(self.dtype, 1.0, math.hypot(*sizes)))
         written, norm = narrowed(kept, self.dtype), math.sqrt(max(inner([kept], [kept]), 0.0))
         return self._found(joint, written, [0.0] * kept.rank, norm, distance(kept, written))
 
@@ -181,6 +187,8 @@ class Composition:
         else:
             raise SurgeryError(f"--method {self.options.method} needs thin factors; rerank the adapters first")
         delta, power = ranged(InMemory(dense))
+        if not math.isfinite(squared_norm(delta)):
+            raise SurgeryError(BEYOND)
         found = truncated_svd(delta, choice, seed=self.options.seed)
         norm = math.ldexp(math.sqrt(found.total), power)
         if not found.total:
@@ -227,7 +235,7 @@ class Composition:
         if not math.isfinite(norm):
             raise SurgeryError(NOT_FINITE)
         if not _finite(written):
-            raise SurgeryError(f"the factors do not fit {self.draft.dtype}; try --dtype float32")
+            raise SurgeryError(too_far(self.dtype, 1.0, math.sqrt(norm)))
         update = LowRank(written.up.cpu().contiguous(), written.down.cpu().contiguous(), written.scale)
         error = lost / norm if norm else 0.0
         report = ModuleReport(

@@ -16,7 +16,7 @@ from lorasurgery.adapters.translate import Piece, Target
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.errors import SurgeryError, UnsupportedError
 from lorasurgery.linalg.core import distance, inner
-from lorasurgery.linalg.fit import narrowed
+from lorasurgery.linalg.fit import check_kept, narrowed
 from lorasurgery.linalg.thin import NOT_FINITE
 from lorasurgery.lowrank import LowRank, common
 
@@ -84,7 +84,9 @@ class Assembly:
         if self.bake and update.scale != 1:
             update = narrowed(LowRank(update.up.float() * update.scale, update.down), update.up.dtype)
         if update is not exact:  # what the rows of reduced modules leave is not rounded a second time
-            lost = math.hypot(lost, distance(_at_one(exact), _at_one(update)))
+            rounded = distance(_at_one(exact), _at_one(update))
+            check_kept(update, rounded**2, norm**2)
+            lost = math.hypot(lost, rounded)
         kernel = first.kernel or self.kernels.get(first.path, ())
         module = Module(
             name, update, kernel, join_vectors(target.pieces, {p: s.bias for p, s in found.items()}),
