@@ -101,7 +101,7 @@ def narrowed(update: LowRank, dtype: torch.dtype) -> LowRank:
         SurgeryError: the factors are too large for it.
     """
     up, down = update.up, update.down
-    if up.dtype == dtype and down.dtype == dtype or not update.rank:
+    if (up.dtype == dtype and down.dtype == dtype) or not update.rank:
         return LowRank(up.to(dtype), down.to(dtype), update.scale)
     peaks = float(up.abs().max()), float(down.abs().max())
     shift = _shift(*peaks, dtype) if all(map(math.isfinite, peaks)) else 0

@@ -20,7 +20,8 @@ def keeping(
     >>> from lorasurgery.linalg.svd import truncated_svd
     >>> delta, choice = torch.diag(torch.tensor([1.0, 3e-4, 2e-4])), RankChoice(tolerance=2.5e-4)
     >>> found = truncated_svd(delta, choice)
-    >>> len(found.s), keeping(choice, found, lambda f: fitted(delta, f, 1.0, torch.float32), lambda r: found).update.rank
+    >>> kept = keeping(choice, found, lambda f: fitted(delta, f, 1.0, torch.float32), lambda rank: found)
+    >>> len(found.s), kept.update.rank
     (1, 2)
 
     Args:

@@ -56,8 +56,8 @@ def squared_norm(matrix: Tensor | Blocks) -> float:
 def norm_of(values: Tensor) -> float:
     """‖x‖ of a few numbers, however large or small they are: where squares leave the dtype, in float64.
 
-    >>> norm_of(torch.tensor([3e30, 4e30])), norm_of(torch.tensor([0.0]))
-    (5e+30, 0.0)
+    >>> norm_of(torch.tensor([3 * 2.0**90, 4 * 2.0**90])) / 2.0**90, norm_of(torch.tensor([0.0]))
+    (5.0, 0.0)
     """
     found = float(torch.linalg.vector_norm(values))
     if _SQUARED[0] < found < _SQUARED[1] or not values.numel():

@@ -253,7 +253,7 @@ def _left(delta: Tensor, rounding: Tensor) -> Survival:
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    """⟨A,B⟩: a cache-sized block in its own precision, in float64 where products may leave it; blocks are summed there."""
+    """⟨A,B⟩: a cache-sized block in its own precision, or in float64 where products may leave it."""
     one, two = a.reshape(-1), b.reshape(-1)
     found = float(torch.dot(one, two))
     if _PRODUCTS[0] < abs(found) < _PRODUCTS[1] or not (bool(one.any()) and bool(two.any())):

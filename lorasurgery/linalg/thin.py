@@ -41,7 +41,6 @@ class Thin:
         found: Tensor = small.mT.to(self.rows) @ self.rows  # (k, R) @ (R, m) -> (k, m)
         return found
 
-
     def coordinates(self, others: Tensor) -> Tensor:
         """Qᵀ @ Xᵀ for X (k, m) in float64 on the rows' device: (min(m, R), k) on the CPU."""
         if self.q is not None:

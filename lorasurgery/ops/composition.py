@@ -25,8 +25,8 @@ from lorasurgery.linalg.keep import keeping
 from lorasurgery.linalg.knots import knots_ties
 from lorasurgery.linalg.methods import ELEMENTWISE, Elementwise
 from lorasurgery.linalg.norms import losses, norm_of, residual_norm, squared_norm
-from lorasurgery.linalg.rank import EVERYTHING, RankChoice
 from lorasurgery.linalg.ranged import ranged
+from lorasurgery.linalg.rank import EVERYTHING, RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE
 from lorasurgery.linalg.threads import load_solvers, team
@@ -166,6 +166,8 @@ class Composition:
         return replace(found, report=replace(found.report, alpha=term.scale * term.rank))
 
     def _concatenated(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
+        if not all(map(_finite, terms)):
+            raise SurgeryError(NOT_FINITE)
         ups = [t.up.float() * (t.scale * w) for t, w in zip(terms, weights, strict=True)]
         kept = LowRank(torch.cat(ups, 1), torch.cat([t.down.float() for t in terms]))
         sizes = [abs(t.scale * w) * norm_of(t.up.to(torch.float64)) for t, w in zip(terms, weights, strict=True)]

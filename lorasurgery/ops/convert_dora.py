@@ -16,8 +16,8 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.linalg.blocks import InMemory
 from lorasurgery.linalg.fit import narrowed
 from lorasurgery.linalg.norms import row_squares
-from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.ranged import ranged
+from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.lowrank import Dense, LowRank, widened
 from lorasurgery.ops.compute import in_turn

@@ -12,8 +12,8 @@ from lorasurgery.linalg.blocks import Blocks, InMemory
 from lorasurgery.linalg.fit import FIT, Fitted, fitted, refitted, scale_within
 from lorasurgery.linalg.keep import keeping
 from lorasurgery.linalg.norms import losses, residual_norm, squared_norm
-from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.ranged import ranged
+from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.difference import Difference

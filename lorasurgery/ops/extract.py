@@ -132,7 +132,7 @@ def extract(
     report.output = str(out)
     if not dry_run and ranks().first:
         if client.file:
-            to_file(folder, out, client, Path(base), report, overwrite=overwrite)
+            to_file(folder, out, client, Path(base), report, overwrite=overwrite, budget=options.choice.budget)
         report.warnings += reservations(out, client, Checkpoint.open(base))
     return report
 

@@ -15,8 +15,8 @@ from lorasurgery.linalg.blocks import Blocks, InMemory
 from lorasurgery.linalg.fit import FIT, Fitted, fitted, refitted, scale_within
 from lorasurgery.linalg.keep import keeping
 from lorasurgery.linalg.norms import losses, squared_norm
-from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.ranged import ranged
+from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import INFINITE, TruncatedSVD, truncated_svd
 from lorasurgery.linalg.threads import own_stream
 from lorasurgery.lowrank import LowRank

@@ -40,7 +40,8 @@ class Spill:
         """Write factors; the record says where they are and all else that is known of them."""
         record: dict[str, Any] = {
             "report": found.report.to_dict(), "squares": list(found.squares), "copies": found.copies,
-            "lost": list(found.lost), "scale": found.update.scale, "up": self._write(found.update.up), "down": self._write(found.update.down),
+            "lost": list(found.lost), "scale": found.update.scale, "up": self._write(found.update.up),
+            "down": self._write(found.update.down),
         }  # fmt: skip
         if found.bias is not None:
             record["bias"] = self._write(found.bias)

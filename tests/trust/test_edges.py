@@ -75,7 +75,9 @@ def test_a_difference_that_float32_does_not_hold(tmp_path: Path) -> None:
     far = {f"{Q}.weight": torch.full((8, 8), 3e38), f"{TABLE}.weight": torch.ones(9, 8)}
     base = folder(tmp_path / "b", far)
     tuned = folder(tmp_path / "t", {f"{Q}.weight": -far[f"{Q}.weight"], f"{TABLE}.weight": 2 * torch.ones(9, 8)})
-    with pytest.raises(SurgeryError, match=r"q_proj\.weight: the two checkpoints are further apart than float32 can tell"):
+    with pytest.raises(
+        SurgeryError, match=r"q_proj\.weight: the two checkpoints are further apart than float32 can tell"
+    ):
         extract(base, tuned, tmp_path / "o")
     from lorasurgery.ops.pairs import Selection
 
@@ -151,7 +153,9 @@ def test_rerank_of_any_alpha(alpha: float, words: str, tmp_path: Path) -> None:
         rerank(source, tmp_path / "o", RankChoice(rank=3))
 
 
-@pytest.mark.parametrize("method", ["linear", "cat", "ties", "dare-linear", "dare-ties", "knots-ties", "magnitude-prune"])
+@pytest.mark.parametrize(
+    "method", ["linear", "cat", "ties", "dare-linear", "dare-ties", "knots-ties", "magnitude-prune"]
+)
 @pytest.mark.parametrize("weight", [1e300, 1e30, 1e-30, 1e-300, 5e-324])
 def test_blend_of_any_weight(weight: float, method: Any, tmp_path: Path) -> None:
     """A norm that is right, or one line."""
@@ -235,5 +239,7 @@ def test_numbers_on_the_command_line(arguments: list[str], tmp_path: Path) -> No
     found = CliRunner().invoke(main, ["extract", str(base), str(tuned), "-o", str(tmp_path / "o"), *arguments])
     assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
     if found.exit_code:
-        assert not re.search(r"Error:.*Error|_LinAlg|OverflowError|RuntimeError|Traceback|fault of lorasurgery", found.output)
+        assert not re.search(
+            r"Error:.*Error|_LinAlg|OverflowError|RuntimeError|Traceback|fault of lorasurgery", found.output
+        )
         assert not (tmp_path / "o").exists()

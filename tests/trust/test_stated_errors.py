@@ -71,7 +71,10 @@ def written(path: Path) -> dict[str, Tensor]:
         match = re.fullmatch(r"base_model\.model\.(.*)\.lora_(embedding_)?A(\.weight)?", key)
         if not match:
             continue
-        a, b = tensors[key].double(), tensors[key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")]
+        a, b = (
+            tensors[key].double(),
+            tensors[key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")],
+        )
         product = scale_of(config, match[1], len(a)) * b.double().flatten(1) @ a.flatten(1)
         found[match[1]] = product.mT if match[2] else product
     return found
@@ -134,18 +137,21 @@ def carried_out(choice: RankChoice, run: Any) -> tuple[Report, RankChoice] | Non
         return run(choice), choice
 
 
-@settings(max_examples=150)
-@given(
+EXTRACT = given(
     choice=RULES, alpha=ALPHAS, rslora=st.booleans(), uniform=st.booleans(), dtype=DTYPES,
     svd=st.sampled_from(["auto", "auto", "randomized", "exact"]), shapes=st.tuples(*[st.sampled_from(SHAPES)] * 2),
     fall=st.sampled_from([0.5, 0.8, 1.0]), floor=st.sampled_from([0.0, 2e-4]), size=st.sampled_from([1.0, 1e-3, 300.0]),
 )  # fmt: skip
-def test_extract(
+
+
+def holds_for_extract(
     choice: RankChoice, alpha: float | None, rslora: bool, uniform: bool, dtype: str, svd: Any,
     shapes: tuple[tuple[int, int], ...], fall: float, floor: float, size: float,
 ) -> None:  # fmt: skip
     """Rank rules × alpha × rsLoRA × dtype × one rank for all × shapes; linear, convolution and table."""
-    truth = {name: change(shape, fall, floor, i, size) for i, (name, shape) in enumerate(zip((Q, UP), shapes, strict=True))}
+    truth = {
+        name: change(shape, fall, floor, i, size) for i, (name, shape) in enumerate(zip((Q, UP), shapes, strict=True))
+    }
     truth |= {TABLE: change((30, 12), fall, floor, 7, size), CONV: change((8, 3, 2, 2), fall, floor, 8, size)}
     options = ExtractOptions(choice, alpha=alpha, rslora=rslora, uniform_rank=uniform, dtype=dtype, svd=svd)
     with workplace() as tmp:
@@ -164,13 +170,22 @@ def test_extract(
         check_rule(report, kept, (tmp / "o/adapter_model.safetensors").stat().st_size)
 
 
-def adapter(path: Path, shapes: dict[str, tuple[int, int]], rank: int, dtype: torch.dtype, alpha: float, seed: int) -> Path:
+test_extract = settings(max_examples=24)(EXTRACT(holds_for_extract))
+test_extract_at_length = pytest.mark.slow(settings(max_examples=400)(EXTRACT(holds_for_extract)))
+
+
+def adapter(
+    path: Path, shapes: dict[str, tuple[int, int]], rank: int, dtype: torch.dtype, alpha: float, seed: int
+) -> Path:
     """A PEFT adapter of factors whose directions fall in size."""
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for name, (out, into) in shapes.items():
         a = torch.randn(rank, into, generator=generator) * 0.7 ** torch.arange(rank)[:, None]
         b = torch.randn(out, rank, generator=generator) * 0.1
-        tensors |= {f"base_model.model.{name}.lora_A.weight": a.to(dtype), f"base_model.model.{name}.lora_B.weight": b.to(dtype)}
+        tensors |= {
+            f"base_model.model.{name}.lora_A.weight": a.to(dtype),
+            f"base_model.model.{name}.lora_B.weight": b.to(dtype),
+        }
     path.mkdir(parents=True)
     save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted({n.rpartition(".")[2] for n in shapes}),
@@ -189,12 +204,15 @@ FACTOR_RULES = st.one_of(
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-@settings(max_examples=150)
-@given(
+RERANK = given(
     choice=FACTOR_RULES, own=DTYPES, dtype=st.sampled_from([None, "F32", "BF16", "F16"]), uniform=st.booleans(),
     alpha=st.sampled_from([1.0, 8.0, 3.3, 1e-3]), rank=st.sampled_from([1, 8, 24]),
 )  # fmt: skip
-def test_rerank(choice: RankChoice | None, own: str, dtype: str | None, uniform: bool, alpha: float, rank: int) -> None:
+
+
+def holds_for_rerank(
+    choice: RankChoice | None, own: str, dtype: str | None, uniform: bool, alpha: float, rank: int
+) -> None:
     """Every rule of factors, what goes in and what comes out in any dtype."""
     with workplace() as tmp:
         source = adapter(tmp / "a", INPUTS, rank, TORCH[own], alpha, 3)
@@ -206,20 +224,27 @@ def test_rerank(choice: RankChoice | None, own: str, dtype: str | None, uniform:
             check_rule(done[0], done[1], (tmp / "o/adapter_model.safetensors").stat().st_size)
 
 
-@settings(max_examples=100)
-@given(
+test_rerank = settings(max_examples=24)(RERANK(holds_for_rerank))
+test_rerank_at_length = pytest.mark.slow(settings(max_examples=300)(RERANK(holds_for_rerank)))
+
+
+LINEAR_BLEND = given(
     choice=FACTOR_RULES, dtypes=st.tuples(DTYPES, DTYPES), dtype=st.sampled_from([None, "F32", "BF16", "F16"]),
     weights=st.sampled_from([(1.0, 1.0), (0.3, -1.7), (1.0, -0.999), (1e-3, 1e3)]), uniform=st.booleans(),
     ranks=st.sampled_from([(4, 9), (1, 1), (24, 20), (150, 140)]), alpha=st.sampled_from([8.0, 3.3]),
 )  # fmt: skip
-def test_linear_blend(
+
+
+def holds_for_linear_blend(
     choice: RankChoice | None, dtypes: tuple[str, str], dtype: str | None, weights: tuple[float, float], uniform: bool,
     ranks: tuple[int, int], alpha: float,
 ) -> None:  # fmt: skip
     """Sums, of terms that nearly cancel too, and of so many directions that float32 tells the leading ones."""
     with workplace() as tmp:
         names = ("a", "b")
-        sources = [adapter(tmp / n, INPUTS, r, TORCH[d], alpha, 3) for n, r, d in zip(names, ranks, dtypes, strict=True)]
+        sources = [
+            adapter(tmp / n, INPUTS, r, TORCH[d], alpha, 3) for n, r, d in zip(names, ranks, dtypes, strict=True)
+        ]
         options = BlendOptions(choice=choice, weights=weights, uniform_rank=uniform, dtype=dtype)
         parts = [written(s) for s in sources]
         truth = {n: sum(w * p[n] for w, p in zip(weights, parts, strict=True)) for n in INPUTS}
@@ -235,6 +260,10 @@ def test_linear_blend(
             check_rule(done[0], done[1], (tmp / "o/adapter_model.safetensors").stat().st_size)
 
 
+test_linear_blend = settings(max_examples=16)(LINEAR_BLEND(holds_for_linear_blend))
+test_linear_blend_at_length = pytest.mark.slow(settings(max_examples=200)(LINEAR_BLEND(holds_for_linear_blend)))
+
+
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.parametrize("rank", [4, 60])
 def test_many_terms_and_few_directions(rank: int, dtype: str, tmp_path: Path) -> None:
@@ -243,7 +272,10 @@ def test_many_terms_and_few_directions(rank: int, dtype: str, tmp_path: Path) ->
     for i in range(2):
         generator, path = torch.Generator().manual_seed(i), tmp_path / f"a{i}"
         adapter(path, {Q: (420, 400)}, 150, torch.float32, 8.0, i)
-        tensors = {k: torch.randn(t.shape, generator=generator) for k, t in load_file(path / "adapter_model.safetensors").items()}
+        tensors = {
+            k: torch.randn(t.shape, generator=generator)
+            for k, t in load_file(path / "adapter_model.safetensors").items()
+        }
         save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
         sources.append(path)
     truth = {Q: sum(written(s)[Q] for s in sources)}
@@ -255,14 +287,12 @@ def test_many_terms_and_few_directions(rank: int, dtype: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("choice", [None, RankChoice(rank=5), RankChoice(energy=0.9), RankChoice(budget=Budget(9_000))],
                          ids=str)  # fmt: skip
-@pytest.mark.parametrize("method", ["ties", "magnitude-prune", "dare-linear", "knots-ties", "cat"])
+@pytest.mark.parametrize("method", ["ties", "magnitude-prune", "dare-linear", "knots-ties"])
 def test_other_blends(method: Any, choice: RankChoice | None, tmp_path: Path) -> None:
     """What the result is of is the same blend at its full rank in float32."""
-    if method == "cat" and choice is not None:
-        pytest.skip("cat keeps every direction")
     sources = [adapter(tmp_path / n, INPUTS, r, torch.float32, 5.0, r) for n, r in (("a", 4), ("b", 7))]
     options = BlendOptions(method=method, weights=(0.7, -1.1))
-    whole = {} if method in ("cat", "knots-ties") else {"choice": RankChoice(rank=60)}
+    whole = {} if method == "knots-ties" else {"choice": RankChoice(rank=60)}
     blend(sources, tmp_path / "whole", BlendOptions(**(vars(options) | whole)))
     for dtype in TORCH:
         now = BlendOptions(**(vars(options) | {"choice": choice, "dtype": dtype}))
@@ -272,15 +302,22 @@ def test_other_blends(method: Any, choice: RankChoice | None, tmp_path: Path) ->
             check_rule(report, choice, (tmp_path / "o/adapter_model.safetensors").stat().st_size)
 
 
-@settings(max_examples=60)
-@given(own=DTYPES, dtype=st.sampled_from([None, "F32", "BF16", "F16"]), portable=st.booleans(),
-       alpha=st.sampled_from([1.0, 8.0, 3.3, 1e-3]), rank=st.sampled_from([1, 8]))  # fmt: skip
-def test_convert(own: str, dtype: str | None, portable: bool, alpha: float, rank: int) -> None:
+CONVERT = given(
+    own=DTYPES, dtype=st.sampled_from([None, "F32", "BF16", "F16"]), portable=st.booleans(),
+       alpha=st.sampled_from([1.0, 8.0, 3.3, 1e-3]), rank=st.sampled_from([1, 8]),
+)  # fmt: skip
+
+
+def holds_for_convert(own: str, dtype: str | None, portable: bool, alpha: float, rank: int) -> None:
     """Casts, and scales that are rounded into lora_B after them."""
     with workplace() as tmp:
         source = adapter(tmp / "a", INPUTS, rank, TORCH[own], alpha, 3)
         report = convert_adapter(source, tmp / "o", ConvertOptions("peft", portable=portable, dtype=dtype))
         check(report, written(source), written(tmp / "o"))
+
+
+test_convert = settings(max_examples=12)(CONVERT(holds_for_convert))
+test_convert_at_length = pytest.mark.slow(settings(max_examples=100)(CONVERT(holds_for_convert)))
 
 
 @pytest.mark.parametrize("rank", [1, 3, None])
@@ -300,7 +337,9 @@ def test_parts_of_what_has_no_factors(form: str, dtype: str, rank: int | None, t
     weights = {f"{stem}.hada_{n}": t for n, t in random.items()} if form == "hada" else {f"{stem}.diff": whole.float()}
     save_file(weights, tmp_path / "in.safetensors")
     options = ConvertOptions("diffusers", dtype=dtype, rank=rank)
-    report = convert_adapter(tmp_path / "in.safetensors", tmp_path / "o.safetensors", options, base=tmp_path / "base.safetensors")
+    report = convert_adapter(
+        tmp_path / "in.safetensors", tmp_path / "o.safetensors", options, base=tmp_path / "base.safetensors"
+    )
     file = load_file(tmp_path / "o.safetensors")
     truth, found = {}, {}
     for i, (line, name) in enumerate(zip(report.modules, names, strict=True)):
