@@ -92,23 +92,30 @@ def test_an_alpha_tensor_goes_before_the_header(tmp_path: Path) -> None:
     assert read_loose(write(tmp_path, tensors, {"alpha": "2"})).deltas[name].scale == 0.25
 
 
-@pytest.mark.parametrize("words", [
-    {KEY: "{"}, {KEY: "[]"}, {KEY: '{"unet.lora_alpha": "many"}'}, {KEY: '{"unet.r": true}'},
-    {KEY: '{"unet.alpha_pattern": {"to_q": NaN}}'}, {"alpha": "inf"},
+@pytest.mark.parametrize(("words", "said"), [
+    ({KEY: "{"}, "lora_adapter_metadata in the header: not JSON"),
+    ({KEY: "[]"}, "lora_adapter_metadata in the header: expected a JSON object, found list"),
+    ({KEY: '{"unet.lora_alpha": "many"}'}, "unet.lora_alpha in lora_adapter_metadata is 'many'; expected a finite number"),
+    ({KEY: '{"unet.r": true}'}, "unet.r in lora_adapter_metadata is True; expected a finite number"),
+    ({KEY: '{"unet.alpha_pattern": {"to_q": NaN}}'}, r"unet.alpha_pattern in lora_adapter_metadata\['to_q'\] is nan"),
+    ({"alpha": "inf"}, "the header's alpha is 'inf'; expected a finite number"),
 ])  # fmt: skip
-def test_broken_headers(words: dict[str, str], tmp_path: Path) -> None:
+def test_broken_headers(words: dict[str, str], said: str, tmp_path: Path) -> None:
     """A header that promises a number and has none is an error of one line, never a scale of 1."""
     file = write(tmp_path, {f"{DIFFUSERS}.lora_A.weight": DOWN, f"{DIFFUSERS}.lora_B.weight": UP}, words)
-    with pytest.raises(FormatError) as problem:
+    with pytest.raises(FormatError, match=said) as problem:
         read_loose(file)
     assert "\n" not in str(problem.value)
     assert str(file) in str(problem.value)
 
 
-@pytest.mark.parametrize("config", [{"use_dora": True, "peft_type": "LOHA"}, {"init_lora_weights": "pissa"}])
-def test_variants_in_the_header(config: dict[str, object], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("config", "said"), [
+    ({"use_dora": True, "peft_type": "LOHA"}, "peft_type LOHA is not LORA"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa': the factors belong to a base"),
+])  # fmt: skip
+def test_variants_in_the_header(config: dict[str, object], said: str, tmp_path: Path) -> None:
     """What PEFT's folder would be refused for, a header is too."""
-    with pytest.raises(UnsupportedError):
+    with pytest.raises(UnsupportedError, match=said):
         read_loose(diffusers_file(tmp_path, {"r": 4} | config))
 
 

@@ -107,10 +107,15 @@ def test_expressions_of_real_adapters(pattern: str) -> None:
     assert not chosen.means(misses)
 
 
-@pytest.mark.parametrize("pattern", [r"(a)\1", "(?P<n>a)(?P=n)", "(?(1)a|b)(c)", "(", "[", "*", "(?<=a+)b", "a{2,1}"])
-def test_expressions_that_are_refused(pattern: str) -> None:
+@pytest.mark.parametrize(("pattern", "said"), [
+    (r"(a)\1", r"is not matched here \(groupref\)"), ("(?P<n>a)(?P=n)", r"is not matched here \(groupref\)"),
+    ("(?(1)a|b)(c)", r"is not matched here \(groupref exists\)"), ("(", "missing \\), unterminated subpattern"),
+    ("[", "unterminated character set"), ("*", "nothing to repeat"), ("(?<=a+)b", "look-behind requires fixed-width"),
+    ("a{2,1}", "min repeat greater than max repeat"),
+])  # fmt: skip
+def test_expressions_that_are_refused(pattern: str, said: str) -> None:
     """Groups that refer back, and what is no expression, are refused by name."""
-    with pytest.raises(PatternError):
+    with pytest.raises(PatternError, match=said):
         PathRegex(pattern)
     with pytest.raises(FormatError, match="target_modules"):
         Selection({"target_modules": pattern}, "adapter")

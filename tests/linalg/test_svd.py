@@ -202,13 +202,15 @@ def test_residual_is_measured_from_stored_factors() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad",
-    [{}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}, {"energy": math.nan},
-     {"tolerance": 1.0}, {"tolerance": -0.1}, {"tolerance": math.nan}, {"rank": 4, "max_rank": 0}],
+    ("bad", "said"),
+    [({}, "give exactly one of"), ({"rank": 1, "energy": 0.5}, "give exactly one of"), ({"rank": 0}, "--rank 0"),
+     ({"energy": 0.0}, "--energy 0.0"), ({"energy": 1.5}, "--energy 1.5"), ({"energy": math.nan}, "--energy nan"),
+     ({"tolerance": 1.0}, "--tolerance 1.0"), ({"tolerance": -0.1}, "--tolerance -0.1"), ({"tolerance": math.nan}, "--tolerance nan"),
+     ({"rank": 4, "max_rank": 0}, "--max-rank 0")],
 )  # fmt: skip
-def test_senseless_choices_are_usage_errors(bad: dict[str, float]) -> None:
+def test_senseless_choices_are_usage_errors(bad: dict[str, float], said: str) -> None:
     """No rule, two rules or a value out of range is refused before any work."""
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=f"^{said}"):
         RankChoice(**bad)
 
 

@@ -150,7 +150,8 @@ def test_mutated_names_never_pass_in_silence(tmp_path: Path, data: st.DataObject
     (bad / "adapter_config.json").write_text((root / "adapter/adapter_config.json").read_text())
     if _stripped(changed) == _stripped(key):
         return  # the same module by a prefix that people do use, or another adapter's name in the key
-    with pytest.raises(SurgeryError):
+    said = r"lora_[AB] is missing; the adapter is incomplete|is a kind of LoRA tensor that lorasurgery does not know"
+    with pytest.raises(SurgeryError, match=said):
         merge(root / "base", [bad], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -272,10 +273,13 @@ def test_wrong_base_is_said_with_both_shapes(tmp_path: Path) -> None:
         merge(base, [adapter], tmp_path / "merged")
 
 
-@pytest.mark.parametrize("weights", [[float("nan")], [float("inf")], [1.0, 2.0]])
-def test_senseless_weights(weights: list[float], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weights", "said"), [
+    ([float("nan")], "weight nan is not a finite number"), ([float("inf")], "weight inf is not a finite number"),
+    ([1.0, 2.0], "2 weights for 1 adapters"),
+])  # fmt: skip
+def test_senseless_weights(weights: list[float], said: str, tmp_path: Path) -> None:
     """NaN, infinite or surplus weights are wrong usage."""
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=said):
         merge(tmp_path, [tmp_path], tmp_path / "o", weights=weights)
 
 
@@ -331,7 +335,9 @@ def test_kill_in_the_middle_leaves_nothing_finished(tmp_path: Path) -> None:
     assert left, "killed too early to prove anything"
     assert all(n.endswith(".lorasurgery-partial") for n in left)
     assert hashes(base) | hashes(adapter) == before
-    assert subprocess.run(command, capture_output=True).returncode == 1
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "holds only the remains of an interrupted run; --resume goes on with it" in again.stderr
     subprocess.run([*command, "--overwrite"], check=True)
     assert not list(out.glob(".*"))
     assert (out / "model.safetensors.index.json").exists()

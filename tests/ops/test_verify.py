@@ -123,8 +123,11 @@ def test_what_is_broken_is_named(spoil: Callable[[Path], None], made: Path, tmp_
     assert not report.totals["holds"]
     (sentence,) = report.totals["findings"]
     assert BROKEN[spoil] in sentence
-    done = CliRunner().invoke(main, ["verify", str(tmp_path / "base"), "-q"])
+    done = CliRunner().invoke(main, ["verify", str(tmp_path / "base")])
     assert done.exit_code == 1
+    assert BROKEN[spoil] in done.output
+    quiet = CliRunner().invoke(main, ["verify", str(tmp_path / "base"), "-q"])
+    assert (quiet.exit_code, quiet.output) == (1, "")
 
 
 @pytest.mark.parametrize("spoil", [one_value, an_untouched_value], ids=lambda f: f.__name__)
@@ -192,4 +195,6 @@ def test_without_adapters_every_byte_counts(made: Path) -> None:
 
 def test_adapters_need_a_base() -> None:
     """--adapter without --against is wrong usage."""
-    assert CliRunner().invoke(main, ["verify", "x", "--adapter", "y"]).exit_code == 2
+    done = CliRunner().invoke(main, ["verify", "x", "--adapter", "y"])
+    assert done.exit_code == 2
+    assert "--adapter: needs --against BASE" in done.stderr
