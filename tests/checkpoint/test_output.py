@@ -97,14 +97,18 @@ def test_output_is_checked_against_inputs(tmp_path: Path) -> None:
     """Equal to an input, inside one, around one, or there already: refused, --overwrite or not where it must be."""
     base = tmp_path / "base"
     write_one(base)
-    for out, said in ((base, "is the input .*base, or"), (base / "inner", "or lies inside it"), (tmp_path, "holds the input .*base, which")):
+    for out, said in (
+        (base, "is the input .*base, or"),
+        (base / "inner", "or lies inside it"),
+        (tmp_path, "holds the input .*base, which"),
+    ):
         with pytest.raises(OutputError, match=said):
             check_output(out, [base], overwrite=True)
-    with pytest.raises(OutputError, match="holds the input .*model.safetensors, which"):
+    with pytest.raises(OutputError, match=r"holds the input .*model.safetensors, which"):
         check_output(base, [base / "model.safetensors"], overwrite=True)
     link = tmp_path / "link"
     link.symlink_to(base)
-    with pytest.raises(OutputError, match="link: is the input .*base, or"):
+    with pytest.raises(OutputError, match=r"link: is the input .*base, or"):
         check_output(link, [base], overwrite=True)
     full = tmp_path / "full"
     write_one(full)

@@ -162,6 +162,35 @@ def _stripped(key: str) -> str:
     return name.removeprefix("model.")
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_base_in_float64_is_merged_in_float64(rounding: str, tmp_path: Path) -> None:
+    """W + Δ of float64 weights is that of numpy in float64, far nearer than float32 could be, and nothing is drawn."""
+    base, adapter = llama(tmp_path, torch.float64, lora_alpha=8)
+    report = merge(base, [adapter], tmp_path / "merged", rounding=rounding)
+    old, new = (load_file(p / "model.safetensors") for p in (base, tmp_path / "merged"))
+    factors = load_file(adapter / "adapter_model.safetensors")
+    for name in (n for n in old if "q_proj" in n):
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        a, b = (factors[f"{key}{side}.weight"].double().numpy() for side in "AB")
+        truth = old[name].numpy() + 8 / 4 * (b @ a)
+        assert new[name].dtype == torch.float64
+        assert abs(new[name].numpy() - truth).max() < 1e-15
+    assert report.totals["retention"] == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_merging_to_float64(dtype: torch.dtype, rounding: str, tmp_path: Path) -> None:
+    """A narrower base written as float64 holds the sum in float32 as it is: a wider dtype has nothing to round."""
+    base, adapter = llama(tmp_path, dtype)
+    report = merge(base, [adapter], tmp_path / "wide", dtype="F64", rounding=rounding)
+    merge(base, [adapter], tmp_path / "plain", dtype="F32")
+    wide, plain = (load_file(tmp_path / n / "model.safetensors") for n in ("wide", "plain"))
+    assert all(wide[name].dtype == torch.float64 for name in plain)
+    assert all(torch.equal(wide[name], plain[name].double()) for name in plain)
+    assert report.totals["retention"] == pytest.approx(1, abs=1e-5)
+
+
 def test_stochastic_rounding_is_seeded(tmp_path: Path) -> None:
     """The same seed gives the same bytes, another seed others; the mean is nearer than rounding to nearest."""
     base, _ = llama(tmp_path, torch.bfloat16)
