@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -81,6 +82,19 @@ def test_alpha_in_the_header(config: dict[str, object], alpha: float, scale: flo
     """diffusers' lora_adapter_metadata is PEFT's config with a prefix, patterns and rsLoRA included; PEFT's default is 8."""
     delta = read_loose(diffusers_file(tmp_path, {"r": 4} | config)).deltas[DIFFUSERS]
     assert (delta.alpha, delta.scale) == (alpha, scale)
+
+
+@pytest.mark.parametrize("more", [0, 20_000])
+def test_an_anchored_pattern_is_of_one_module(more: int, tmp_path: Path) -> None:
+    """diffusers writes ^PATH for each module, which PEFT reads as that path from its first letter on; many are looked up."""
+    said = {"^proj_out": 2, "^blocks.0.to_q": 3}
+    patterns = said | {f"^blocks.{i}.to_q": 4 for i in range(1, more)}
+    paths = ["proj_out", "blocks.0.proj_out", "blocks.0.to_q"]
+    weights = {f"unet.{p}.lora_{side}.weight": DOWN if side == "A" else UP for p in paths for side in "AB"}
+    config = {"unet.r": 4, "unet.lora_alpha": 1, "unet.alpha_pattern": patterns}
+    found = read_loose(write(tmp_path, weights, {KEY: json.dumps(config)})).deltas
+    for path in paths:
+        assert found[f"unet.{path}"].alpha == said.get(get_pattern_key(said.keys(), path), 1), path
 
 
 def test_an_alpha_tensor_goes_before_the_header(tmp_path: Path) -> None:

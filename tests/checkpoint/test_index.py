@@ -94,6 +94,18 @@ def test_broken_indexes_are_refused_in_one_line(case: str, tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_the_index_decides_between_two_of_a_name(tmp_path: Path) -> None:
+    """A tensor that lies in two shards is read from the one that the index names; those after it are read all the same."""
+    folder = sharded(tmp_path / "model")
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    save_file({"a": torch.ones(2), "w1": torch.full((2, 2), 7.0), "z": torch.zeros(2)}, folder / first)
+    edit(folder, lambda m: (m.pop("w0"), m.pop("b0"), m.update(a=first, z=first)))
+    found = Checkpoint.open(folder)
+    assert set(found.tensors) == {"a", "z", "w1", "b1"}
+    assert found.file_of == {"a": first, "z": first, "w1": second, "b1": second}
+    assert torch.equal(found.read("w1"), torch.ones(2, 2))
+
+
 def test_shards_read_as_one(tmp_path: Path) -> None:
     """All shards' tensors are there, each with its file; more shards than open files is no matter."""
     found = Checkpoint.open(sharded(tmp_path, 40))

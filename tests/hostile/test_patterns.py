@@ -74,6 +74,15 @@ def test_tables_mean_what_peft_says(keys: list[str], paths: list[str]) -> None:
         assert table.first(path, -1) == wanted
 
 
+@pytest.mark.parametrize(
+    "pattern", [r"(?a)x\b.", r"x\b.", r"(?a)x\B.", r"x\B.", r"(?a)\bé.*", r"\bé.*", r"(?a)\w+", r"\w+"]
+)
+def test_letters_of_other_alphabets(pattern: str) -> None:
+    """Whether é is a letter, and so where a word ends, depends on the flag for ASCII as it does in re."""
+    for text in ("xé", "xy", "x.", "é", "éx", ".é"):
+        assert PathRegex(pattern).fullmatch(PathText(text)) == bool(re.fullmatch(pattern, text)), text
+
+
 ENDLESS = ["(a+)+b", "(a*)*b", "(a|a)*b", "(a|aa)+b", "(.*a){30}b", "((((a*)*)*)*)*b", "(a{1,1000}){1,1000}b",
            ".*.*.*.*.*.*.*.*b", "(?:a?){500}a{500}b", "(?=(a+)+b)a", "(x+x+)+y|(a+a+)+b"]  # fmt: skip
 

@@ -201,6 +201,19 @@ def test_residual_is_measured_from_stored_factors() -> None:
     assert expected > 1e-3 * float(delta.norm())
 
 
+@pytest.mark.parametrize("spectrum", ["slow decay", "power law", "flat"])
+def test_passes_do_not_depend_on_the_scale(spectrum: str) -> None:
+    """A power of two before ΔW changes no bit of what follows from it, and so not when the iteration stops."""
+    delta = known(SPECTRA[spectrum], 600, 500)
+    found = [
+        randomized_svd(delta * 2.0**n, RankChoice(rank=16), squared_norm(delta * 2.0**n)) for n in (-30, -3, 0, 3, 30)
+    ]
+    passes = {one.passes for one in found if one}
+    assert None not in found
+    assert len(passes) == 1
+    assert passes.pop() <= 6, "far from all that there could be"
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [({}, "give exactly one of"), ({"rank": 1, "energy": 0.5}, "give exactly one of"), ({"rank": 0}, "--rank 0"),

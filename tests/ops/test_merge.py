@@ -41,6 +41,15 @@ def test_weight_zero_changes_no_byte(tmp_path: Path) -> None:
     assert (tmp_path / "merged/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
+def test_bytes_read_are_those_of_base_and_adapter(tmp_path: Path) -> None:
+    """The report counts the tensors of both, each once, and little beside them."""
+    base, adapter = llama(tmp_path)
+    report = merge(base, [adapter], tmp_path / "merged")
+    files = [base / "model.safetensors", adapter / "adapter_model.safetensors"]
+    tensors = sum(t.nbytes for file in files for t in load_file(file).values())
+    assert tensors <= report.bytes_read <= sum(file.stat().st_size for file in files)
+
+
 def test_layout_files_and_metadata_are_kept(tmp_path: Path) -> None:
     """Shards, index and all other files come along; untouched shards are the same bytes; no weights in disguise do."""
     base, adapter = llama(tmp_path)
