@@ -55,7 +55,6 @@ class Copy:
     def __init__(self, root: Path, folder: Path) -> None:
         self.root, self.folder = root, folder
         shutil.copytree(root, folder, ignore=shutil.ignore_patterns(*_LEFT_OUT))
-        shutil.copy(Path(__file__).with_name("mutants_seen.py"), folder)
         # compiled files are known by their source's hash, for a mutant can be as long as its source and as old
         self._python("-m", "compileall", "-q", "--invalidation-mode", "checked-hash", "lorasurgery", "tests")
 
@@ -68,7 +67,10 @@ class Copy:
             (self.folder / file).write_text(ast.unparse(ast.fix_missing_locations(tree)))
         names = {SEEN: "seen.jsonl", RESULTS: "results.jsonl"}
         files = {name: str(self.folder / file) for name, file in names.items()}
-        subprocess.run(self._pytest("-n", str(jobs), *tests), cwd=self.folder, env=self._env(files), check=False)
+        command = self._pytest("-n", str(jobs), *tests)
+        ended = subprocess.run(command, cwd=self.folder, env=self._env(files), check=False).returncode
+        if ended not in (0, 1):  # some may fail, but all must have run
+            raise SystemExit(f"pytest ended with {ended}, so nothing can be told")
         for file in {m.file for m in mutants}:
             shutil.copyfile(self.root / file, self.folder / file)
         return _read(files)
@@ -112,7 +114,8 @@ class Copy:
         return [sys.executable, "-m", "pytest", "-m", "not slow", "-p", "mutants_seen", *words]
 
     def _env(self, more: dict[str, str]) -> dict[str, str]:
-        home = {"HOME": str(self.folder), "PYTHONPATH": str(self.folder), "HF_HUB_OFFLINE": "1"}
+        here = self.folder / Path(__file__).resolve().parent.relative_to(self.root)  # where mutants_seen lies
+        home = {"HOME": str(self.folder), "PYTHONPATH": f"{self.folder}{os.pathsep}{here}", "HF_HUB_OFFLINE": "1"}
         return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | home | more
 
 

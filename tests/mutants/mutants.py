@@ -91,8 +91,7 @@ def _try_all(mutants: Sequence[Mutant], tests: Sequence[str], jobs: int, folder:
 
 def _meet(copy: Copy, mutant: Mutant, tests: list[str], reach: Reach) -> bool:
     caught = copy.meets(mutant, tests, reach)
-    met = f"by none of {len(tests)} tests" if caught is None else f"by {caught}"
-    print(f"{_where(mutant)}: {mutant.kind}: {'not ' if caught is None else ''}caught {met}", flush=True)
+    print(f"{_where(mutant)}: {mutant.kind}: caught by {caught or f'none of {len(tests)} tests'}", flush=True)
     return caught is not None
 
 
