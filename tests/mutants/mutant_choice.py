@@ -16,7 +16,8 @@ from mutant_kinds import Mutant, mutants
 
 ROOMS = (("linalg",), ("adapters",), ("checkpoint",), ("ops", "clients"))
 EQUIVALENT = Path(__file__).with_name("equivalent.json")
-Reasons = dict[tuple[str, str, str, str], str]
+_KNOWN_BY = ("file", "function", "kind", "was", "now")
+Reasons = dict[tuple[str, ...], str]
 
 
 def choose(root: Path, count: int, seed: int, only: str = "") -> list[Mutant]:
@@ -67,9 +68,9 @@ def _turn(mutant: Mutant, seed: int) -> str:
 
 def reasons(path: Path = EQUIVALENT) -> Reasons:
     """Why mutants that somebody looked at make no difference."""
-    return {(e["file"], e["kind"], e["was"], e["now"]): e["why"] for e in json.loads(path.read_text())}
+    return {tuple(e[name] for name in _KNOWN_BY): e["why"] for e in json.loads(path.read_text())}
 
 
 def reason(mutant: Mutant, known: Reasons) -> str | None:
     """Why this one makes no difference; None when it should be caught."""
-    return known.get((mutant.file, mutant.kind, mutant.was, mutant.now))
+    return known.get(tuple(getattr(mutant, name) for name in _KNOWN_BY))

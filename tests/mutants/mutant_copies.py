@@ -33,16 +33,26 @@ class Reach:
     """The tests that come by each mutant, by number, and the seconds that each takes.
 
     Args:
-        failed: Tests that fail without any mutant; they prove nothing.
+        shared: Seconds for what a file's tests have in common. failed: Tests that fail without any mutant; they prove nothing.
     """
 
     tests: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    shared: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     failed: set[str] = field(default_factory=set)
 
-    def of(self, number: int) -> list[str]:
-        """The tests for a mutant, the quickest first."""
-        return sorted(self.tests[number] & set(self.seconds) - self.failed, key=lambda t: (self.seconds[t], t))
+    def of(self, number: int, room: str) -> list[str]:
+        """The tests for a mutant: those of its own room first, the quickest before the others."""
+
+        def turn(test: str) -> tuple[bool, float, str]:
+            near = test.startswith((f"tests/{room}/", f"lorasurgery/{room}/"))
+            return not near, self.seconds[test] + self.shared[_file(test)], test
+
+        return sorted(self.tests[number] & set(self.seconds) - self.failed, key=turn)
+
+    def cost(self, tests: Sequence[str]) -> float:
+        """The seconds that some tests take together."""
+        return sum(self.seconds[t] for t in tests) + sum(self.shared[f] for f in {*map(_file, tests)})
 
 
 class Copy:
@@ -82,7 +92,7 @@ class Copy:
         file.write_bytes(mutant.applied(source))
         try:
             for some in (tests[:_QUICK], tests[_QUICK:]):
-                caught = self._caught(some, _SLACK + _TIMES * sum(reach.seconds[t] for t in some)) if some else None
+                caught = self._caught(some, _SLACK + _TIMES * reach.cost(some)) if some else None
                 if caught:
                     return caught
         finally:
@@ -93,7 +103,7 @@ class Copy:
         asked, results = self.folder / "tests.json", self.folder / "results.jsonl"
         asked.write_text(json.dumps(list(tests)))
         results.unlink(missing_ok=True)
-        files = sorted({t.partition("::")[0] for t in tests})
+        files = list(dict.fromkeys(map(_file, tests)))
         env = self._env({TESTS: str(asked), RESULTS: str(results)})
         command = self._pytest("-x", "-p", "no:cacheprovider", *files)
         with (self.folder / "output.txt").open("wb") as output:
@@ -104,7 +114,7 @@ class Copy:
             return None
         if ended in (_USAGE, _NOTHING):
             raise SystemExit(f"pytest ended with {ended}: {(self.folder / 'output.txt').read_text()[-2000:]}")
-        failed = [t for t, outcome, _ in _lines(results) if outcome == "failed"]
+        failed = [test for test, _, outcome, _ in _lines(results) if outcome == "failed"]
         return failed[0] if failed else f"pytest ended with {ended}"
 
     def _python(self, *words: str) -> None:
@@ -138,16 +148,22 @@ class Marked(ast.NodeTransformer):
 
 def _read(files: dict[str, str]) -> Reach:
     found = Reach()
-    for test, outcome, seconds in _lines(Path(files[RESULTS])):
+    for test, phase, outcome, seconds in _lines(Path(files[RESULTS])):
         found.seconds[test] += seconds
+        if phase == "setup":
+            found.shared[_file(test)] = max(found.shared[_file(test)], seconds)
         if outcome == "failed":
             found.failed.add(test)
     for number, place in _lines(Path(files[SEEN])):
         test, _, when = place.rpartition(" ")
         found.tests[number].add(test)
         if when == "(setup)":  # what a file's tests share is made in the first one's setup
-            found.tests[number] |= {t for t in found.seconds if t.partition("::")[0] == test.partition("::")[0]}
+            found.tests[number] |= {t for t in found.seconds if _file(t) == _file(test)}
     return found
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
 
 
 def _lines(path: Path) -> list[list]:

@@ -91,10 +91,11 @@ class _Text:
         )
 
     def lines(self, start: int, end: int, new: str) -> tuple[str, str]:
-        """The whole lines that a change concerns, before and after, on one line each."""
-        first = self.source.rfind(b"\n", 0, start) + 1
-        last = self.source.find(b"\n", end)
+        """The whole lines that a change concerns, before and after, on one line each; a word alone with the line before."""
+        first, last = self.source.rfind(b"\n", 0, start) + 1, self.source.find(b"\n", end)
         last = len(self.source) if last < 0 else last
+        if b" " not in self.source[first:last].strip():
+            first = self.source.rfind(b"\n", 0, max(0, first - 1)) + 1
         before = self.source[first:last].decode()
         after = self.source[first:start].decode() + new + self.source[end:last].decode()
         return " ".join(before.split()), " ".join(after.split())

@@ -80,7 +80,8 @@ def _try_all(mutants: Sequence[Mutant], tests: Sequence[str], jobs: int, folder:
     def try_one(number: int) -> bool:
         copy = copies.get()
         try:
-            return _meet(copy, mutants[number], reach.of(number), reach)
+            room = Path(mutants[number].file).parts[1]
+            return _meet(copy, mutants[number], reach.of(number, room), reach)
         finally:
             copies.put(copy)
 

@@ -34,11 +34,11 @@ def seen(number: int) -> None:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Note each test's outcome and time, once, where several workers run."""
+    """Note each phase's outcome and time, once, where several workers run."""
     path = os.environ.get(RESULTS)
     if path and "PYTEST_XDIST_WORKER" not in os.environ:
         with open(path, "a") as file:  # noqa: PTH123
-            file.write(json.dumps([report.nodeid, report.outcome, report.duration]) + "\n")
+            file.write(json.dumps([report.nodeid, report.when, report.outcome, report.duration]) + "\n")
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

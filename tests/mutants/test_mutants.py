@@ -51,7 +51,7 @@ EXPECTED = [
     ("raise removed", "pass"),
     ("arguments", "for i in range(LIMIT, by):"),
     ("boolean", "if (top):"),
-    ("loop", "continue"),
+    ("loop", "if not top: continue"),
     ("call removed", "pass"),
     ("arguments", "print(self.size, i)"),
     ("return None", "return None"),
@@ -111,7 +111,7 @@ def test_the_choice_is_the_same_again_and_little_of_it_changes(tmp_path: Path) -
 def test_reasons_go_by_the_text(tmp_path: Path) -> None:
     """What makes no difference is known by file, kind and text; another line of the same file is not."""
     file = tmp_path / "equivalent.json"
-    entry = {"file": "f.py", "kind": "constant", "was": "return 1", "now": "return 2", "why": "so"}
+    entry = {"file": "f.py", "function": "f", "kind": "constant", "was": "return 1", "now": "return 2", "why": "so"}
     file.write_text(json.dumps([entry]))
     known = reasons(file)
     moved = b"# above\n\n\ndef f():\n    return 1\n"
