@@ -17,9 +17,9 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from lorasurgery.checkpoint.files import sync_folder
+from lorasurgery.checkpoint.files import make, sync_folder
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.locate import is_inside
+from lorasurgery.checkpoint.inside import is_inside, is_link, to_replace
 from lorasurgery.errors import FormatError, MismatchError
 from lorasurgery.ranks import Ranks
 
@@ -48,7 +48,8 @@ def partials(out: Path) -> list[Path]:
     if folder == out:
         return list(folder.rglob(f".*{PARTIAL}"))
     name = escape(out.name)
-    return [*folder.glob(f".{name}*{PARTIAL}"), *folder.glob(f"{name}.*/.*{PARTIAL}")]
+    beside = (f for f in folder.glob(f"{name}.*/.*{PARTIAL}") if not is_link(f.parent))
+    return [*folder.glob(f".{name}*{PARTIAL}"), *beside]
 
 
 class Run:
@@ -83,6 +84,7 @@ class Run:
         if self.ranks.first:
             found = journals(self.out) if self.resume else []
             if found:
+                _refuse_links(partials(self.out))
                 self.done, renamed = _read(found, self.about, self.out)
                 self.resumed = len(self.done)  # so that a failure from here on leaves them
                 _take_back(self.out, renamed)
@@ -94,6 +96,7 @@ class Run:
             self.done, _ = _read(journals(self.out), self.about, self.out)
         self.resumed = len(self.done)
         self._lines = self.resumed if self.ranks.first else 0
+        make(self.path(str(self.ranks.rank)))
         self._file = self.path(str(self.ranks.rank)).open("a", encoding="utf-8")
         if not self.ranks.first:
             self._line({"about": self.about, "boot": _boot()})
@@ -165,6 +168,7 @@ class Run:
         scratch = self.path("new")
         lines = [{"about": self.about, "boot": _boot()}]
         lines += [{"done": key, "record": record} for key, record in self.done.items()]
+        make(scratch)
         with scratch.open("w", encoding="utf-8") as text:
             text.writelines(json.dumps(line) + "\n" for line in [*lines, {"synced": len(self.done)}])
             text.flush()
@@ -184,6 +188,12 @@ class Run:
     def _line(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+
+def _refuse_links(files: list[Path]) -> None:
+    """What a run leaves are files, and others would be written to through a link."""
+    for file in filter(is_link, files):
+        raise FormatError(f"{show(str(file))}: is a link, which no run leaves; --overwrite clears it and starts anew")
 
 
 def _remove(files: list[Path]) -> None:
@@ -268,6 +278,6 @@ def _short(value: Any) -> str:
 def _take_back(out: Path, names: list[str]) -> None:
     """Undo the renames of a commit that was cut short: all files were complete, so nothing is lost."""
     for name in names:
-        final = _folder(out) / name
+        final = to_replace(_folder(out), name)
         if final.exists() and not partial_of(final).exists():
             final.replace(partial_of(final))

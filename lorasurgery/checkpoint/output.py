@@ -16,8 +16,10 @@ from types import TracebackType
 
 from lorasurgery.checkpoint.files import ReadFile, WriteFile, clone, sync_folder
 from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.inside import refuse_folder_links, refuse_link
 from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, UNDO_FOLDER, Run, journals, partial_of, partials
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, PIPELINE
+from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.checkpoint.plan import PlannedFile
 from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.errors import OutputError
@@ -78,12 +80,17 @@ class Output:
     Args:
         run: What an interrupted run of the same kind left is gone on with, and kept when this one is interrupted too;
             None for what is done at once.
+        inputs: What goes into it; who may not read that may not read what is written.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool, run: Run | None = None) -> None:
+    def __init__(
+        self, out: Path, *, overwrite: bool, run: Run | None = None, inputs: Iterable[str | Path] = ()
+    ) -> None:
         self.single = out.suffix == ".safetensors"
         self.folder = out.parent if self.single else out
         self.name, self.overwrite, self.run = out.name, overwrite, run
+        self.modes = Modes.of(inputs, self.folder)
+        self._records = f"{self.name}.{UNDO_FOLDER}" if self.single else UNDO_FOLDER
         self.bytes_written = 0
         self._made: list[Path] = []
         self._staged: dict[str, Path] = {}
@@ -94,6 +101,7 @@ class Output:
     def __enter__(self) -> Output:
         try:
             self._make(self.folder)
+            refuse_link(self.folder / self._records)
             if self.run is not None:
                 self.run.begin(self._clear)
             elif self.overwrite:
@@ -126,7 +134,7 @@ class Output:
 
     def tensor_file(self, planned: PlannedFile) -> TensorFile:
         """A safetensors file to be filled tensor by tensor."""
-        return TensorFile(self._stage(planned.name), planned, self._count)
+        return TensorFile(self._stage(planned.name), planned, self._count, mode=self.modes.file)
 
     def expect(self, name: str) -> None:
         """Count on a file that another rank, or the run before this one, wrote."""
@@ -144,15 +152,15 @@ class Output:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Stage a small file."""
-        with self._stage(name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            _sync(file.fileno())
+        with WriteFile(self._stage(name), mode=self.modes.file) as file:
+            file.truncate(0)
+            file.write_at(0, memoryview(data))
+            file.sync()
         self._count(len(data))
 
     def copy_file(self, name: str, source: Path) -> int:
         """Stage a byte-for-byte copy of a file, sharing its blocks where the file system can; returns its size."""
-        with ReadFile(source) as old, WriteFile(self._stage(name)) as new:
+        with ReadFile(source) as old, WriteFile(self._stage(name), mode=self.modes.file) as new:
             size = os.fstat(old.fileno()).st_size
             if not clone(old, new):
                 new.copy_at(0, old, 0, size)
@@ -206,7 +214,7 @@ class Output:
             for path in paths:
                 path.unlink(missing_ok=True)
             self._sync_names()
-        records = self.folder / (f"{self.name}.{UNDO_FOLDER}" if self.single else UNDO_FOLDER)
+        records = self.folder / self._records
         for file in records.glob("[0-9]*.safetensors") if records.is_dir() else ():
             if f"{records.name}/{file.name}" not in self._staged:
                 file.unlink()
@@ -227,6 +235,7 @@ class Output:
 
     def _stage(self, name: str) -> Path:
         final = self.folder / name
+        refuse_folder_links(self.folder, name)
         self._make(final.parent)
         partial = partial_of(final)
         self._staged[name] = partial
@@ -236,7 +245,7 @@ class Output:
         missing = [p for p in [folder, *folder.parents] if not p.exists()]
         for path in reversed(missing):
             with suppress(FileExistsError):  # another rank was faster
-                path.mkdir()
+                path.mkdir(self.modes.folder)
                 self._made.append(path)
 
     def _count(self, written: int) -> None:
@@ -259,7 +268,3 @@ def _indexed(index: Path) -> Iterable[str]:
         return [str(v) for v in weight_map.values()]
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return []
-
-
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)

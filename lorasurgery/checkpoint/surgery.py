@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,10 @@ from typing import Any
 from lorasurgery.checkpoint.files import WriteFile, sync_folder
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.heap import Heap
+from lorasurgery.checkpoint.journal_lines import check_line, file_of
+from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.checkpoint.settle import (
+    FOLDER,
     MENDED,
     apply,
     as_line,
@@ -51,6 +55,7 @@ class Surgery:
     Args:
         checkpoint: Folder or file. about: What the operation is; only the same may go on with it. JSON.
         resume: Go on with what is there.
+        inputs: What else new files are made from; who may not read it may not read them.
 
     Attributes:
         done: What is in the files already: key -> record. checked: Whether check_passed() was called, now or before.
@@ -58,11 +63,14 @@ class Surgery:
         heap: Takes what must survive a kill beside the new bytes.
     """
 
-    def __init__(self, checkpoint: Path, about: dict[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self, checkpoint: Path, about: dict[str, Any], *, resume: bool, inputs: Sequence[str | Path] = ()
+    ) -> None:
         self.checkpoint, self.resume = checkpoint, resume
         self.about: dict[str, Any] = json.loads(json.dumps(about))  # as it comes back: tuples are lists
         self.home = checkpoint if checkpoint.is_dir() else checkpoint.parent
         self.folder = surgery_folder(checkpoint)
+        self.modes = Modes.of([checkpoint, *inputs], self.home)
         self.done: dict[str, Any] = {}
         self.checked, self.resumed, self.bytes_written = False, 0, 0
         self.noted: Any = None
@@ -94,6 +102,8 @@ class Surgery:
             self._lock.release()
             if isinstance(problem, OSError):
                 raise self._failed(problem, changed=not begun) from None
+            if isinstance(problem, KeyboardInterrupt) and begun:
+                problem.args = ("nothing was changed",)
             raise
         return self
 
@@ -164,21 +174,31 @@ class Surgery:
         moves = {name: path for path, name in staged.items()}
         for number, (path, data) in enumerate(files.items()):
             moves[str(number)] = path
-            self.staged(str(number)).write_bytes(data)
-            self.bytes_written += len(data)
-        for name in moves:
+            self._stage(str(number), data)
+        for name, path in moves.items():
             with self.staged(name).open("rb") as file:
+                self._take_mode(file.fileno(), self.home / path)
                 os.fsync(file.fileno())
         sync_folder(self.folder)
         self._line({"ending": moves, "removed": list(removed)})
         end(self.home, self.folder, moves, removed)
 
+    def _stage(self, name: str, data: bytes) -> None:
+        with WriteFile(self.staged(name), mode=self.modes.file) as file:
+            file.truncate(0)
+            file.write_at(0, memoryview(data))
+        self.bytes_written += len(data)
+
+    def _take_mode(self, descriptor: int, final: Path) -> None:
+        """What takes a file's place may be read by the same."""
+        if hasattr(os, "fchmod") and final.is_file():
+            os.fchmod(descriptor, stat.S_IMODE(final.stat().st_mode))
+
     def _begin(self) -> None:
-        self.folder.mkdir()
-        with (self.folder / "journal").open("wb") as journal:
-            journal.write(as_line({"about": self.about}))
-            journal.flush()
-            os.fsync(journal.fileno())
+        self.folder.mkdir(0o700)
+        with WriteFile(self.folder / "journal") as journal:
+            journal.write_at(0, memoryview(as_line({"about": self.about})))
+            journal.sync()
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
 
@@ -196,6 +216,7 @@ class Surgery:
         self.resumed = len(self.done)
 
     def _line(self, line: dict[str, Any]) -> None:
+        check_line(line, self.home, file_of(self.folder, FOLDER))
         left = memoryview(as_line(line))
         while left:  # a disk that is nearly full takes a part and says so
             left = left[self._journal.write(left) or 0 :]

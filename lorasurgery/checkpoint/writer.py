@@ -23,10 +23,11 @@ class TensorFile:
         path: Where the bytes go (the temporary name). What lies there already stays, for resumed and shared files.
         planned: Tensors and metadata; write() takes them in this order, put() and copy() in any.
         count: Called with the number of bytes after each write.
+        mode: Who may read it, as far as the umask allows.
     """
 
-    def __init__(self, path: Path, planned: PlannedFile, count: Callable[[int], None]) -> None:
-        self.path, self.planned, self._count = path, planned, count
+    def __init__(self, path: Path, planned: PlannedFile, count: Callable[[int], None], *, mode: int = 0o600) -> None:
+        self.path, self.planned, self._count, self._mode = path, planned, count, mode
         self._next, self._lock, self._closing = 0, threading.Lock(), threading.Lock()
         self._header = planned.header()
         self._places, place = {}, len(self._header)
@@ -53,7 +54,7 @@ class TensorFile:
     def open(self) -> None:
         """Make the file in its full size, with its header."""
         with ExitStack() as failing:
-            self._file = failing.enter_context(WriteFile(self.path, direct=self.size >= LARGE))
+            self._file = failing.enter_context(WriteFile(self.path, direct=self.size >= LARGE, mode=self._mode))
             if self._file.seek(0, 2) != self.size:
                 self._file.truncate(self.size)
             self._file.write_at(0, memoryview(self._header))

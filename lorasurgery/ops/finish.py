@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorasurgery.checkpoint.inside import leads_out
 from lorasurgery.checkpoint.locate import PIPELINE
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import index_json
@@ -97,7 +98,8 @@ def finish(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
             _put_back(recipe, output, carried)
             write_carried(output, carried, source.config, config, dtype)
         elif recipe.edits.untied:
-            config = patched_config(source.config, untied=True)
+            own = {} if leads_out(source.folder / CONFIG, source.folder) else source.config
+            config = patched_config(own, untied=True)
             output.write_bytes(CONFIG, json.dumps(config, indent=2).encode())
         last = _write_indexes(recipe, output) or last
     output.commit(last=last)

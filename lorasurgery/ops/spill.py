@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.files import ReadFile, WriteFile
+from lorasurgery.checkpoint.inside import to_read
 from lorasurgery.checkpoint.journal import FACTORS, Run, journals
 from lorasurgery.checkpoint.writer import as_bytes
 from lorasurgery.errors import FormatError
@@ -82,7 +83,7 @@ class Spill:
         name, place, dtype, shape, wanted = where
         tensor = torch.empty(shape, dtype=torch_dtype(dtype))
         view = as_bytes(tensor)
-        path, got = self._path.with_name(name), -1
+        path, got = to_read(self._path.parent, name, odd=True), -1
         with suppress(FileNotFoundError), ReadFile(path) as file:
             got = file.read_all(place, view)
         if got != len(view) or zlib.crc32(view) != wanted:

@@ -33,7 +33,7 @@ def run(recipe: Recipe, journal: Run, report: Report, device: torch.device, prog
     """Stream the checkpoint through the recipe into the output, which appears whole or not at all."""
     _check_limit(recipe)
     journal.ranks.wait()  # until all have seen the output as it was
-    with Output(recipe.out, overwrite=recipe.overwrite, run=journal) as output:
+    with Output(recipe.out, overwrite=recipe.overwrite, run=journal, inputs=report.inputs) as output:
         work = _Work(recipe, journal, output, device, progress)
         try:
             with team(min(TEAM, torch.get_num_threads())):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.inside import is_link, link_on_the_way, refuse_link, to_replace
+from lorasurgery.checkpoint.journal_lines import check_line, file_of
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import refuse_unfinished, settle_first, unfinished
-from lorasurgery.errors import MismatchError, OutputError, UsageError
+from lorasurgery.checkpoint.settle import FOLDER, refuse_unfinished, settle_first, surgery_folder, unfinished
+from lorasurgery.errors import MismatchError, OutputError, UsageError, some
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.record import record_bytes
-from lorasurgery.ops.undo_record import top_record
+from lorasurgery.ops.undo_record import top_record, undo_folder
 from lorasurgery.ops.undone import Undone
 from lorasurgery.ranks import ranks
 from lorasurgery.report import COMMAND_LINE, RECORD_NAME, Report
@@ -90,7 +93,7 @@ def check_in_place(recipe: Recipe) -> None:
     base = recipe.base
     if ranks().size > 1:
         raise UsageError("--in-place: is the work of one process; start it without torchrun")
-    if base.path.is_file() and base.path.is_symlink():
+    if base.path.is_file() and is_link(base.path):
         raise OutputError(f"{show(str(base.path))}: is a link; name the file itself")
     touched = {t.name: t for f in recipe.files for t in f.tensors if is_touched(recipe, t.name)}
     for name, tensor in touched.items():
@@ -101,12 +104,41 @@ def check_in_place(recipe: Recipe) -> None:
                 "has no place in the files as they are; write a new checkpoint with -o OUT"
             )
     for file in sorted({base.file_of[name] for name in touched}):
-        _check_file(base.folder / file)
+        _check_file(base.folder, file)
+    _check_others(recipe, base.path)
+    _check_names(base, touched)
 
 
-def _check_file(path: Path) -> None:
+def _check_others(recipe: Recipe, checkpoint: Path) -> None:
+    """What changes beside the weights: records, and the files that a record names."""
+    records = undo_folder(checkpoint)
+    refuse_link(records)
+    restored = recipe.restored
+    if restored is not None and restored.files and not checkpoint.is_dir():
+        raise MismatchError(
+            f"{show(str(restored.path))}: also puts back files of a folder ({some(list(restored.files))}), and "
+            f"{show(str(checkpoint))} is a file; name its folder, or write a new checkpoint with -o OUT"
+        )
+    if checkpoint.is_dir():
+        for name in [RECORD_NAME, *(restored.files if restored else ())]:
+            to_replace(checkpoint, name)
+            check_line({"ending": {"0": name}, "removed": []}, checkpoint, "")
+
+
+def _check_names(base: Checkpoint, touched: Collection[str]) -> None:
+    """Refuse at once what a journal would not be believed: names that no record of this program has."""
+    place = surgery_folder(base.path)
+    file_name = file_of(place, FOLDER)
+    weights = sorted({base.file_of[name] for name in touched})
+    record = f"{undo_folder(base.path).name}/0001.safetensors"
+    check_line({"ready": [[name, 0, 0, 0, 0] for name in weights], "done": {}}, place.parent, file_name)
+    check_line({"ending": {"0": record}, "removed": []}, place.parent, file_name)
+
+
+def _check_file(folder: Path, name: str) -> None:
+    path = link_on_the_way(folder, name) or folder / name
     where = show(str(path))
-    if path.is_symlink() or path.stat().st_nlink > 1:
+    if is_link(path) or path.stat().st_nlink > 1:
         raise OutputError(
             f"{where}: is a link, so others would be changed too (the Hub's cache keeps files this way); "
             "copy the checkpoint first, or write a new one with -o OUT"

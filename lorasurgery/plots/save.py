@@ -43,7 +43,7 @@ def _settle(figure: Figure) -> None:
         ax.set_in_layout(True)
 
 
-def write_whole(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes, mode: int = 0o666) -> None:
     """Write beside the final name, sync, and rename, so that a failure leaves what was there before.
 
     Raises:
@@ -51,7 +51,7 @@ def write_whole(file: Path, content: bytes) -> None:
     """
     partial = file.with_name(f".{file.name}{_PARTIAL}")
     try:
-        with partial.open("wb") as out:
+        with open(partial, "wb", opener=lambda path, flags: os.open(path, flags, mode)) as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
