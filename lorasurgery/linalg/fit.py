@@ -215,7 +215,8 @@ def _inverse(cosines: Tensor) -> Tensor:
     """The inverse; where rounding has made columns dependent, of the directions that are left."""
     lower, failed = torch.linalg.cholesky_ex(cosines)
     if not int(failed):
-        return torch.cholesky_solve(torch.eye(len(cosines)).to(cosines), lower)
+        solved: Tensor = torch.cholesky_solve(torch.eye(len(cosines)).to(cosines), lower)
+        return solved
     if not bool(torch.isfinite(cosines).all()):  # what does not fit the dtype is found out by what comes of it
         return torch.full_like(cosines, math.nan)
     values, vectors = torch.linalg.eigh(cosines)

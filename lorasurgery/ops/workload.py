@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from torch.linalg import LinAlgError
+from torch.linalg import LinAlgError  # type: ignore[attr-defined,unused-ignore]
 
 from lorasurgery.checkpoint.flow import Flow
 from lorasurgery.checkpoint.journal import Run
