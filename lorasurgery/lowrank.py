@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,10 @@ class LowRank:
         """weight · ΔW; the factors are shared, only the scale changes."""
         return LowRank(self.up, self.down, self.scale * weight)
 
+    def with_scale(self, scale: float) -> LowRank:
+        """The same factors under another scale."""
+        return LowRank(self.up, self.down, scale)
+
     def to(self, *where: torch.device | torch.dtype | str) -> LowRank:
         """The same on another device or in another dtype."""
         return LowRank(_to(self.up, where), _to(self.down, where).contiguous(), self.scale)
@@ -85,7 +90,7 @@ class LowRank:
 
     def add_rows(self, total: Tensor, rows: slice) -> None:
         """total += rows of ΔW, in place."""
-        total.addmm_(self.up[rows].to(total.dtype), self.down.to(total.dtype), alpha=self.scale)
+        total.addmm_(self.up[rows].to(total.dtype), self.down.to(total.dtype), alpha=within(self.scale, total.dtype))
 
     def dense(self) -> Tensor:
         """ΔW itself in float32 (float64 for float64 factors), for tests and small matrices."""
@@ -161,7 +166,7 @@ class Dense:
 
     def add_rows(self, total: Tensor, rows: slice) -> None:
         """total += rows of ΔW, in place."""
-        total.add_(self.matrix[rows].to(total.dtype), alpha=self.scale)
+        total.add_(self.matrix[rows].to(total.dtype), alpha=within(self.scale, total.dtype))
 
     def dense(self) -> Tensor:
         """ΔW itself in float32, or float64 for a float64 matrix."""
@@ -182,6 +187,18 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     from torch import float32, float64
 
     return float64 if dtype == float64 else float32
+
+
+def within(scale: float, dtype: torch.dtype) -> float:
+    """A scale as a dtype takes it: torch refuses numbers beyond it, where arithmetic makes infinity of them.
+
+    >>> import torch
+    >>> within(-1e300, torch.float32), within(2.0, torch.float32)
+    (-inf, 2.0)
+    """
+    from torch import finfo
+
+    return scale if abs(scale) <= finfo(dtype).max else math.copysign(math.inf, scale)
 
 
 def common(one: torch.dtype, two: torch.dtype) -> torch.dtype:

@@ -51,6 +51,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {v: k for k, v in _TORCH.items()}[str(dtype).removeprefix("torch.")]
 
 
+def typed_name(name: str) -> str:
+    """What people type for a safetensors dtype name.
+
+    >>> typed_name("BF16")
+    'bfloat16'
+    """
+    return _TORCH.get(name, name)
+
+
 def parse_dtype(text: str) -> str:
     """What a person types after --dtype, as a safetensors name.
 

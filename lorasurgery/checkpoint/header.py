@@ -6,13 +6,13 @@ is held against the file's size, so that later rooms can read at the offsets giv
 
 from __future__ import annotations
 
-import json
 import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from lorasurgery.checkpoint.json_text import parse
 from lorasurgery.errors import FormatError, UnsupportedError
 
 DTYPE_BITS = {
@@ -173,25 +173,7 @@ def _load(raw: bytes, where: str) -> dict[str, Any]:
     if raw[:1] != b"{":
         raise FormatError(f"{where}: the header does not begin with '{{'; not a safetensors file")
 
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            seen: set[str] = set()
-            twice = next(n for n, _ in items if n in seen or seen.add(n))  # type: ignore[func-returns-value]
-            raise FormatError(f"{where}: {show(twice)} stands twice in the header")
-        return found
-
-    def constant(word: str) -> NoReturn:
-        raise ValueError(f"{word} is no JSON")
-
-    try:
-        table = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
-    except UnicodeDecodeError as problem:
-        raise FormatError(f"{where}: the header is not UTF-8 ({problem.reason} at byte {problem.start})") from None
-    except RecursionError:
-        raise FormatError(f"{where}: the header is nested too deeply to be one") from None
-    except ValueError as problem:
-        raise FormatError(f"{where}: the header is not JSON ({show(str(problem))})") from None
+    table = parse(raw, f"{where}: the header", strict=True)
     assert isinstance(table, dict)  # it began with '{'
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, refuse_pickle, show
 from lorasurgery.checkpoint.inside import is_inside, leads_out
-from lorasurgery.checkpoint.json_text import MOST, parse_object, read_bytes
+from lorasurgery.checkpoint.json_text import MOST, MOST_CONFIG, parse_object
+from lorasurgery.checkpoint.regular import read_bytes
 from lorasurgery.errors import FormatError
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -137,7 +139,7 @@ def read_index(file: Path) -> dict[str, str]:
         FormatError: not JSON, names twice, a shard outside the folder, or a missing shard.
     """
     where = show(str(file))
-    weight_map = _load(file, where).get("weight_map")
+    weight_map = load_object(file, strict=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError(f"{where}: expected a weight_map from tensor names to shard names")
     if not weight_map:
@@ -166,16 +168,13 @@ def _check_shard(folder: Path, shard: str, where: str) -> None:
         raise FormatError(f"{where}: shard {show(shard)} is missing; download or copy it again")
 
 
-def _load(file: Path, where: str) -> dict[str, Any]:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in items:
-            if name in found:
-                raise FormatError(f"{where}: {show(name)} stands twice")
-            found[name] = value
-        return found
+def exists(path: str | Path) -> bool:
+    """Whether there is something of this name; a name that no system can have is simply not there.
 
-    return load_object(file, pairs)
+    >>> exists("x" * 5000), exists(".")
+    (False, True)
+    """
+    return os.path.exists(path)  # noqa: PTH110 — a Path would raise where a name is too long for the system
 
 
 def load_config(file: Path) -> dict[str, Any]:
@@ -186,7 +185,7 @@ def load_config(file: Path) -> dict[str, Any]:
     """
     if not file.is_file() or not file.stat().st_size:
         return {}
-    found = load_object(file)
+    found = load_object(file, most=MOST_CONFIG)
     kind, architectures = found.get("model_type"), found.get("architectures")
     if not isinstance(kind, (str, type(None))):
         raise FormatError(f"{show(str(file))}: model_type is {kind!r}; expected a name")
@@ -195,17 +194,25 @@ def load_config(file: Path) -> dict[str, Any]:
     return found
 
 
-def load_object(file: Path, pairs: Any = None, most: int = MOST) -> dict[str, Any]:
-    """Read a JSON file that must hold an object.
+def load_bytes(file: Path, most: int = MOST) -> bytes:
+    """All of a regular file that is no larger than `most`; see regular.read_bytes.
 
     Raises:
-        FormatError: unreadable, larger than `most`, not JSON, or something else than an object.
+        FormatError: unreadable, larger, or another kind of file; with its name.
     """
     where = show(str(file))
     try:
-        raw = read_bytes(file, most)
+        return read_bytes(file, most)
     except OSError as problem:
         raise FormatError(f"{where}: {problem.strerror or problem}") from None
     except FormatError as problem:
         raise FormatError(f"{where}: {problem}") from None
-    return parse_object(raw, where, pairs)
+
+
+def load_object(file: Path, *, most: int = MOST, strict: bool = False) -> dict[str, Any]:
+    """Read a JSON file that must hold an object; see json_text.parse.
+
+    Raises:
+        FormatError: unreadable, larger than `most`, not JSON, or something else than an object.
+    """
+    return parse_object(load_bytes(file, most), show(str(file)), strict=strict)

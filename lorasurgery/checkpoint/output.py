@@ -306,5 +306,5 @@ def _indexed(index: Path) -> Iterable[str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         return [str(v) for v in weight_map.values()]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return []

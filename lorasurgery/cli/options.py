@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from lorasurgery.checkpoint.dtypes import parse_dtype
+from lorasurgery.checkpoint.locate import exists
 from lorasurgery.checkpoint.plan import parse_size
 from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.linalg.rank import Budget, RankChoice
@@ -233,12 +234,20 @@ def guarded(function: F) -> F:
             sys.exit(1)
         except OSError as problem:
             _fail(SurgeryError(f"{problem.filename or 'system'}: {problem.strerror or problem}"), 1)
-        except RuntimeError as problem:  # torch's errors, such as a GPU out of memory
-            _fail(SurgeryError(f"{type(problem).__name__}: {' '.join(str(problem).split())}"), 1)
+        except (RuntimeError, ArithmeticError) as problem:
+            _fail(_unforeseen(problem), 1)
         finally:
             COMMAND_LINE.reset(token)
 
     return wrapper  # type: ignore[return-value]
+
+
+def _unforeseen(problem: Exception) -> SurgeryError:
+    """What is said of a failure that nobody expected: of a library's arithmetic, or of a device."""
+    text = " ".join(str(problem).split())
+    if any(sign in text for sign in ("out of memory", "ALLOC_FAILED")):
+        return SurgeryError("out of the device's memory; --memory-limit takes less at a time, --device cpu takes none")
+    return SurgeryError(f"stopped by a fault of lorasurgery's own; please report it with the command ({text})")
 
 
 _UNSAID = {"as_json", "quiet", "verbose", "plot", "push", "private", "overwrite", "resume", "memory_limit", "dry_run",
@@ -270,7 +279,7 @@ def _shown(value: Any) -> str:
     """A value as it may be published: of a path on this machine the last name."""
     text = str(value)
     path = Path(text)
-    return path.name if path.is_absolute() or text.startswith((".", "~")) or path.exists() else text
+    return path.name if path.is_absolute() or text.startswith((".", "~")) or exists(path) else text
 
 
 def _interrupted(*_: object) -> None:

@@ -20,7 +20,7 @@ from lorasurgery.adapters.peft import WEIGHTS_NAME
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inside import is_commit, is_inside, to_write
 from lorasurgery.checkpoint.journal import new_token
-from lorasurgery.checkpoint.locate import INDEX_SUFFIX, locate
+from lorasurgery.checkpoint.locate import INDEX_SUFFIX, load_bytes, locate
 from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.errors import FormatError
 from lorasurgery.hub.client import api, explained
@@ -85,7 +85,7 @@ def fetch_headers(reference: Reference, folder: Path) -> Path:
         return beside / reference.inside
     home = folder / f"models--{reference.repo.replace('/', '--')}" / "snapshots" / commit
     for name in configs:
-        _lay_out(home, name, (beside / name).read_bytes(), reference)
+        _lay_out(home, name, load_bytes(beside / name), reference)
     remote = Remote(reference, commit)
     with ThreadPoolExecutor(WORKERS, "headers") as pool:
         list(pool.map(lambda name: remote.stub(name, home / name), weights))
@@ -157,7 +157,7 @@ def _weights(reference: Reference, names: Sequence[str], beside: Path) -> list[s
         return [f"{top}{WEIGHTS_NAME}"] if f"{top}{WEIGHTS_NAME}" in names else members
     with tempfile.TemporaryDirectory(prefix="lorasurgery-") as scratch:
         for name in names:
-            data = (beside / name).read_bytes() if name.endswith(INDEX_SUFFIX) else b""
+            data = load_bytes(beside / name) if name.endswith(INDEX_SUFFIX) else b""
             _lay_out(Path(scratch), name, data, reference)
         try:
             with Operation(writes=False):  # what lies here is no input of the one under way

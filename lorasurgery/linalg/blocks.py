@@ -23,12 +23,14 @@ class Blocks(Protocol):
     Attributes:
         shape: (m, n). dtype: float32 or float64. device: Where the spans are.
         coarse: Whether a sketch had better be made from M rounded to bfloat16.
+        total: ‖M‖_F², once it is known.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
     coarse: bool
+    total: float | None
 
     def spans(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows from there on); each starts where a block does, and is gone when the next one comes."""
@@ -70,6 +72,7 @@ class Streamed:
         room: int, *, coarse: bool = False,
     ) -> None:  # fmt: skip
         self.make, self.shape, self.dtype, self.device, self.coarse = make, shape, dtype, device, coarse
+        self.total: float | None = None
         block = block_rows(self) if device.type == "cpu" else _ROWS  # a GPU takes a span at once, whatever its height
         self.step = max(1, room // max(1, block * shape[1] * dtype.itemsize)) * block
 

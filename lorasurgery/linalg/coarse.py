@@ -31,7 +31,7 @@ class Coarse:
     def __init__(self, matrix: Blocks) -> None:
         self.exact = matrix
         self.shape, self.dtype, self.device = matrix.shape, matrix.dtype, matrix.device
-        self.coarse = True
+        self.coarse, self.total = True, matrix.total
 
     def spans(self) -> Iterator[tuple[int, Tensor]]:
         """Spans of the rounded copy, or of M itself."""

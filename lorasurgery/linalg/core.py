@@ -15,12 +15,17 @@ import torch
 from torch import Tensor
 
 from lorasurgery.errors import SurgeryError
-from lorasurgery.linalg.thin import NOT_FINITE, Thin, thin_qr
+from lorasurgery.linalg.norms import corners, norm_of
+from lorasurgery.linalg.svd import lapack_svd
+from lorasurgery.linalg.thin import Thin, thin_qr
 from lorasurgery.lowrank import LowRank, common, widened
 
 # Singular values below float32's precision of the largest are rounding of the factors, not update.
 NOISE = torch.finfo(torch.float32).eps
 _CANCELLED = 1e-12  # of the terms' own size: what float64 leaves where they cancel
+_PLAIN = 2.0**-40, 2.0**50  # sizes whose squares float32 can tell
+_LARGEST = 2.0**400  # sizes whose squares and fourth powers float64 can tell
+SMALLEST = 2.0**-400
 _LARGE = 256  # cores wider than this, of which few directions are wanted, go the fast way
 
 
@@ -38,6 +43,8 @@ class Core:
         left, right: QR of U (m, R) and of D (n, R).
         singular: all singular values, (min(m, n, R),) in float64 on the CPU, falling.
         x, y: the core's leading singular vectors, as columns.
+        matrix: the core itself.
+        terms: What the sum is of, where the bases are of float32 and can't tell small errors.
         size: norm of the terms' rank-one parts, by which cancellation is measured.
     """
 
@@ -46,7 +53,9 @@ class Core:
     singular: Tensor
     x: Tensor
     y: Tensor
+    matrix: Tensor
     size: float
+    terms: Sequence[LowRank] = ()
 
     @property
     def total(self) -> float:
@@ -61,10 +70,18 @@ class Core:
         floor = max(NOISE * float(self.singular[0]), _CANCELLED * self.size)
         return int((self.singular > floor).sum())
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether float32 holds factors of it to all their digits."""
+        return _PLAIN[0] < self.size < _PLAIN[1]
+
+    def tail(self, rank: int) -> float:
+        """‖ΔW − ΔW_r‖_F² of the best approximation of this rank (Eckart & Young 1936): exact, not estimated."""
+        return float(self.singular[rank:].square().sum())
+
     def error(self, rank: int) -> float:
-        """‖ΔW − ΔW_r‖_F/‖ΔW‖_F of the best approximation of this rank (Eckart & Young 1936): exact, not estimated."""
-        tail, total = float(self.singular[rank:].square().sum()), self.total
-        return math.sqrt(tail / total) if total else 0.0
+        """‖ΔW − ΔW_r‖_F/‖ΔW‖_F of it."""
+        return math.sqrt(self.tail(rank) / self.total) if self.total else 0.0
 
     def truncate(self, rank: int) -> LowRank:
         """The best approximation of at most this rank: up = U√S (m, r) and down = √S Vᵀ (r, n) in float32, scale 1."""
@@ -72,6 +89,30 @@ class Core:
         root = self.singular[:r].sqrt().to(self.x)
         up, down = self.left.times(self.x[:, :r] * root), self.right.times(self.y[:, :r] * root)
         return LowRank(up.to(torch.float32).mT.contiguous(), down.to(torch.float32))
+
+    def losses(self, written: LowRank) -> list[float]:
+        """‖ΔW − scale·up[:, :r]@down[:r]‖_F² for every r from 0 to the rank of factors that nearly say ΔW.
+
+        In the coordinates of both bases: what lies outside of them is rounding, and orthogonal to all that is inside.
+        Differences are taken before they are squared, so that nothing cancels.
+
+        >>> core = recompress([LowRank(torch.diag(torch.tensor([4.0, 3.0])), torch.eye(2))])
+        >>> [round(x, 9) for x in core.losses(core.truncate(2))]
+        [25.0, 9.0, 0.0]
+        """
+        wide = self.left.rows.device, torch.float64
+        up, down = written.up.to(*wide).mT * written.scale, written.down.to(*wide)  # (r, m), (r, n)
+        if self.terms:
+            return _left_of(self.terms, up, down)
+        b, d = self.left.coordinates(up), self.right.coordinates(down)  # (k, r) each, on the CPU
+        inside, whole = (b.mT @ b) * (d.mT @ d), (up @ up.mT).cpu() * (down @ down.mT).cpu()
+        rest = self.matrix.to(torch.float64) - b @ d.mT
+        dropped = (b * (rest @ d)).sum(0).flip(0).cumsum(0)  # ⟨what is left, the last directions⟩
+        again = corners(inside.flip(0, 1))
+        within = rest.square().sum() + torch.cat([torch.zeros(1).to(again), 2 * dropped + again]).flip(0)
+        outside = torch.cat([torch.zeros(1).to(again), corners(whole - inside)])
+        found: list[float] = (within + outside).clamp(min=0).tolist()
+        return found
 
     def basis(self) -> Tensor:
         """An orthonormal basis (m, rank) of the sum's column space."""
@@ -91,30 +132,30 @@ def recompress(terms: Sequence[LowRank], most: int | None = None) -> Core:
             well-conditioned, float32 and an eigensolver then tell the energies to about 1e-6 in half the time.
 
     Raises:
-        SurgeryError: a factor holds NaN or infinity, or becomes so with its scale.
+        SurgeryError: a factor holds NaN or infinity, or the update is beyond all measure with its scale.
     """
     if most is not None and sum(t.rank for t in terms) > max(_LARGE, 4 * most):
         fast = _leading(terms, most)
         if fast is not None:
             return fast
     left, right, core, size = _core(terms, torch.float64)
-    if not bool(torch.isfinite(core.square().sum())) or not math.isfinite(size * size):  # a scale beyond all measure
-        raise SurgeryError(NOT_FINITE)
-    x, s, yt = torch.linalg.svd(core, full_matrices=False)
-    return Core(left, right, s, x, yt.mT, size)
+    if not size < _LARGEST:
+        raise SurgeryError(beyond(size))
+    x, s, yt = lapack_svd(core)
+    return Core(left, right, s, x, yt.mT, core, size)
 
 
 def _leading(terms: Sequence[LowRank], most: int) -> Core | None:
     """The same from float32 and the squared core; None where columns depend, terms cancel or σ falls too far."""
     left, right, core, size = _core(terms, torch.float32)
-    if core.dtype != torch.float32 or not bool(torch.isfinite(core).all()):
+    if core.dtype != torch.float32 or not bool(torch.isfinite(core).all()) or not _PLAIN[0] < size < _PLAIN[1]:
         return None
     squares, vectors = torch.linalg.eigh(core @ core.mT)
     s = squares.flip(0).clamp(min=0).to(torch.float64).sqrt()
     x = vectors.flip(1)[:, :most]
     if float(s.square().sum()) < 0.1 * size**2 or s[most - 1] < 0.01 * s[0]:
         return None
-    return Core(left, right, s, x, (core.mT @ x) / s[:most].to(x), size)
+    return Core(left, right, s, x, (core.mT @ x) / s[:most].to(x), core, size, terms)
 
 
 def inner(a: Sequence[LowRank], b: Sequence[LowRank], dtype: torch.dtype = torch.float64) -> float:
@@ -133,13 +174,44 @@ def distance(exact: LowRank, written: LowRank) -> float:
     """‖exact − written‖_F of two factorings that agree nearly, such as one and its rounding; no digits cancel.
 
     >>> a = LowRank(torch.ones(3, 1), torch.ones(1, 3))
-    >>> distance(a, LowRank(a.up, a.down * 1.5))
-    1.5
+    >>> distance(a, LowRank(a.up, a.down * 1.5)), distance(a, LowRank(a.up * 2, a.down / 2))
+    (1.5, 0.0)
+
+    Args:
+        written: A power of two may have gone over from one side to the other. Scales are left aside.
     """
     wide = widened(common(exact.up.dtype, exact.down.dtype))
     exact, (up, down) = exact.to(wide), (written.up.to(wide), written.down.to(wide))
+    if not bool(torch.isfinite(up).all() and torch.isfinite(down).all()):
+        return math.inf
+    sizes = [float(torch.linalg.vector_norm(x.cpu(), dtype=torch.float64)) for x in (exact.up, up, exact.down, down)]
+    shift = 2.0 ** round(math.log2(sizes[1] / sizes[0])) if all(sizes) else 1.0
+    exact = LowRank(exact.up * shift, exact.down / shift)
+    plain = all(_PLAIN[0] < s < 1 / _PLAIN[0] for s in sizes)
     terms = [LowRank(exact.up - up, exact.down), LowRank(up, exact.down - down)]
-    return math.sqrt(max(inner(terms, terms, torch.float32), 0.0))
+    return math.sqrt(max(inner(terms, terms, torch.float32 if plain else torch.float64), 0.0))
+
+
+def beyond(size: float) -> str:
+    """What is said of an update that can't be computed with.
+
+    >>> beyond(1e300)
+    'its update has a norm of about 1e+300, which is beyond what can be computed with; look at its alpha and weight'
+    """
+    return (
+        f"its update has a norm of about {size:.0e}, which is beyond what can be computed with; look at its alpha and "
+        "weight"
+    )
+
+
+def _left_of(terms: Sequence[LowRank], up: Tensor, down: Tensor) -> list[float]:
+    """‖Σ terms‖² − 2⟨Σ terms, BA⟩ + ‖BA‖² for the first r rows of Bᵀ (R, m) and A (R, n), all in float64."""
+    u, d, scales = stack(terms, torch.float64)
+    total = scales @ ((u @ u.mT) * (d @ d.mT)).cpu() @ scales
+    inner = scales @ ((u @ up.mT) * (d @ down.mT)).cpu()
+    left = total - 2 * inner.cumsum(0) + corners(((up @ up.mT) * (down @ down.mT)).cpu())
+    found: list[float] = torch.cat([total[None], left]).clamp(min=0).tolist()
+    return found
 
 
 def _core(terms: Sequence[LowRank], dtype: torch.dtype) -> tuple[Thin, Thin, Tensor, float]:
@@ -147,7 +219,7 @@ def _core(terms: Sequence[LowRank], dtype: torch.dtype) -> tuple[Thin, Thin, Ten
     up, down, scales = stack(terms, dtype)
     left, right = thin_qr(up), thin_qr(down)
     weights = scales * left.norms * right.norms
-    size = float(torch.linalg.vector_norm(weights))
+    size = norm_of(weights.to(torch.float64))
     wide = torch.promote_types(left.r.dtype, right.r.dtype)
     return left, right, (left.r.to(wide) * weights.to(wide)) @ right.r.to(wide).mT, size
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorasurgery.linalg.methods import Elementwise
 from lorasurgery.linalg.norms import row_blocks
-from lorasurgery.lowrank import Update
+from lorasurgery.lowrank import Update, within
 
 
 def combine(
@@ -104,7 +104,7 @@ def _threshold(term: Update, density: float, scratch: Tensor) -> float:
 def _sum(blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = blocks[0] * weights[0]
     for block, weight in zip(blocks[1:], weights[1:], strict=True):
-        total.add_(block, alpha=weight)
+        total.add_(block, alpha=within(weight, total.dtype))
     return total
 
 

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.blocks import Blocks, blocked, times, transposed_times
 from lorasurgery.linalg.columns import mixed, products
-from lorasurgery.linalg.norms import residual_norm
+from lorasurgery.linalg.norms import residual_norm, squared_norm
 from lorasurgery.linalg.svd import TruncatedSVD
 from lorasurgery.lowrank import LowRank
 
 # Of less than this share of ‖ΔW‖², or with fewer entries over which float32's rounding evens out, what is left is too
 # close a difference of two sums: it is measured entry by entry.
 _TOLD_APART, _MANY = 0.01, 1 << 20
+_WASTED = 0.1  # of ‖ΔW‖² lost to rounding alone: the numbers vanish in the dtype, for else it costs 10⁻⁵ at most
+_DEPENDENT = 1e-10
 FIT = 0.5  # passes that fitting is worth, for `truncated_svd` to count on
 
 
@@ -50,19 +53,147 @@ def fitted(delta: Tensor | Blocks, found: TruncatedSVD, scale: float, dtype: tor
     Args:
         delta: (m, n), float32 or float64. found: Its leading directions, at least one.
         scale: What up@down will be multiplied by, positive.
+
+    Raises:
+        SurgeryError: the factors are too large or too small for the dtype.
     """
     matrix = blocked(delta)
-    root = (found.s / scale).sqrt().to(found.u)
-    turned = matrix.shape[0] > matrix.shape[1]  # the side that the Krylov basis knows better is the longer one
-    kept = ((found.u if turned else found.vt.mT) * root).to(dtype)
-    wide = kept.to(matrix.dtype)
-    y = transposed_times(matrix, wide) if turned else times(matrix, wide)
+    root = (found.s.to(torch.float64) / scale).sqrt()
+    tall = _tall(matrix)  # the side that the Krylov basis knows better is the longer one
+    one, two = (found.u, found.vt.mT) if tall else (found.vt.mT, found.u)
+    if not _fits(root, max(matrix.shape), dtype):
+        shift = _shift(_peak(one, root), _peak(two, root), dtype)
+        sizes = _peak(one, root) * 2.0**shift, _peak(two, root) * 2.0**-shift
+        if max(sizes) > torch.finfo(dtype).max or min(sizes) < torch.finfo(dtype).smallest_normal * 2**-10:
+            raise SurgeryError(too_far(dtype, scale, max(sizes)))
+        root = root * 2.0**shift
+    made = _completed(matrix, (one * root.to(one)).to(dtype), scale, found.total)
+    check_kept(made.update, made.error**2 - max(0.0, found.total - float(found.s.square().sum())), found.total)
+    return made
+
+
+def refitted(delta: Tensor | Blocks, update: LowRank, scale: float, total: float | None = None) -> Fitted:
+    """The same directions for another scale: one side times a power of two, the other fitted to it anew.
+
+    >>> delta = torch.diag(torch.tensor([4.0, 3.0]))
+    >>> found = refitted(delta, LowRank(torch.eye(2)[:, :1], 4 * torch.eye(2)[:1]), 0.5)
+    >>> found.update.dense().tolist(), found.error
+    ([[4.0, 0.0], [0.0, 0.0]], 3.0)
+
+    Args:
+        update: As `fitted` gave it for its own scale, or the first of its directions.
+        total: ‖ΔW‖² where it is known already.
+    """
+    matrix = blocked(delta)
+    kept = update.up if _tall(matrix) else update.down.mT
+    kept = kept.to(matrix.device) * 2.0 ** round(math.log2(update.scale / scale) / 2)
+    return _completed(matrix, kept.contiguous(), scale, squared_norm(matrix) if total is None else total)
+
+
+def narrowed(update: LowRank, dtype: torch.dtype) -> LowRank:
+    """Factors in the dtype of the file; where it does not hold one side, a power of two goes over to the other.
+
+    >>> found = narrowed(LowRank(torch.tensor([[2.0**20]]), torch.tensor([[1.0]])), torch.float16)
+    >>> found.up.item(), found.down.item()
+    (1024.0, 1024.0)
+
+    Raises:
+        SurgeryError: the factors are too large for it.
+    """
+    up, down = update.up, update.down
+    if (up.dtype == dtype and down.dtype == dtype) or not update.rank:
+        return LowRank(up.to(dtype), down.to(dtype), update.scale)
+    peaks = float(up.abs().max()), float(down.abs().max())
+    shift = _shift(*peaks, dtype) if all(map(math.isfinite, peaks)) else 0
+    if shift:
+        up, down = up * 2.0**shift, down * 2.0**-shift
+    largest = max(peaks[0] * 2.0**shift, peaks[1] * 2.0**-shift)
+    if math.isfinite(max(peaks)) and largest > torch.finfo(dtype).max:
+        raise SurgeryError(too_far(dtype, update.scale, largest))
+    return LowRank(up.to(dtype), down.to(dtype), update.scale)
+
+
+def check_kept(update: LowRank, wasted: float, total: float) -> None:
+    """Refuse factors of which rounding has lost a large part: their numbers vanish in the dtype.
+
+    Args:
+        wasted: The part of ‖ΔW‖² that they have not, though its directions are there.
+
+    Raises:
+        SurgeryError: more than a tenth of `total` is lost.
+    """
+    if wasted > _WASTED * total:
+        raise SurgeryError(too_far(update.up.dtype, update.scale, (total / update.scale**2) ** 0.25))
+
+
+def scale_within(scale: float, power: int) -> float:
+    """The scale of a difference that was divided by 2^power.
+
+    >>> scale_within(4.0, 3)
+    0.5
+
+    Raises:
+        SurgeryError: PEFT, which computes in float32, could not multiply by it.
+    """
+    info = torch.finfo(torch.float32)
+    if not info.tiny <= scale <= info.max:
+        raise SurgeryError(f"alpha makes the scale {scale:.3g}, which float32 does not hold; try another --alpha")
+    return math.ldexp(scale, -power)
+
+
+def too_far(dtype: torch.dtype, scale: float, size: float) -> str:
+    """What is said of factors that a dtype does not hold.
+
+    >>> too_far(torch.float16, 1.0, 1e6)
+    'the factors do not fit float16: their numbers would be about 1.0e+06; try --dtype float32'
+    """
+    name = str(dtype).removeprefix("torch.")
+    advice = "try --dtype float32" if dtype.itemsize < 4 else "its update can't be held in such factors"
+    if scale != 1:
+        advice = f"try another --alpha{' or --dtype float32' if dtype.itemsize < 4 else ''}"
+    at = f" at a scale of {scale:.3g}" if scale != 1 else ""
+    return f"the factors do not fit {name}{at}: their numbers would be about {size:.1e}; {advice}"
+
+
+def _tall(matrix: Blocks) -> bool:
+    return matrix.shape[0] > matrix.shape[1]
+
+
+def _fits(root: Tensor, longest: int, dtype: torch.dtype) -> bool:
+    """Whether both sides' numbers are the dtype's own, whatever they are: of unit columns, the largest is 1/√m to 1."""
+    info = torch.finfo(dtype)
+    return info.tiny * math.sqrt(longest) < float(root.max()) < info.max / 2
+
+
+def _peak(side: Tensor, root: Tensor) -> float:
+    """About the largest number of side·diag(root)."""
+    largest: Tensor = side.abs().amax(0).cpu().to(torch.float64) * root
+    return float(largest.max())
+
+
+def _shift(one: float, two: float, dtype: torch.dtype) -> int:
+    """By which power of two to multiply one side, and divide the other, where the dtype does not hold both as they are.
+
+    >>> _shift(1e5, 10.0, torch.float16), _shift(1.0, 1.0, torch.float16)
+    (-7, 0)
+    """
+    info = torch.finfo(dtype)
+    fine = all(info.tiny < x < info.max / 2 for x in (one, two))
+    return 0 if fine or not (one and two) else round((math.log2(two) - math.log2(one)) / 2)
+
+
+def _completed(matrix: Blocks, kept: Tensor, scale: float, total: float) -> Fitted:
+    """The factors with `kept` as the one side and the other fitted to it."""
+    tall, wide = _tall(matrix), kept.to(matrix.dtype)
+    y = transposed_times(matrix, wide) if tall else times(matrix, wide)
     other, squares, rest = _other_side(y, kept, scale)
-    up, down = (kept, other.mT) if turned else (other, kept.mT)
+    if not bool(torch.isfinite(squares).all()):
+        raise SurgeryError(too_far(kept.dtype, scale, math.inf))
+    up, down = (kept, other.mT) if tall else (other, kept.mT)
     order = squares.argsort(descending=True, stable=True)  # neighbours may have changed places by a little
     update = LowRank(up[:, order], down[order], scale)
-    square = found.total + rest
-    told = square > _TOLD_APART * found.total and matrix.shape[0] * matrix.shape[1] >= _MANY
+    square = total + rest
+    told = square > _TOLD_APART * total and matrix.shape[0] * matrix.shape[1] >= _MANY
     return Fitted(update, squares[order].tolist(), math.sqrt(square) if told else residual_norm(matrix, update))
 
 
@@ -72,11 +203,23 @@ def _other_side(y: Tensor, kept: Tensor, scale: float) -> tuple[Tensor, Tensor, 
     size = gram.diagonal().sqrt()
     shrink = torch.where(size > 0, 1 / size, 0.0)  # a column may have come out as zero in a narrow dtype
     cosines = (shrink[:, None] * gram * shrink).fill_diagonal_(1)
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = torch.cholesky_solve(identity, torch.linalg.cholesky(cosines))
-    mix = shrink[:, None] * inverse * shrink / scale
+    mix = shrink[:, None] * _inverse(cosines) * shrink / scale
     other = mixed([y], mix).to(kept.dtype)  # (m, r) @ (r, r) -> (m, r)
     both = products([y, other], other)
     inner, own = both[: len(gram)], both[len(gram) :]
-    rest = float(scale**2 * (own * gram).sum() - 2 * scale * inner.diagonal().sum())
+    rest = float(scale * (scale * (own * gram).sum() - 2 * inner.diagonal().sum()))
     return other, (scale**2 * own.diagonal() * gram.diagonal()).cpu(), rest
+
+
+def _inverse(cosines: Tensor) -> Tensor:
+    """The inverse; where rounding has made columns dependent, of the directions that are left."""
+    lower, failed = torch.linalg.cholesky_ex(cosines)
+    if not int(failed):
+        solved: Tensor = torch.cholesky_solve(torch.eye(len(cosines)).to(cosines), lower)
+        return solved
+    if not bool(torch.isfinite(cosines).all()):  # what does not fit the dtype is found out by what comes of it
+        return torch.full_like(cosines, math.nan)
+    values, vectors = torch.linalg.eigh(cosines)
+    kept = torch.where(values > _DEPENDENT * values[-1], 1 / values, 0.0)
+    inverse: Tensor = (vectors * kept) @ vectors.mT
+    return inverse

@@ -121,4 +121,9 @@ class BlockKrylov:
 @lru_cache(maxsize=4)
 def _gaussian(rows: int, columns: int, seed: int) -> Tensor:
     """The random start; a model has many matrices of one shape, and drawing it anew takes as long as a GEMM."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(_within(seed)), dtype=torch.float32)
+
+
+def _within(seed: int) -> int:
+    """A seed as torch takes it: 64 bits, with or without a sign."""
+    return seed if -(1 << 63) <= seed < 1 << 64 else seed % (1 << 64)

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lorasurgery.linalg.blocks import Blocks, InMemory, blocked, over_rows
-from lorasurgery.lowrank import LowRank
+from lorasurgery.linalg.blocks import Blocks, blocked, over_rows
+from lorasurgery.lowrank import LowRank, Update
 
 _BLOCK_BYTES = 2 << 20  # a block and its product stay in a core's cache
 _CUDA_BLOCK_BYTES = 64 << 20
+_FINE = 1e-4  # of ‖ΔW‖: a residual below it holds the rounding of float32 products, which is about 1e-6
+_SQUARED = 1e-15, 1e15  # norms whose squares, and those of their parts that count, float32 can hold
+_PLAIN = 2.0**30  # scales beyond it (or below its inverse) are left to float64, for products without them may overflow
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
@@ -43,17 +46,33 @@ def squared_norm(matrix: Tensor | Blocks) -> float:
     25.0
     """
     found = blocked(matrix)
-    if isinstance(found, InMemory) and found.total is not None:
-        return found.total
-    norms = torch.empty(found.shape[0], dtype=found.dtype, device=found.device)
-    over_rows(found, lambda part, rows: torch.linalg.vector_norm(part, dim=-1, out=norms[rows]))
-    return summed(norms)
+    if found.total is None:
+        norms = torch.empty(found.shape[0], dtype=found.dtype, device=found.device)
+        over_rows(found, lambda part, rows: torch.linalg.vector_norm(part, dim=-1, out=norms[rows]))
+        found.total = summed(norms)
+    return found.total
+
+
+def norm_of(values: Tensor) -> float:
+    """‖x‖ of a few numbers, however large or small they are: where squares leave the dtype, in float64.
+
+    >>> norm_of(torch.tensor([3 * 2.0**90, 4 * 2.0**90])) / 2.0**90, norm_of(torch.tensor([0.0]))
+    (5.0, 0.0)
+    """
+    found = float(torch.linalg.vector_norm(values))
+    if _SQUARED[0] < found < _SQUARED[1] or not values.numel():
+        return found
+    largest = float(values.abs().max())
+    if not largest or not math.isfinite(largest):
+        return largest
+    return largest * float(torch.linalg.vector_norm(values.cpu().to(torch.float64) / largest))
 
 
 def residual_norm(delta: Tensor | Blocks, update: LowRank) -> float:
     """‖ΔW − scale·up@down‖_F from the factors as they are stored, row block by row block.
 
-    This is the stated error of what is really written: it holds the truncation and the rounding of the factors.
+    This is the stated error of what is really written: it holds the truncation and the rounding of the factors. What is
+    as small as the rounding of float32 products is measured again in float64.
 
     >>> residual_norm(torch.eye(2), LowRank(torch.eye(2)[:, :1], torch.eye(2)[:1]))
     1.0
@@ -63,17 +82,92 @@ def residual_norm(delta: Tensor | Blocks, update: LowRank) -> float:
         update: up (m, r), down (r, n), any floating dtype, on the same device.
     """
     matrix = blocked(delta)
-    up, down = update.up.to(matrix.dtype), update.down.to(matrix.dtype)
-    norms = torch.empty(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    if 1 / _PLAIN < abs(update.scale) < _PLAIN:
+        found = _residual(matrix, update, matrix.dtype)
+        if matrix.dtype == torch.float64 or found > _FINE * math.sqrt(squared_norm(matrix)):
+            return found
+    return _residual(matrix, update, torch.float64)
+
+
+def _residual(matrix: Blocks, update: LowRank, dtype: torch.dtype) -> float:
+    """The same with products and differences in `dtype`."""
+    where = _place(matrix.device, dtype)
+    up, down = update.up.to(where, dtype), update.down.to(where, dtype)
+    norms = torch.empty(matrix.shape[0], dtype=dtype, device=where)
 
     def measure(part: Tensor, rows: slice) -> None:
         for few in row_blocks(part):  # the product of a few rows is made, measured and forgotten within the cache
             here = slice(rows.start + few.start, rows.start + few.stop)
-            rest = torch.addmm(part[few], up[here], down, alpha=-update.scale)  # (b, r) @ (r, n) -> (b, n)
+            exact = part[few].to(where, dtype)
+            rest = torch.addmm(exact, up[here], down, alpha=-update.scale)  # (b, r) @ (r, n) -> (b, n)
             torch.linalg.vector_norm(rest, dim=-1, out=norms[here])
 
     over_rows(matrix, measure)
     return math.sqrt(summed(norms))
+
+
+def _place(device: torch.device, dtype: torch.dtype) -> torch.device:
+    """Where numbers of this dtype can be worked with: MPS has no float64."""
+    return torch.device("cpu") if device.type == "mps" and dtype == torch.float64 else device
+
+
+def row_squares(delta: Update, update: LowRank) -> tuple[Tensor, Tensor]:
+    """Of every row of an update, what factors leave of it and what it is, squared: each (m,) in float64 on the CPU.
+
+    >>> from lorasurgery.lowrank import Dense
+    >>> [x.tolist() for x in row_squares(Dense(torch.eye(2)), LowRank(torch.eye(2)[:, :1], torch.eye(2)[:1]))]
+    [[0.0, 1.0], [1.0, 1.0]]
+    """
+    wide = torch.float64
+    where = _place(delta.device, wide)
+    delta, update = delta.to(where), update.to(where)
+    lost, total = torch.empty(delta.shape[0], dtype=wide), torch.empty(delta.shape[0], dtype=wide)
+    step = block_height(delta.shape[1], where)
+    for start in range(0, delta.shape[0], step):
+        rows = slice(start, start + step)
+        exact = delta.rows(rows, wide)
+        total[rows] = exact.square().sum(1).cpu()
+        lost[rows] = (exact - update.rows(rows, wide)).square().sum(1).cpu()
+    return lost, total
+
+
+def losses(delta: Tensor | Blocks, update: LowRank) -> list[float]:
+    """‖ΔW − scale·up[:, :r]@down[:r]‖_F² for every r from 0 to the rank: what a cut to r directions leaves.
+
+    One pass over ΔW, all in float64, so that differences of large sums still tell errors of 1e-7 of ‖ΔW‖.
+
+    >>> losses(torch.diag(torch.tensor([4.0, 3.0])), LowRank(torch.eye(2), torch.diag(torch.tensor([4.0, 3.0]))))
+    [25.0, 9.0, 0.0]
+    """
+    matrix, wide = blocked(delta), torch.float64
+    where = _place(matrix.device, wide)
+    up, down = update.up.to(where, wide), update.down.to(where, wide)
+    parts: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def measure(part: Tensor, rows: slice) -> None:
+        total, inner = torch.zeros((), dtype=wide, device=where), torch.zeros(len(down), dtype=wide, device=where)
+        for few in row_blocks(part):
+            exact, own = part[few].to(where, wide), up[rows.start + few.start : rows.start + few.stop]
+            total += torch.linalg.vector_norm(exact).square()
+            inner += (own * (exact @ down.mT)).sum(0)  # ⟨ΔW, upᵢ·downᵢ⟩
+        parts[rows.start] = total, inner
+
+    over_rows(matrix, measure)
+    zero = torch.zeros((), dtype=wide, device=where), torch.zeros(len(down), dtype=wide, device=where)
+    total, inner = (sum((parts[start][i] for start in sorted(parts)), zero[i]) for i in (0, 1))
+    own = update.scale**2 * corners((up.mT @ up) * (down @ down.mT))
+    left = total - 2 * update.scale * inner.cumsum(0) + own
+    found: list[float] = torch.cat([total[None], left]).clamp(min=0).tolist()
+    return found
+
+
+def corners(square: Tensor) -> Tensor:
+    """The sums of the entries of a symmetric matrix's leading corners: of the first row and column, the first two, …
+
+    >>> corners(torch.tensor([[1.0, 2.0], [2.0, 5.0]])).tolist()
+    [1.0, 10.0]
+    """
+    return (2 * square.tril().sum(1) - square.diagonal()).cumsum(0)
 
 
 def summed(norms: Tensor) -> float:

@@ -25,8 +25,8 @@ class Budget:
     share: float | None = None
 
     def bytes_of(self, whole: int) -> int:
-        """The bytes allowed, where `whole` is what a share is taken of."""
-        return self.size if self.size is not None else int((self.share or 0.0) * whole)
+        """The bytes allowed, at least one, where `whole` is what a share is taken of."""
+        return max(1, self.size if self.size is not None else int((self.share or 0.0) * whole))
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,46 @@ class RankChoice:
                 return i
             found += float(squares[i])
         return cap if found >= target or cap == self.max_rank else None
+
+    @property
+    def allowed(self) -> float | None:
+        """The squared relative error that energy or tolerance allow; None for the other rules."""
+        if self.energy is not None:
+            return 1 - self.energy
+        return None if self.tolerance is None else self.tolerance**2
+
+    def holds(self, error: float) -> bool:
+        """Whether a relative error, of factors as they are written, keeps to energy or tolerance.
+
+        >>> RankChoice(tolerance=0.1).holds(0.1), RankChoice(energy=0.9).holds(0.4), RankChoice(rank=1).holds(0.9)
+        (True, False, True)
+        """
+        if self.energy is not None:
+            return 1 - error**2 >= self.energy
+        return self.tolerance is None or error <= self.tolerance
+
+    def further(self, squares: Sequence[float], total: float, rank: int, lost: float) -> int | None:
+        """The least rank above `rank` that should hold, where the factors of that rank were found to lose `lost`.
+
+        Rounding loses something beside the directions left out, and more directions lose it too.
+
+        >>> RankChoice(tolerance=0.1).further([100.0, 1.0, 0.25, 0.25], 101.5, 1, 1.51)
+        2
+        >>> RankChoice(tolerance=0.1).further([100.0, 1.0, 0.25, 0.25], 101.5, 1, 2.6) is None
+        True
+
+        Args:
+            squares: σᵢ² of all directions that are there. lost: ‖ΔW − BA‖² as measured.
+
+        Returns:
+            None where all of them are not enough, or --max-rank does not allow it.
+        """
+        target = (self.allowed or 0.0) * total
+        for i in range(rank, min(len(squares), self.max_rank or len(squares))):
+            lost -= squares[i]
+            if lost <= target:
+                return i + 1
+        return None
 
     def _by_values(self, singular: Sequence[float]) -> int:
         """sd-scripts' rules, on all singular values in falling order."""

@@ -16,6 +16,7 @@ from lorasurgery.linalg.threads import each, scratch
 from lorasurgery.lowrank import Update, widened
 
 Rounding = Literal["nearest", "stochastic"]
+_PRODUCTS = 1e-25, 1e35  # sums of products of which float32 has lost nothing that counts
 _BITS = {1: torch.int8, 2: torch.int16}
 
 
@@ -252,8 +253,12 @@ def _left(delta: Tensor, rounding: Tensor) -> Survival:
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    """⟨A,B⟩: a cache-sized block in its own precision; the blocks are summed in float64."""
-    return float(torch.dot(a.reshape(-1), b.reshape(-1)))
+    """⟨A,B⟩: a cache-sized block in its own precision, or in float64 where products may leave it."""
+    one, two = a.reshape(-1), b.reshape(-1)
+    found = float(torch.dot(one, two))
+    if _PRODUCTS[0] < abs(found) < _PRODUCTS[1] or not (bool(one.any()) and bool(two.any())):
+        return found
+    return float(torch.dot(one.cpu().to(torch.float64), two.cpu().to(torch.float64)))
 
 
 def is_finite(values: Tensor) -> bool:

@@ -7,7 +7,7 @@ holds by Pythagoras, whatever U is (Halko, Martinsson & Tropp 2011, section 5).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -24,6 +24,10 @@ Method = Literal["auto", "randomized", "exact"]
 
 # Passes end when another would lower the squared error by less than this share: 0.05% of the error itself.
 GAIN = 1e-3
+INFINITE = (
+    "the difference is not finite: one of the two checkpoints holds NaN or infinity here; `lorasurgery verify` "
+    "says which, --allow-nonfinite stores the tensor whole"
+)
 _SMALL = 192  # up to this many rows or columns LAPACK is as fast as a sketch
 
 
@@ -34,6 +38,10 @@ class TruncatedSVD:
     >>> found = exact_svd(torch.diag(torch.tensor([4.0, 3.0])))
     >>> found.truncate(1).error
     0.6
+
+    Attributes:
+        beyond: Where energy or tolerance chose the rank: the same with all directions that are at hand, in case that
+            rounding the factors makes another one necessary.
     """
 
     u: Tensor
@@ -41,6 +49,7 @@ class TruncatedSVD:
     vt: Tensor
     total: float
     passes: int = 0
+    beyond: TruncatedSVD | None = field(default=None, repr=False)
 
     def truncate(self, rank: int) -> TruncatedSVD:
         """The first `rank` directions."""
@@ -115,10 +124,7 @@ def finite(total: float) -> float:
         SurgeryError: it is NaN or infinite.
     """
     if not math.isfinite(total):
-        raise SurgeryError(
-            "the difference is not finite: one of the two checkpoints holds NaN or infinity here; `lorasurgery verify` "
-            "says which, --allow-nonfinite stores the tensor whole"
-        )
+        raise SurgeryError(INFINITE)
     return total
 
 
@@ -132,7 +138,8 @@ def chosen(found: TruncatedSVD, choice: RankChoice) -> TruncatedSVD:
     rank = len(found.s) if wanted is None else wanted
     size = max(found.u.shape[0], found.vt.shape[1])
     noise = numerical_rank(found.s.tolist(), size, torch.finfo(found.u.dtype).eps)
-    return found.truncate(min(rank, noise))
+    kept = found.truncate(min(rank, noise))
+    return kept if choice.allowed is None else replace(kept, beyond=found.truncate(noise))
 
 
 def nothing(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> TruncatedSVD:
@@ -151,8 +158,28 @@ def exact_svd(delta: Tensor, total: float | None = None) -> TruncatedSVD:
     >>> exact_svd(torch.zeros(2, 3)).total
     0.0
     """
-    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    u, s, vt = lapack_svd(delta)
     return TruncatedSVD(u, s.cpu().to(torch.float64), vt, squared_norm(delta) if total is None else total)
+
+
+def lapack_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.linalg.svd, thin, and in float64 where float32 does not converge.
+
+    >>> lapack_svd(torch.diag(torch.tensor([1.0, 2.0])))[1].tolist()
+    [2.0, 1.0]
+
+    Raises:
+        SurgeryError: it does not converge there either.
+    """
+    try:
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined,unused-ignore]
+        wide = matrix.cpu() if matrix.device.type == "mps" else matrix
+        try:
+            u, s, vt = (x.to(matrix) for x in torch.linalg.svd(wide.to(torch.float64), full_matrices=False))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined,unused-ignore]
+            raise SurgeryError("LAPACK finds no singular values for it; --svd randomized needs none of it") from None
+    return u, s, vt
 
 
 def randomized_svd(

@@ -10,6 +10,7 @@ from torch import Tensor
 from lorasurgery.errors import SurgeryError
 
 NOT_FINITE = "holds values that are not finite (NaN or infinity); repair the adapter first"
+TOO_LARGE = "holds values beyond 1e150, which can't be computed with"
 # Cholesky pivots are the columns' distances from the span of those before them; above these, Q is orthonormal to
 # about 1e-9 in float64 and 1e-5 in float32.
 _SAFE_PIVOT = {torch.float64: 1e-3, torch.float32: 0.1}
@@ -40,6 +41,14 @@ class Thin:
         found: Tensor = small.mT.to(self.rows) @ self.rows  # (k, R) @ (R, m) -> (k, m)
         return found
 
+    def coordinates(self, others: Tensor) -> Tensor:
+        """Qᵀ @ Xᵀ for X (k, m) in float64 on the rows' device: (min(m, R), k) on the CPU."""
+        if self.q is not None:
+            return (self.q.mT.to(others) @ others.mT).cpu()
+        inner = (self.rows.to(others) @ others.mT).cpu() / _divisor(self.norms).to(torch.float64)[:, None]
+        found: Tensor = torch.linalg.solve_triangular(self.r.mT.to(torch.float64), inner, upper=False)
+        return found
+
 
 def thin_qr(rows: Tensor) -> Thin:
     """Q, R and norms of a matrix A (m, R), given as Aᵀ in float32 or float64.
@@ -66,7 +75,8 @@ def thin_qr(rows: Tensor) -> Thin:
     rows = rows.to(torch.float64)
     norms = torch.linalg.vector_norm(rows, dim=1).cpu()
     if not bool(torch.isfinite(norms).all()):
-        raise SurgeryError(NOT_FINITE)
+        finite = bool(torch.isfinite(rows).all())
+        raise SurgeryError(TOO_LARGE if finite else NOT_FINITE)
     q, r = torch.linalg.qr((rows / _divisor(norms).to(rows.device)[:, None]).mT)
     return Thin(rows, norms, q, r.cpu())
 

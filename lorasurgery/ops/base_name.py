@@ -13,7 +13,7 @@ from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.errors import UsageError
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _KEY = "base_model_name_or_path"
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.checkpoint.dtypes import typed_name
 from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
@@ -18,7 +19,7 @@ from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.block_weight import Blocks, weigh_joints
 from lorasurgery.ops.carry import not_followed
 from lorasurgery.ops.compose import Joint, Whole, base_models, join, whole_tensors
-from lorasurgery.ops.extract_report import total_error, worst
+from lorasurgery.ops.extract_report import rule_warning, total_error, worst
 from lorasurgery.ops.layout import check_name
 from lorasurgery.ops.merge import check_weights
 from lorasurgery.ops.references import on_references
@@ -87,12 +88,13 @@ class BlendOptions:
     def strengths(self, adapters: int) -> list[float]:
         """The weight of each adapter, normalised if asked for."""
         weights = check_weights(self.weights, adapters)
-        total = math.fsum(weights)
         if not self.normalize:
             return weights
-        if total == 0:
-            raise UsageError("--normalize: the weights sum to 0, so they can't be made to sum to 1")
-        return [w / total for w in weights]
+        total = sum(weights) if math.isinf(sum(weights)) else math.fsum(weights)
+        shares = [w / total for w in weights] if total else []
+        if not shares or not all(map(math.isfinite, shares)) or not any(shares):
+            raise UsageError(f"--normalize: the weights sum to {total:g}, so they can't be made to sum to 1")
+        return shares
 
 
 @on_references("adapters")
@@ -260,6 +262,7 @@ def _summarise(report: Report, draft: Composed, options: BlendOptions) -> None:
     report.left_out = [m for m in draft.dropped if not options.choice]
     report.full = [ModuleReport(w.name, w.copies[0][0].weights.tensors[w.key].shape, kind="whole") for w in draft.whole]
     _, lost = total_error(report)
+    report.warnings += rule_warning(report.modules, options.choice, [typed_name(draft.dtype)])
     totals = report.totals
     given = totals["input_bytes"]
     totals |= {"full": len(report.full), "size_ratio": report.bytes_written / given if given else None}

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.checkpoint.locate import load_object
+from lorasurgery.checkpoint.locate import exists, load_config
 from lorasurgery.errors import SurgeryError, UsageError
-from lorasurgery.hub.push import CARD
 from lorasurgery.ops import card_parts as parts
 from lorasurgery.ops.base_name import HUB_NAME
+from lorasurgery.ops.card_reader import CARD, is_licence, license_of
 from lorasurgery.ops.inspect_adapter import inspect_adapter
-from lorasurgery.ops.record import license_of, read_record
+from lorasurgery.ops.markdown import words
+from lorasurgery.ops.record import read_record
 from lorasurgery.report import Progress, Report
 
 PICTURE = "spectrum.png"
@@ -36,22 +37,22 @@ def make_card(
     Returns:
         Name in the repository -> bytes.
     """
-    record = read_record(path) if path.is_dir() else {}
+    record = read_record(path, warnings) if path.is_dir() else {}
     report = _inspected(path, progress) if adapter else None
     picture = _picture(report, warnings) if report else None
-    sources = [s for s in record.get("sources", []) if isinstance(s, dict)]
+    sources = record.get("sources", [])
     base = base or base_model(adapter, sources)
     if base is None and (adapter or record):
         warnings.append(
             "the model card names no base model, for none is known by a name on the Hub; "
             "`lorasurgery push … --base-model ORG/NAME` names it"
         )
-    metadata = _metadata(path, adapter, record, sources, base)
-    body = [f"# {repo.partition('/')[2]}", parts.opening(report, record, base)]
+    metadata = _metadata(path, adapter, record, base, warnings)
+    body = [f"# {words(repo.partition('/')[2])}", parts.opening(report, record, base)]
     if picture:
         body.append(f"![singular values of each module, and error against rank and size]({PICTURE})")
     body += [parts.usage(path, adapter, repo, base), parts.history(record, sources), parts.modules(report, record)]
-    text = f"---\n{metadata}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n"
+    text = f"---\n{metadata}---\n\n" + "\n\n".join(part for part in body if part) + "\n"
     return {CARD: text.encode()} | ({PICTURE: picture} if picture else {})
 
 
@@ -62,35 +63,41 @@ def base_model(adapter: Adapter | None, sources: Sequence[dict[str, Any]]) -> st
     named += [adapter.config.get("base_model_name_or_path") if adapter else None]
     named += [s.get("base_model") for s in sources]
     for name in named:
-        if isinstance(name, str) and HUB_NAME.fullmatch(name) and not (Path(name).name in local or Path(name).exists()):
+        if isinstance(name, str) and HUB_NAME.fullmatch(name) and not (Path(name).name in local or exists(name)):
             return name
     return None
 
 
 def _metadata(
-    path: Path, adapter: Adapter | None, record: dict[str, Any], sources: Sequence[dict[str, Any]], base: str | None
+    path: Path, adapter: Adapter | None, record: dict[str, Any], base: str | None, warnings: list[str]
 ) -> str:
-    from huggingface_hub import ModelCardData
+    """The front matter, as YAML that means nothing but these words."""
+    import yaml  # type: ignore[import-untyped,unused-ignore]
 
     folder = path if path.is_dir() else path.parent
     image = adapter is not None and (adapter.format != "peft" or bool(adapter.members))
-    licenses = [s["license"] for s in sources if s.get("license")] or [license_of(folder)]
-    merged = record.get("command") in ("merge", "unmerge")
-    data = ModelCardData(
-        library_name=_library(folder, adapter, image=image),
-        base_model=base,
-        base_model_relation=("adapter" if adapter else "finetune" if merged else None) if base else None,
-        license=licenses[0],
-        tags=["lorasurgery", *(["lora"] if adapter or merged else []), *(["merge"] if _is_blend(record) else [])],
-        pipeline_tag=_PIPELINES.get(str(adapter.config.get("task_type"))) if adapter else None,
-    )
-    text: str = data.to_yaml()
+    merged = record.get("command") in ("merge", "unmerge", "switch")
+    found = {
+        "base_model": base,
+        "base_model_relation": ("adapter" if adapter else "finetune" if merged else None) if base else None,
+        "library_name": _library(folder, adapter, image=image),
+        "license": _licence(folder, record, warnings),
+        "pipeline_tag": _PIPELINES.get(str(adapter.config.get("task_type"))) if adapter else None,
+        "tags": ["lorasurgery", *(["lora"] if adapter or merged else []), *(["merge"] if _is_blend(record) else [])],
+    }
+    known = {key: value for key, value in found.items() if value is not None}
+    text: str = yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
     return text
 
 
+def _licence(folder: Path, record: dict[str, Any], warnings: list[str]) -> str | None:
+    """That of the first input that has one, or the folder's own; never something that is no identifier."""
+    named = [s.get("license") for s in record.get("sources", [])]
+    return next((name for name in named if name and is_licence(name)), None) or license_of(folder, warnings)
+
+
 def _is_blend(record: dict[str, Any]) -> bool:
-    kinds = [s.get("kind") for s in record.get("sources", []) if isinstance(s, dict)]
-    return kinds.count("adapter") > 1
+    return [s["kind"] for s in record.get("sources", [])].count("adapter") > 1
 
 
 def _library(folder: Path, adapter: Adapter | None, *, image: bool) -> str | None:
@@ -98,8 +105,7 @@ def _library(folder: Path, adapter: Adapter | None, *, image: bool) -> str | Non
         return "diffusers"
     if adapter:
         return "peft"
-    config = folder / "config.json"
-    return "transformers" if config.is_file() and load_object(config).get("model_type") else None
+    return "transformers" if load_config(folder / "config.json").get("model_type") else None
 
 
 def _inspected(path: Path, progress: Progress | None) -> Report:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import DTYPE_BITS, TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.linalg.norms import norm_of
 from lorasurgery.lowrank import widened
 from lorasurgery.ops.difference import Difference
 
@@ -19,7 +20,7 @@ _BLOCK = 1 << 20  # elements: the block, its difference and both sides stay near
 
 @dataclass(frozen=True)
 class Compared:
-    """What differs between two tensors: norms summed in float64; `share` counts elements. None for no numbers."""
+    """What differs between two tensors: norms put together in float64; `share` counts elements. None for no numbers."""
 
     norm: float | None
     delta_norm: float | None
@@ -57,13 +58,13 @@ class Comparer:
             wide = torch.promote_types(x.dtype, y.dtype)
             x, y = x.to(wide), y.to(wide)
             gap = y - x
-            norm += _square(x)
-            delta += _square(gap)
+            norm = math.hypot(norm, norm_of(x))
+            delta = math.hypot(delta, _distance(x, y, gap))
             different += int((gap != 0).sum())  # not-a-number differs from everything
             largest = max(float(gap.abs().max()), largest)  # in this order a not-a-number stays
         if not different:
             return None
-        return Compared(math.sqrt(norm), math.sqrt(delta), largest, different / count)
+        return Compared(norm, delta, largest, different / count)
 
     def _values(self, side: int, info: TensorInfo, start: int, count: int) -> Tensor:
         size = torch_dtype(info.dtype).itemsize
@@ -87,5 +88,9 @@ class Comparer:
         return different * width / old.nbytes
 
 
-def _square(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values)) ** 2
+def _distance(x: Tensor, y: Tensor, gap: Tensor) -> float:
+    """‖y − x‖; two finite numbers may lie further apart than their dtype goes."""
+    found = norm_of(gap)
+    if math.isfinite(found) or not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
+        return found
+    return norm_of(y.cpu().to(torch.float64) - x.cpu().to(torch.float64))

@@ -66,8 +66,14 @@ class Composed:
             self._keep(cut)
 
     def spend(self, budget: int, *, uniform: bool) -> None:
-        """Cut the factors so that the file takes at most `budget` bytes, all else in it counted."""
-        self._keep(fit([f for _, f in self.modules], self.layout().files, budget, unit_scale, uniform=uniform))
+        """Cut the factors so that the file takes at most `budget` bytes, all else in it counted.
+
+        Raises:
+            SurgeryError: the budget is too small, and what would be enough.
+        """
+        found = [f for _, f in self.modules]
+        least = [int(f.bias is not None) for f in found]  # PEFT wants a direction for a bias to hang on
+        self._keep(fit(found, self.layout().files, budget, unit_scale, uniform=uniform, least=least))
 
     def pad(self) -> None:
         """Zero-pad every module to the largest rank."""

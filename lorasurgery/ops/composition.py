@@ -16,14 +16,18 @@ from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.flow import Flow
 from lorasurgery.checkpoint.journal import Run
 from lorasurgery.errors import SurgeryError
-from lorasurgery.linalg.core import Core, distance, inner, recompress
+from lorasurgery.linalg.blocks import InMemory
+from lorasurgery.linalg.core import SMALLEST, Core, beyond, distance, inner, recompress
 from lorasurgery.linalg.elementwise import combine, sum_of
 from lorasurgery.linalg.fallback import Fallback
+from lorasurgery.linalg.fit import Fitted, check_kept, narrowed, too_far
+from lorasurgery.linalg.keep import keeping
 from lorasurgery.linalg.knots import knots_ties
 from lorasurgery.linalg.methods import ELEMENTWISE, Elementwise
-from lorasurgery.linalg.norms import residual_norm
+from lorasurgery.linalg.norms import losses, norm_of, residual_norm, squared_norm
+from lorasurgery.linalg.ranged import ranged
 from lorasurgery.linalg.rank import EVERYTHING, RankChoice
-from lorasurgery.linalg.svd import truncated_svd
+from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE
 from lorasurgery.linalg.threads import load_solvers, team
 from lorasurgery.lowrank import LowRank, Update
@@ -35,6 +39,7 @@ from lorasurgery.ops.spill import spill
 from lorasurgery.ops.workload import Workload
 from lorasurgery.report import ModuleReport, Progress
 
+BEYOND = "its update is beyond what float32 holds; look at its alphas and weights"
 _EXACT = 1e-14  # sums of σ² in float64 agree to this
 _AT_ONCE = 8  # modules at a time, memory permitting
 _COPIES, _LEAST = 8, 64 << 20  # factors in float64, their products and what they become, beside the file's bytes
@@ -110,19 +115,43 @@ class Composition:
         choice = self.choice or EVERYTHING
         if self.options.method == "knots-ties":
             terms = [knots_ties(terms, weights, density=self.options.share)]
+            if not _finite(terms[0]):
+                raise SurgeryError(BEYOND)
         else:
             terms = [t.times(w) for t, w in zip(terms, weights, strict=True)]
         core = recompress(terms, choice.directions() or choice.max_rank)
+        if 0 < core.size < SMALLEST:
+            raise SurgeryError(beyond(core.size))
         rank = _choose(choice, core)
         plain = self.alone and joint.terms[0].delta.form == "lora"
         if plain and rank == terms[0].rank and choice.budget is None and terms[0].scale > 0:
             return self._unchanged(joint, terms[0], core)
-        kept = core.truncate(rank)
-        written = self._round(kept)
-        norm = math.sqrt(core.total)
-        rounding = distance(kept, written) / norm if norm and self.dtype != torch.float32 else 0.0
-        squares = core.singular[: kept.rank].square().tolist()
-        return self._found(joint, written, squares, norm, math.hypot(core.error(kept.rank), rounding))
+        made = self._kept(core, choice, rank, joint.shape)
+        lost = self._losses(core, made.update) if self.budget else ()
+        return self._found(joint, made.update, made.squares, math.sqrt(core.total), made.error, lost)
+
+    def _kept(self, core: Core, choice: RankChoice, rank: int, shape: tuple[int, int]) -> Fitted:
+        """The factors of as many directions as the rule needs in the dtype of the file."""
+
+        def fit(found: TruncatedSVD) -> Fitted:
+            kept = core.truncate(len(found.s))
+            written = narrowed(kept, self.dtype)
+            lost = self._losses(core, written)[-1]
+            check_kept(written, lost - core.tail(kept.rank), core.total)
+            return Fitted(written, core.singular[: kept.rank].square().tolist(), math.sqrt(lost))
+
+        # the directions themselves are the core's: here they are only counted
+        up, down = torch.empty(shape[0], 0), torch.empty(0, shape[1])
+        found = TruncatedSVD(up, core.singular[: core.rank], down, core.total)
+        if choice is EVERYTHING:
+            return fit(found.truncate(rank))
+        return keeping(choice, replace(found.truncate(rank), beyond=found), fit, found.truncate)
+
+    def _losses(self, core: Core, written: LowRank) -> list[float]:
+        """What the first r directions leave, for every r; in float32 rounding is too little to be measured."""
+        if self.dtype == torch.float32 and core.is_plain and not core.terms:
+            return [core.tail(r) for r in range(written.rank + 1)]
+        return core.losses(written)
 
     def _unchanged(self, joint: Joint, term: LowRank, core: Core) -> Factored:
         """The factors as they are, for there is nothing to gain: only --dtype may round them.
@@ -131,16 +160,21 @@ class Composition:
         """
         if self.options.uniform_rank:
             term = LowRank(term.up.float() * term.scale, term.down)
-        written, norm = self._round(term), math.sqrt(core.total)
-        rounding = term.scale * distance(LowRank(term.up.float(), term.down.float()), written)
-        found = self._found(joint, written, core.singular.square().tolist(), norm, rounding / norm)
+        written, norm = narrowed(term, self.dtype), math.sqrt(core.total)
+        rounding = term.scale * distance(term.with_scale(1.0), written.with_scale(1.0))
+        found = self._found(joint, written, core.singular.square().tolist(), norm, rounding)
         return replace(found, report=replace(found.report, alpha=term.scale * term.rank))
 
     def _concatenated(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
+        if not all(map(_finite, terms)):
+            raise SurgeryError(NOT_FINITE)
         ups = [t.up.float() * (t.scale * w) for t, w in zip(terms, weights, strict=True)]
         kept = LowRank(torch.cat(ups, 1), torch.cat([t.down.float() for t in terms]))
-        written, norm = self._round(kept), math.sqrt(max(inner([kept], [kept]), 0.0))
-        return self._found(joint, written, [0.0] * kept.rank, norm, distance(kept, written) / norm if norm else 0.0)
+        sizes = [abs(t.scale * w) * norm_of(t.up.to(torch.float64)) for t, w in zip(terms, weights, strict=True)]
+        if not math.isclose(norm_of(kept.up), math.hypot(*sizes), rel_tol=1e-3):
+            raise SurgeryError(too_far(self.dtype, 1.0, math.hypot(*sizes)))
+        written, norm = narrowed(kept, self.dtype), math.sqrt(max(inner([kept], [kept]), 0.0))
+        return self._found(joint, written, [0.0] * kept.rank, norm, distance(kept, written))
 
     def _dense(self, joint: Joint, terms: list[Update], weights: list[float]) -> Factored:
         """What only a matrix can hold: a blend by entries, or a sum with terms that have no thin factors."""
@@ -154,11 +188,27 @@ class Composition:
             dense = sum_of([t.times(w) for t, w in zip(terms, weights, strict=True)])
         else:
             raise SurgeryError(f"--method {self.options.method} needs thin factors; rerank the adapters first")
-        found = truncated_svd(dense, choice, seed=self.options.seed)
-        root, norm = found.s.sqrt().to(dense), math.sqrt(found.total)
-        written = self._round(LowRank(found.u * root, root[:, None] * found.vt))
-        error = residual_norm(dense, written) / norm if norm else 0.0
-        return self._found(joint, written, found.s.square().tolist(), norm, error)
+        delta, power = ranged(InMemory(dense))
+        if not math.isfinite(squared_norm(delta)):
+            raise SurgeryError(BEYOND)
+        found = truncated_svd(delta, choice, seed=self.options.seed)
+        norm = math.ldexp(math.sqrt(found.total), power)
+        if not found.total:
+            return self._found(joint, LowRank(found.u.to(self.dtype), found.vt.to(self.dtype)), [], 0.0, 0.0)
+
+        def fit(found: TruncatedSVD) -> Fitted:
+            root = (found.s * 2.0**power).sqrt().to(found.u)
+            written = narrowed(LowRank(found.u * root, root[:, None] * found.vt), self.dtype)
+            error = residual_norm(delta, written.with_scale(2.0**-power))
+            check_kept(written, error**2 - max(0.0, found.total - float(found.s.square().sum())), found.total)
+            return Fitted(written, (found.s * 2.0**power).square().tolist(), error)
+
+        made = keeping(
+            choice, found, fit, lambda rank: truncated_svd(delta, RankChoice(rank=rank), seed=self.options.seed)
+        )
+        scaled = made.update.with_scale(2.0**-power)
+        lost = [math.ldexp(x, 2 * power) for x in losses(delta, scaled)] if self.budget else ()
+        return self._found(joint, made.update, made.squares, norm, math.ldexp(made.error, power), lost)
 
     def _combine(self, joint: Joint, terms: Sequence[Update], weights: list[float]) -> Tensor:
         options, method = self.options, self.options.method
@@ -176,20 +226,25 @@ class Composition:
         assert isinstance(total, Tensor)
         return total.squeeze(1).to(self.dtype)
 
-    def _round(self, kept: LowRank) -> LowRank:
-        return LowRank(kept.up.to(self.dtype), kept.down.to(self.dtype), kept.scale)
+    def _found(
+        self, joint: Joint, written: LowRank, squares: list[float], norm: float, lost: float, left: Sequence[float] = ()
+    ) -> Factored:
+        """A module as it will be written.
 
-    def _found(self, joint: Joint, written: LowRank, squares: list[float], norm: float, error: float) -> Factored:
+        Args:
+            lost: ‖ΔW − BA‖. left: Its square for the first r directions alone, where a budget may cut.
+        """
         if not math.isfinite(norm):
             raise SurgeryError(NOT_FINITE)
         if not _finite(written):
-            raise SurgeryError(f"the factors do not fit {self.draft.dtype}; try --dtype float32")
+            raise SurgeryError(too_far(self.dtype, 1.0, math.sqrt(norm)))
         update = LowRank(written.up.cpu().contiguous(), written.down.cpu().contiguous(), written.scale)
+        error = lost / norm if norm else 0.0
         report = ModuleReport(
             joint.path, joint.shape, kind=joint.kind, rank=update.rank, alpha=unit_scale(update.rank)[0],
             delta_norm=norm, error=error, energy=1 - error**2,
         )  # fmt: skip
-        return Factored(report, update, squares)
+        return Factored(report, update, squares, lost=left)
 
 
 def _load(term: Term, device: torch.device) -> LowRank:

@@ -5,7 +5,6 @@ W' = m·V/‖V‖ is no low-rank update of W, so the base is needed and somethin
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import replace
 
@@ -14,22 +13,24 @@ from torch import Tensor
 
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.linalg.norms import residual_norm
+from lorasurgery.linalg.blocks import InMemory
+from lorasurgery.linalg.fit import narrowed
+from lorasurgery.linalg.norms import row_squares
+from lorasurgery.linalg.ranged import ranged
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import truncated_svd
-from lorasurgery.lowrank import LowRank, widened
+from lorasurgery.lowrank import Dense, LowRank, widened
 from lorasurgery.ops.compute import in_turn
+from lorasurgery.ops.convert_modules import Reduced
 from lorasurgery.ops.edits import Contribution, Edit
-from lorasurgery.ops.factored import Factored
 from lorasurgery.ops.planner import plan_edits
-from lorasurgery.report import ModuleReport
 
 Places = list[tuple[Edit, Contribution]]
 
 
 def plain_lora(
     base: Checkpoint, adapter: Adapter, dtype: torch.dtype, device: torch.device, rank: int | None = None
-) -> dict[str, Factored]:
+) -> dict[str, Reduced]:
     """Factors of W' − W for every DoRA module, one matrix in memory at a time, each with its measured error.
 
     Args:
@@ -70,14 +71,10 @@ def _difference(base: Checkpoint, delta: Delta, places: Places, device: torch.de
     return total
 
 
-def _factor(delta: Delta, difference: Tensor, rank: int, dtype: torch.dtype) -> Factored:
-    found = truncated_svd(difference, RankChoice(rank=min(rank, *delta.shape)))
-    root, norm = found.s.sqrt().to(difference), math.sqrt(found.total)
-    update = LowRank((found.u * root).to(dtype), (root[:, None] * found.vt).to(dtype))
-    error = residual_norm(difference, update) / norm if norm else 0.0
-    report = ModuleReport(
-        delta.path, delta.shape, kind=delta.kind, rank=update.rank, alpha=float(update.rank), delta_norm=norm,
-        error=error, energy=1 - error**2,
-    )  # fmt: skip
-    update = LowRank(update.up.cpu().contiguous(), update.down.cpu().contiguous())
-    return Factored(report, update, found.s.square().tolist())
+def _factor(delta: Delta, difference: Tensor, rank: int, dtype: torch.dtype) -> Reduced:
+    matrix, power = ranged(InMemory(difference))
+    found = truncated_svd(matrix, RankChoice(rank=min(rank, *delta.shape)))
+    root = (found.s * 2.0**power).sqrt().to(difference)
+    update = narrowed(LowRank(found.u * root, root[:, None] * found.vt), dtype)
+    squares = row_squares(Dense(difference, 2.0**power), update)
+    return Reduced(LowRank(update.up.cpu().contiguous(), update.down.cpu().contiguous()), *squares)

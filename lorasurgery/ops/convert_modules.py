@@ -16,9 +16,23 @@ from lorasurgery.adapters.translate import Piece, Target
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.errors import SurgeryError, UnsupportedError
 from lorasurgery.linalg.core import distance, inner
+from lorasurgery.linalg.fit import check_kept, narrowed
 from lorasurgery.linalg.thin import NOT_FINITE
 from lorasurgery.lowrank import LowRank, common
-from lorasurgery.ops.factored import Factored
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Factors for a module that the file holds in another form.
+
+    Args:
+        update: In the dtype of the file.
+        lost, total: Of every row (out,), what the factors leave of ΔW, and ΔW itself, squared.
+    """
+
+    update: LowRank
+    lost: Tensor
+    total: Tensor
 
 
 @dataclass(frozen=True)
@@ -26,13 +40,11 @@ class Source:
     """One of the adapter's modules, read: factors, and what comes with them.
 
     Args:
-        update: In the dtype of the file. error: ‖ΔW − scale·B·A‖/‖ΔW‖, 0 where the file itself holds factors.
+        update: In the dtype of the file.
         bias: What is added to the layer's bias (out,). magnitude: DoRA's, (out,); along the input axis as it is.
     """
 
     update: LowRank
-    error: float = 0.0
-    norm: float | None = None
     bias: Tensor | None = None
     magnitude: Tensor | None = None
 
@@ -44,13 +56,14 @@ class Assembly:
         adapter: The source. reduced: Factors of modules that the file holds as other products, by path.
         dtype: torch dtype that factors are cast to; None keeps their own.
         kernels: Of convolutions that the file holds flat, by path. undone: DoRA whose norm is in the factors already.
+        bake: Whether scales go into lora_B, so that alpha is the rank.
     """
 
     def __init__(
-        self, adapter: Adapter, reduced: dict[str, Factored], dtype: str | None,
-        kernels: Mapping[str, tuple[int, ...]], undone: Collection[str] = (),
+        self, adapter: Adapter, reduced: dict[str, Reduced], dtype: str | None,
+        kernels: Mapping[str, tuple[int, ...]], undone: Collection[str] = (), *, bake: bool = False,
     ) -> None:  # fmt: skip
-        self.adapter, self.reduced, self.kernels, self.undone = adapter, reduced, kernels, undone
+        self.adapter, self.reduced, self.kernels, self.undone, self.bake = adapter, reduced, kernels, undone, bake
         self.dtype = torch_dtype(dtype) if dtype else None
 
     def build(self, target: Target, name: str, *, lycoris: bool) -> tuple[Module, float, float]:
@@ -66,19 +79,39 @@ class Assembly:
         found = {path: self._read(path) for path in target.sources}
         first = self.adapter.deltas[target.sources[0]]
         exact = join_rows(target.pieces, {path: s.update for path, s in found.items()})
+        norm, lost = self._measured(target.pieces, found, exact)
         update = self._cast(exact)
-        norm = math.sqrt(max(inner([exact], [exact]), 0.0))
-        if not math.isfinite(norm):
-            raise SurgeryError(NOT_FINITE)
-        lost = math.hypot(*(s.error * (s.norm or 0.0) for s in found.values()))
-        norm = math.hypot(norm, lost)  # what was cut off is orthogonal to what is left
-        lost = math.hypot(lost, distance(exact, update) if update is not exact else 0.0)
+        if self.bake and update.scale != 1:
+            update = narrowed(LowRank(update.up.float() * update.scale, update.down), update.up.dtype)
+        if update is not exact:  # what the rows of reduced modules leave is not rounded a second time
+            rounded = distance(_at_one(exact), _at_one(update))
+            check_kept(update, rounded**2, norm**2)
+            lost = math.hypot(lost, rounded)
         kernel = first.kernel or self.kernels.get(first.path, ())
         module = Module(
             name, update, kernel, join_vectors(target.pieces, {p: s.bias for p, s in found.items()}),
             self._magnitude(target, found, first, lycoris), "conv" if kernel else first.kind,
         )  # fmt: skip
         return module, lost / norm if norm else 0.0, norm
+
+    def _measured(self, pieces: Sequence[Piece], found: dict[str, Source], exact: LowRank) -> tuple[float, float]:
+        """‖ΔW‖ of the new module, and what was lost already where its sources had no factors of their own."""
+        if not self.reduced.keys() & found.keys():
+            norm, lost = math.sqrt(max(inner([exact], [exact]), 0.0)), 0.0
+        else:
+            norms, losses = [0.0], [0.0]
+            for piece in (p for p in pieces if p.source):
+                own = self.reduced.get(piece.source or "")
+                if own is None:
+                    part = found[piece.source or ""].update.part(piece.rows)
+                    norms.append(math.sqrt(max(inner([part], [part]), 0.0)))
+                else:
+                    norms.append(math.sqrt(float(own.total[piece.rows].sum())))
+                    losses.append(math.sqrt(float(own.lost[piece.rows].sum())))
+            norm, lost = math.hypot(*norms), math.hypot(*losses)
+        if not math.isfinite(norm):
+            raise SurgeryError(NOT_FINITE)
+        return norm, lost
 
     def _read(self, path: str) -> Source:
         delta = self.adapter.deltas[path]
@@ -90,9 +123,8 @@ class Assembly:
         kept = delta.magnitude if path not in self.undone else None
         magnitude = self.adapter.weights.read(kept) if kept else None
         if path in self.reduced:
-            own = self.reduced[path]
-            return Source(own.update, own.report.error or 0.0, own.report.delta_norm, bias, magnitude)
-        return Source(self.adapter.load(delta), bias=bias, magnitude=magnitude)
+            return Source(self.reduced[path].update, bias, magnitude)
+        return Source(self.adapter.load(delta), bias, magnitude)
 
     def _cast(self, update: LowRank) -> LowRank:
         dtype = self.dtype
@@ -100,10 +132,7 @@ class Assembly:
             dtype = common(update.up.dtype, update.down.dtype)
         if dtype is None or (update.up.dtype == dtype and update.down.dtype == dtype):
             return update
-        cast = update.to(dtype)
-        if not bool(torch.isfinite(cast.up).all() and torch.isfinite(cast.down).all()):
-            raise SurgeryError(f"the factors do not fit {str(dtype).removeprefix('torch.')}; try --dtype float32")
-        return cast
+        return narrowed(update, dtype)
 
     def _magnitude(self, target: Target, found: dict[str, Source], first: Delta, lycoris: bool) -> Tensor | None:
         vectors = {path: s.magnitude for path, s in found.items()}
@@ -182,12 +211,17 @@ def is_zero(module: Module) -> bool:
     return module.bias is None and module.magnitude is None and not bool(module.update.up.any())
 
 
-def portable(modules: Sequence[Module]) -> list[Module]:
-    """One rank for all, zero-padded, and the scale in lora_B: alpha = r."""
+def padded(modules: Sequence[Module]) -> list[Module]:
+    """One rank for all, zero-padded; the scale stays, so it should be 1."""
     top = max((m.update.rank for m in modules), default=0)
     found = []
     for m in modules:
         more, u = top - m.update.rank, m.update
-        up = u.up if u.scale == 1 else (u.up.float() * u.scale).to(u.up.dtype)
-        found.append(replace(m, update=LowRank(pad(up, (0, more)), pad(u.down, (0, 0, 0, more)))))
+        wide = LowRank(pad(u.up, (0, more)), pad(u.down, (0, 0, 0, more)), u.scale)
+        found.append(replace(m, update=wide))
     return found
+
+
+def _at_one(update: LowRank) -> LowRank:
+    """The same update with the scale in lora_B, in float64."""
+    return LowRank(update.up.to(torch.float64) * update.scale, update.down.to(torch.float64))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,9 +16,8 @@ from lorasurgery.adapters.peft_write import PeftLayout
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.errors import SurgeryError
-from lorasurgery.linalg.core import distance
+from lorasurgery.linalg.norms import row_squares
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.blend import BlendOptions, factor_dtype
 from lorasurgery.ops.carry import not_followed, tokenizer_files
 from lorasurgery.ops.compose import Joint, Term
@@ -27,10 +25,9 @@ from lorasurgery.ops.compose_write import Composed
 from lorasurgery.ops.composition import Composition
 from lorasurgery.ops.convert import Conversion
 from lorasurgery.ops.convert_dora import plain_lora
-from lorasurgery.ops.convert_modules import Assembly, is_zero, join_vectors, portable
+from lorasurgery.ops.convert_modules import Assembly, Reduced, is_zero, join_vectors, padded
 from lorasurgery.ops.convert_whole import differences
 from lorasurgery.ops.extract_report import total_error
-from lorasurgery.ops.factored import Factored
 from lorasurgery.ops.layout import Layout, by_part, check_name, loose_layout, peft_folder, peft_layout, write_layout
 from lorasurgery.report import ModuleReport, Progress, Report
 
@@ -56,7 +53,9 @@ def _modules(
 ) -> tuple[list[Module], list[ModuleReport]]:
     """All modules of the new file; parts of a fused one in which nothing was ever trained are left out."""
     options, lycoris = plan.options, plan.options.to in ("kohya", "comfyui")
-    assembly = Assembly(plan.adapter, _reduced(plan, device), options.dtype, plan.kernels, plan.undone)
+    assembly = Assembly(
+        plan.adapter, _reduced(plan, device), options.dtype, plan.kernels, plan.undone, bake=options.portable
+    )
     found: list[tuple[Module, float, float]] = []
     costs = [sum(plan.adapter.nbytes_of(s) for s in target.sources) for target in plan.targets]
     done = 0
@@ -73,15 +72,15 @@ def _modules(
         if progress:
             progress(name, done, sum(costs))
     modules = [m for m, _, _ in found]
-    final = portable(modules) if options.portable else modules
-    return final, [_line(new, old, *rest) for new, (old, *rest) in zip(final, found, strict=True)]
+    final = padded(modules) if options.portable else modules
+    return final, [_line(new, *rest) for new, (_, *rest) in zip(final, found, strict=True)]
 
 
-def _reduced(plan: Conversion, device: torch.device) -> dict[str, Factored]:
+def _reduced(plan: Conversion, device: torch.device) -> dict[str, Reduced]:
     """Factors for what the file holds as LoHa, LoKr, Tucker or a whole difference, and for DoRA that is undone."""
     adapter, options = plan.adapter, plan.options
     dtype = options.dtype or factor_dtype([adapter], BlendOptions())
-    found: dict[str, Factored] = {}
+    found: dict[str, Reduced] = {}
     if plan.undone and plan.base is not None:
         found |= plain_lora(plan.base, adapter, torch_dtype(dtype), device, options.rank)
     others = [d for d in adapter.deltas.values() if d.form != "lora" and d.path not in found]
@@ -90,24 +89,19 @@ def _reduced(plan: Conversion, device: torch.device) -> dict[str, Factored]:
         draft = Composed([adapter], [], dtype, [1.0])
         joints = [Joint(d.path, d.kind, d.shape, [Term(adapter, d, 1.0)], d.kernel) for d in others]
         Composition(joints, how, draft, device).run(None, None)
-        found |= {joint.path: factored for joint, factored in draft.modules}
+        for joint, factored in draft.modules:
+            whole = adapter.load_update(adapter.deltas[joint.path]).to(device)
+            squares = row_squares(whole, factored.update.to(device))
+            found[joint.path] = Reduced(factored.update, *squares)
     return found
 
 
-def _line(new: Module, old: Module, error: float, norm: float) -> ModuleReport:
-    if norm and new is not old:
-        error = math.hypot(error, _baking(old.update, new.update) / norm)
+def _line(new: Module, error: float, norm: float) -> ModuleReport:
     flat = (len(new.update.up), new.update.down[0].numel())
     return ModuleReport(
         new.path, flat, kind=new.kind, rank=new.update.rank, alpha=new.alpha, delta_norm=norm, error=error,
         energy=1 - error**2,
     )  # fmt: skip
-
-
-def _baking(old: LowRank, new: LowRank) -> float:
-    """What rounding the scale into lora_B did: ‖old − new‖, the padding aside."""
-    exact = LowRank(old.up.to(torch.float64) * old.scale, old.down)
-    return distance(exact, LowRank(new.up[:, : old.rank], new.down[: old.rank]))
 
 
 def _layout(plan: Conversion, modules: Sequence[Module]) -> tuple[Layout, list[str]]:

@@ -95,7 +95,7 @@ def _norms(changes: Sequence[Change]) -> tuple[float, float]:
     """‖ΔW‖ and ‖W‖ of all tensors together; those with values that are not finite count for neither."""
     known = [(m.delta_norm, m.norm) for m in changes if m.delta_norm is not None and m.norm is not None]
     finite = [(d, n) for d, n in known if math.isfinite(d) and math.isfinite(n)]
-    return math.sqrt(math.fsum(d * d for d, _ in finite)), math.sqrt(math.fsum(n * n for _, n in finite))
+    return math.hypot(*(d for d, _ in finite)), math.hypot(*(n for _, n in finite))
 
 
 def _layer(place: Place) -> str | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from lorasurgery.linalg.blocks import InMemory
-from lorasurgery.linalg.fit import FIT, fitted
-from lorasurgery.linalg.norms import residual_norm, squared_norm
+from lorasurgery.linalg.blocks import Blocks, InMemory
+from lorasurgery.linalg.fit import FIT, Fitted, fitted, refitted, scale_within
+from lorasurgery.linalg.keep import keeping
+from lorasurgery.linalg.norms import losses, residual_norm, squared_norm
+from lorasurgery.linalg.ranged import ranged
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.lowrank import LowRank
@@ -21,6 +23,9 @@ from lorasurgery.ops.extract import ExtractOptions
 from lorasurgery.ops.pairs import Pair
 from lorasurgery.ops.verdict import Piece
 
+Fit = Callable[[int, Blocks, int], Fitted | None]
+"""(expert, M, k) -> factors of its ΔW = 2^k·M, or None where nothing is left of it."""
+
 
 @dataclass
 class ExpertWork:
@@ -29,12 +34,14 @@ class ExpertWork:
     Args:
         choice: Decides each expert's rank; the parameter gets the largest, the others zeros.
         dtype: What factors are written in.
+        budget: Whether directions may be cut off later, so that it must be known what each of them holds.
     """
 
     difference: Difference
     options: ExtractOptions
     choice: RankChoice
     dtype: torch.dtype
+    budget: bool = False
 
     def factor(self, pair: ExpertPair) -> tuple[ExpertFactors | None, set[str]]:
         """The factors of all experts, with their measured errors; None when no expert changed.
@@ -44,17 +51,46 @@ class ExpertWork:
             experts of one that holds all.
         """
         rank = self.choice.upper(*pair.matrix)
-        while True:  # a scale that depends on the rank is known when the ranks are
-            alpha, scale = self.options.scaling(rank)
+        for _ in range(2):  # a scale that depends on the rank is known when the ranks are
+            scale = self.options.scaling(rank)[1]
             work = _Parameter(self, pair, scale)
-            work.run()
-            top = max((u.rank for u in work.updates.values()), default=0)
-            if not top:
+            work.run(lambda _, delta, power, scale=scale: self._decomposed(delta, scale, power))  # type: ignore[misc]
+            rank = max((u.rank for u in work.updates.values()), default=0)
+            if not rank:
                 return None, work.rounding
-            alpha, wanted = self.options.scaling(top)
-            if wanted == scale:
-                return work.joined(top, alpha), work.rounding
-            rank = top
+            found, wanted = work.joined(rank, self.options.alpha_of(rank, scale)), self.options.scaling(rank)[1]
+            if self.budget or wanted == scale:  # with a budget, the rank is known when all modules are
+                return found, work.rounding
+        return self.again(pair, found, wanted), work.rounding
+
+    def again(self, pair: ExpertPair, found: ExpertFactors, scale: float) -> ExpertFactors:
+        """The same directions, fitted anew for another scale."""
+
+        def fit(expert: int, delta: Blocks, power: int) -> Fitted | None:
+            own = found.of(expert)
+            own = own.transposed if pair.turned else own
+            if not bool(own.up.any()):
+                return None
+            return refitted(delta, own.with_scale(math.ldexp(own.scale, -power)), scale_within(scale, power))
+
+        work = _Parameter(self, pair, scale)
+        work.run(fit)
+        again = work.joined(found.rank, self.options.alpha_of(found.rank, scale))
+        return replace(again, copies=found.copies, surplus=found.surplus)
+
+    def _decomposed(self, delta: Blocks, scale: float, power: int) -> Fitted | None:
+        found = self._svd(delta, self.choice)
+        if not len(found.s):
+            return None
+
+        def fit(found: TruncatedSVD) -> Fitted:
+            return fitted(delta, found, scale_within(scale, power), self.dtype)
+
+        return keeping(self.choice, found, fit, lambda rank: self._svd(delta, RankChoice(rank=rank)))
+
+    def _svd(self, delta: Blocks, choice: RankChoice) -> TruncatedSVD:
+        options = self.options
+        return truncated_svd(delta, choice, method=options.svd, seed=options.seed, to_come=FIT)
 
 
 class _Parameter:
@@ -67,28 +103,30 @@ class _Parameter:
         self.rounding: set[str] = set()
         self.shares = {m.name: Share(m.name.removesuffix(".weight"), m.tuned.shape) for m in pair.members}
 
-    def run(self) -> None:
-        """Decompose expert after expert; what is kept is on the CPU and in the dtype of the file."""
+    def run(self, fit: Fit) -> None:
+        """Take expert after expert; what is kept is on the CPU and in the dtype of the file."""
         for expert in range(self.pair.count):
             delta, rounding = self.job.difference.read(*_pieces(self.pair, expert))
             members = zip(self.pair.of(expert), rounding, strict=True)
             self.rounding |= {self.shares[member.name].name for member, alone in members if alone}
             if not isinstance(delta, InMemory):
                 continue
-            options = self.job.options
-            found = truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed, to_come=FIT)
-            if len(found.s):
-                self._keep(expert, delta.matrix, found)
+            matrix, power = ranged(delta)
+            made = fit(expert, matrix, power)
+            if made is not None:
+                self._keep(expert, matrix, made, power)
             self.job.difference.give(delta)
 
-    def _keep(self, expert: int, delta: Tensor, found: TruncatedSVD) -> None:
-        fit = fitted(delta, found, self.scale, self.job.dtype)
-        update, squares = fit.update, torch.tensor(fit.squares, dtype=torch.float64)
+    def _keep(self, expert: int, delta: Blocks, fit: Fitted, power: int) -> None:
+        assert isinstance(delta, InMemory)
+        update = fit.update
         for member, rows in _rows(self.pair.of(expert), delta.shape[0]):
-            part = squares * _shares(update.up, rows)
-            lost = residual_norm(delta[rows], update.part(rows)) ** 2
-            self.shares[member.name].add(squared_norm(delta[rows]), lost, part.tolist())
-        self.squares = added(self.squares, squares.tolist())
+            part, own = delta.matrix[rows], update.part(rows)
+            lost = residual_norm(part, own) ** 2
+            prefixes = losses(part, own) if self.job.budget else []
+            numbers = [math.ldexp(x, 2 * power) for x in (squared_norm(part), lost, *prefixes)]
+            self.shares[member.name].add(numbers[0], numbers[1], numbers[2:])
+        self.squares = added(self.squares, [math.ldexp(x, 2 * power) for x in fit.squares])
         kept = update.transposed if self.pair.turned else update
         self.updates[expert] = LowRank(kept.up.cpu().contiguous(), kept.down.cpu().contiguous(), self.scale)
 
@@ -108,12 +146,6 @@ def _pieces(pair: ExpertPair, expert: int) -> Iterator[Piece]:
     for member in pair.of(expert):
         assert member.base is not None
         yield Piece(member.base, member.tuned, expert if pair.is_stack else None)
-
-
-def _shares(up: Tensor, rows: slice) -> Tensor:
-    """How much of each direction lies in some of the rows."""
-    squares = up.to(torch.float64).square().cpu()
-    return torch.nan_to_num(squares[rows].sum(0) / squares.sum(0))
 
 
 def _rows(members: tuple[Pair, ...], height: int) -> Iterator[tuple[Pair, slice]]:

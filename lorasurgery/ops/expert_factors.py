@@ -23,28 +23,28 @@ class Share:
         name, shape: The tensor's.
         total: ‖ΔW‖² of the tensor.
         lost: What the factors as written leave of it, squared.
-        squares: The part of each direction's σ² that lies in this tensor's rows.
+        prefixes: What they leave when only the first r directions of each expert are kept, for r from 0 up; only where
+            a budget may cut.
     """
 
     name: str
     shape: tuple[int, ...]
     total: float = 0.0
     lost: float = 0.0
-    squares: list[float] = field(default_factory=list)
+    prefixes: list[float] = field(default_factory=list)
 
-    def add(self, total: float, lost: float, squares: Sequence[float]) -> None:
+    def add(self, total: float, lost: float, prefixes: Sequence[float] = ()) -> None:
         """Count one expert's part in."""
         self.total, self.lost = self.total + total, self.lost + lost
-        self.squares = added(self.squares, squares)
+        self.prefixes = added(self.prefixes, prefixes, last=True)
 
     def cut(self, rank: int) -> Share:
-        """The same with the directions from `rank` on lost."""
-        lost = min(self.total, self.lost + sum(self.squares[rank:]))
-        return replace(self, lost=lost, squares=self.squares[:rank])
+        """The same with the directions from `rank` on left out."""
+        return replace(self, lost=self.prefixes[min(rank, len(self.prefixes) - 1)], prefixes=self.prefixes[: rank + 1])
 
     def report(self, rank: int, alpha: float) -> ModuleReport:
         """The tensor's line."""
-        error = math.sqrt(self.lost / self.total)
+        error = math.sqrt(self.lost / self.total) if self.total else 0.0
         return ModuleReport(
             self.name, self.shape, kind="experts", rank=rank, alpha=alpha, delta_norm=math.sqrt(self.total),
             error=error, energy=1 - error**2,
@@ -80,20 +80,23 @@ class ExpertFactors(Factored):
         return super().cost * self.experts
 
     def cut(self, rank: int, scaling: Scaling) -> ExpertFactors:
-        """The first `rank` directions of each expert."""
+        """The first `rank` directions of each expert, under the scale that they have."""
         if rank >= self.rank:
             return self
-        alpha, scale = scaling(rank) if rank else (0.0, 1.0)
         up, down = self._split()
-        ratio = math.sqrt(self.update.scale / scale)
-        up, down = up[:, :rank], down[:, :rank]
-        if ratio != 1:
-            up, down = (up.float() * ratio).to(up.dtype), (down.float() * ratio).to(down.dtype)
         shares = tuple(s.cut(rank) for s in self.shares)
+        report = replace(
+            summary(self.report.name, self.report.shape, shares), rank=rank, alpha=scaling(rank)[0] if rank else 0.0
+        )
         return replace(
-            self, update=joined(up, down, scale), squares=self.squares[:rank], shares=shares,
-            report=replace(summary(self.report.name, self.report.shape, shares), rank=rank, alpha=alpha),
+            self, update=joined(up[:, :rank], down[:, :rank], self.update.scale), squares=self.squares[:rank],
+            shares=shares, report=report,
         )  # fmt: skip
+
+    def of(self, expert: int) -> LowRank:
+        """One expert's own factors."""
+        up, down = self._split()
+        return LowRank(up[:, :, expert], down[expert], self.update.scale)
 
     def pad(self, rank: int, rslora: bool = False) -> ExpertFactors:
         """Zero-padded to `rank` for each expert; alpha grows with it so that the scale stays."""
@@ -127,12 +130,12 @@ def summary(name: str, shape: tuple[int, ...], shares: Sequence[Share]) -> Modul
     return whole.report(0, 0.0)
 
 
-def added(one: Sequence[float], two: Sequence[float]) -> list[float]:
-    """Sums of two lists, the shorter one taken to go on with zeros.
+def added(one: Sequence[float], two: Sequence[float], *, last: bool = False) -> list[float]:
+    """Sums of two lists, the shorter one taken to go on with zeros, or with its last number.
 
-    >>> added([1.0, 2.0], [3.0])
-    [4.0, 2.0]
+    >>> added([1.0, 2.0], [3.0]), added([1.0, 2.0], [3.0], last=True)
+    ([4.0, 2.0], [4.0, 5.0])
     """
     length = max(len(one), len(two))
-    longer = [[*values, *[0.0] * (length - len(values))] for values in (one, two)]
+    longer = [[*v, *[v[-1] if last and v else 0.0] * (length - len(v))] for v in (one, two)]
     return [a + b for a, b in zip(*longer, strict=True)]

@@ -17,7 +17,7 @@ from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.convert_limits import check_place
 from lorasurgery.ops.expert_pairs import group_experts
 from lorasurgery.ops.extract_for import narrowed, reservations, staged, to_file
-from lorasurgery.ops.extract_report import add_excluded, plan_report, summarise, warning_of
+from lorasurgery.ops.extract_report import add_excluded, plan_report, rule_warning, summarise, warning_of
 from lorasurgery.ops.pair_forms import fit_pairs, host_of
 from lorasurgery.ops.pairs import Pair, Selection, match_pairs
 from lorasurgery.ops.references import on_references
@@ -79,6 +79,11 @@ class ExtractOptions:
         alpha = root if self.alpha is None else self.alpha
         return alpha, alpha / root
 
+    def alpha_of(self, rank: int, scale: float) -> float:
+        """The alpha that makes this scale of this rank."""
+        alpha, own = self.scaling(rank)
+        return alpha if scale == own else scale * (math.sqrt(rank) if self.rslora else rank)
+
 
 @on_references("base", "tuned")
 def extract(
@@ -126,7 +131,7 @@ def extract(
     report.output = str(out)
     if not dry_run and ranks().first:
         if client.file:
-            to_file(folder, out, client, Path(base), report, overwrite=overwrite)
+            to_file(folder, out, client, Path(base), report, overwrite=overwrite, budget=options.choice.budget)
         report.warnings += reservations(out, client, Checkpoint.open(base))
     return report
 
@@ -164,6 +169,7 @@ def _to_folder(
         report.modules, report.full = job.modules, job.full
         report.warnings += job.fallback.warnings
         summarise(report, job.left_out, first.nbytes, unchanged=job.unchanged, rounding=job.rounding)
+        report.warnings += rule_warning(report.modules, options.choice, job.dtypes)
         unseen = sum(p.treatment == "skipped" and p.why != "--target" and not p.is_comparable for p in pairs if p.base)
         add_excluded(report, job.excluded, unseen + matched.lone)
         if job.capped:

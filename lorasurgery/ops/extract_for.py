@@ -13,6 +13,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.client import Client
 from lorasurgery.clients.finding import Setting
 from lorasurgery.clients.servers import SERVERS, findings
+from lorasurgery.linalg.rank import Budget
 from lorasurgery.ops.pairs import FACTORED, Pair
 from lorasurgery.report import Report
 
@@ -45,7 +46,10 @@ def staged(out: Path) -> Path:
     return folder
 
 
-def to_file(folder: Path, out: Path, client: Client, base: Path, report: Report, *, overwrite: bool) -> None:
+def to_file(
+    folder: Path, out: Path, client: Client, base: Path, report: Report, *, overwrite: bool,
+    budget: Budget | None = None,
+) -> None:  # fmt: skip
     """Turn the PEFT folder into the client's file, and let go of the folder."""
     from lorasurgery.ops.convert import ConvertOptions, convert_adapter
 
@@ -57,6 +61,13 @@ def to_file(folder: Path, out: Path, client: Client, base: Path, report: Report,
     report.output, report.bytes_written = str(out), made.bytes_written
     report.warnings += made.warnings
     report.totals["adapter_bytes"] = made.bytes_written
+    allowed = budget.bytes_of(Checkpoint.open(base).nbytes) if budget else made.bytes_written
+    if made.bytes_written > allowed:
+        report.warnings.append(
+            f"--budget of {allowed:,} bytes does not hold: it was kept for PEFT's form of the factors, and "
+            f"{client.name}'s file, with names of its own and other modules joined, takes {made.bytes_written:,}; "
+            "give a smaller one"
+        )
 
 
 def reservations(out: Path, client: Client, base: Checkpoint) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapters.cuts import Cut
 from lorasurgery.adapters.naming import module_of
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops.factored import Factored
+from lorasurgery.ops.factored import Factored, Scaling
 from lorasurgery.ops.pairs import Pair
 
 if TYPE_CHECKING:
@@ -83,22 +82,38 @@ def parts_of_modules(factors: Sequence[tuple[Pair, Factored]], whole: Sequence[P
     return dict(found)
 
 
+def scales_of_parts(parts: Mapping[str, Sequence[Part]], scaling: Scaling) -> dict[int, float]:
+    """id of factors -> their scale: that of the rank of the module they are joined in, one for all that meet somewhere.
+
+    Args:
+        parts: By module, as `parts_of_modules` gives them.
+    """
+    found: dict[int, float] = {}
+    for own in parts.values():
+        whole = scaling(sum(f.rank for _, f in own))[1]
+        found |= {id(f): min(whole, found.get(id(f), whole)) for _, f in own}
+    while True:
+        before = dict(found)
+        for own in parts.values():
+            least = min(found[id(f)] for _, f in own)
+            found |= {id(f): least for _, f in own}
+        if found == before:
+            return found
+
+
 def joined(parts: Sequence[Part], *, rslora: bool) -> tuple[LowRank, float]:
     """One module's factors and alpha: the downs one above the other, the ups' own rows in blocks along the diagonal."""
     import torch
 
     (cut, first), rank = parts[0], sum(f.rank for _, f in parts)
-    downs, scale = [], first.update.scale
     up, at = first.update.up.new_zeros(cut.height, rank), 0
     for cut, factored in parts:
         one = factored.update
-        ratio = math.sqrt(one.scale / scale)  # all of a module have one scale
-        rows = one.up[list(cut.rows)]
-        up[cut.into.start : cut.into.stop, at : at + one.rank] = rows if ratio == 1 else rows.float() * ratio
-        downs.append(one.down if ratio == 1 else (one.down.float() * ratio).to(one.down.dtype))
+        up[cut.into.start : cut.into.stop, at : at + one.rank] = one.up[list(cut.rows)]
         at += one.rank
+    downs = torch.cat([f.update.down for _, f in parts]).to(up.dtype)
     alpha = (first.report.alpha or 0.0) * ((rank / first.rank) ** (0.5 if rslora else 1.0) if first.rank else 1.0)
-    return LowRank(up.contiguous(), torch.cat(downs).to(up.dtype).contiguous(), scale), alpha
+    return LowRank(up.contiguous(), downs.contiguous(), first.update.scale), float(f"{alpha:.15g}")
 
 
 def surplus(pair: Pair) -> int:

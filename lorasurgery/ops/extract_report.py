@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,16 +85,44 @@ def plan_report(
 
 
 def total_error(report: Report) -> tuple[float, float]:
-    """(‖ΔW‖², what of it was lost) over all modules; the totals get error, energy and the range of ranks."""
-    change = sum((m.delta_norm or 0) ** 2 for m in report.modules)
-    lost = sum(((m.error or 0) * (m.delta_norm or 0)) ** 2 for m in report.modules)
-    error = math.sqrt(lost / change) if change else 0.0
+    """(‖ΔW‖, what of it was lost) over all modules; the totals get error, energy and the range of ranks."""
+    change = math.hypot(*((m.delta_norm or 0) for m in report.modules))  # squares might overflow
+    lost = math.hypot(*((m.error or 0) * (m.delta_norm or 0) for m in report.modules))
+    error = lost / change if change else 0.0
     ranks = [m.rank or 0 for m in report.modules]
     report.totals |= {
-        "modules": len(report.modules), "delta_norm": math.sqrt(change), "error": error, "energy": 1 - error**2,
+        "modules": len(report.modules), "delta_norm": change, "error": error, "energy": 1 - error**2,
         "rank_min": min(ranks, default=0), "rank_max": max(ranks, default=0), "adapter_bytes": report.bytes_written,
     }  # fmt: skip
     return change, lost
+
+
+def rule_warning(modules: Sequence[ModuleReport], choice: RankChoice | None, dtypes: Collection[str]) -> list[str]:
+    """What is said where energy or tolerance do not hold for the factors as they are written; nothing where they do.
+
+    >>> found = [ModuleReport("q_proj", (4, 4), rank=2, error=0.3, energy=0.91)]
+    >>> rule_warning(found, RankChoice(tolerance=0.2, max_rank=2), ["float32"])
+    ['--tolerance 0.2 does not hold in 1 module (q_proj: error 0.3): --max-rank 2 allows no more directions']
+
+    Args:
+        modules: The lines of the report. dtypes: What factors are written in.
+    """
+    beyond = [m for m in modules if choice and not choice.holds(m.error or 0.0)]
+    if choice is None or not beyond:
+        return []
+    worst = max(beyond, key=lambda m: m.error or 0.0)
+    cap = choice.max_rank
+    why = "no more directions stand above the rounding of float32"
+    if cap is not None and all((m.rank or 0) >= cap for m in beyond):
+        why = f"--max-rank {cap} allows no more directions"
+    elif set(dtypes) - {"float32", "float64"}:
+        why = f"rounding to {' and '.join(sorted(dtypes))} alone loses that much; --dtype float32 loses less"
+    elif worst.kind == "experts":
+        why = "it holds for the experts' matrices as PEFT joins them, not for each tensor they are made of"
+    asked = f"--energy {choice.energy}" if choice.energy is not None else f"--tolerance {choice.tolerance}"
+    reached = f"energy {1 - (worst.error or 0.0) ** 2:.12g}" if choice.energy else f"error {worst.error:.4g}"
+    count = f"{len(beyond)} module{'s' if len(beyond) > 1 else ''}"
+    return [f"{asked} does not hold in {count} ({worst.name}: {reached}): {why}"]
 
 
 def summarise(
@@ -145,12 +173,12 @@ def add_excluded(report: Report, excluded: Sequence[LeftOut], unseen: int) -> No
     unseen += sum(item.norm is None for item in excluded)
     if not excluded and not unseen:
         return
-    square = math.fsum(item.norm**2 for item in excluded if item.norm is not None)
+    norm = math.hypot(*(item.norm for item in excluded if item.norm is not None))
     lines = [*report.modules, *report.full, *report.left_out]
-    whole = square + math.fsum((m.delta_norm or 0) ** 2 for m in lines)
-    share = square / whole if whole else 0.0
+    whole = math.hypot(norm, *((m.delta_norm or 0) for m in lines))
+    share = (norm / whole) ** 2 if whole else 0.0
     report.totals |= {
-        "excluded": len(excluded), "excluded_norm": math.sqrt(square), "excluded_share": share,
+        "excluded": len(excluded), "excluded_norm": norm, "excluded_share": share,
         "excluded_unmeasured": unseen,
     }  # fmt: skip
     if excluded:
@@ -160,21 +188,25 @@ def add_excluded(report: Report, excluded: Sequence[LeftOut], unseen: int) -> No
 
 
 def worst(modules: Sequence[ModuleReport], lost: float) -> str:
-    """Name the modules that hold most of the squared error, with their share: where more rank would help."""
+    """Name the modules that hold most of the squared error, with their share: where more rank would help.
+
+    Args:
+        lost: ‖ΔW − BA‖ of all together.
+    """
     if lost <= 0:
         return ""
-    shares = sorted((((m.error or 0) * (m.delta_norm or 0)) ** 2 / lost, m.name) for m in modules)[::-1]
+    shares = sorted(((((m.error or 0) * (m.delta_norm or 0)) / lost) ** 2, m.name) for m in modules)[::-1]
     return "; most was lost in " + ", ".join(f"{name} ({share:.0%})" for share, name in shares[:3])
 
 
 def _warn_left_out(report: Report, kept: float) -> None:
     if not report.left_out:
         return
-    missing = sum((m.delta_norm or 0) ** 2 for m in report.left_out)
-    whole = kept + missing + sum((m.delta_norm or 0) ** 2 for m in report.full)
-    share = math.sqrt(missing / whole) if whole else 0.0
+    missing = math.hypot(*((m.delta_norm or 0) for m in report.left_out))
+    whole = math.hypot(kept, missing, *((m.delta_norm or 0) for m in report.full))
+    share = missing / whole if whole else 0.0
     unknown = sum(m.delta_norm is None for m in report.left_out)
-    report.totals["left_out_norm"] = math.sqrt(missing)
+    report.totals["left_out_norm"] = missing
     report.totals["left_out_share"] = share
     refused = sorted({m.kind for m in report.left_out if m.kind and " takes no " in m.kind})
     names = ", ".join(m.name for m in report.left_out[:3]) + (" …" if len(report.left_out) > 3 else "")

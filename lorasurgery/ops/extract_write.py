@@ -26,11 +26,12 @@ from lorasurgery.ops.extract_parts import (
     pieces_in_memory,
     put_together,
     room_to_pad,
+    scales_of_parts,
     shape_of,
     surplus,
 )
 from lorasurgery.ops.extract_whole import whole_tensors
-from lorasurgery.ops.factored import Factored, Scaling, fit, hold
+from lorasurgery.ops.factored import Factored, Scaling, file_bytes, fit, hold, too_small
 from lorasurgery.ops.pair_names import PairNames
 from lorasurgery.ops.pairs import Pair
 from lorasurgery.report import ModuleReport
@@ -77,25 +78,49 @@ class AdapterDraft:
             self._keep(cut)
 
     def spend(self, budget: int, scaling: Scaling, *, uniform: bool) -> None:
-        """Cut the factors so that the file takes at most `budget` bytes, all else in it counted."""
-        self._keep(
-            [replace(f, copies=1 + len(aliases_of(self, pair)), surplus=surplus(pair)) for pair, f in self.factors]
-        )
-        self._keep(fit([f for _, f in self.factors], [_Folder(self).file], budget, scaling, uniform=uniform))
-        while (
-            uniform and self.padded_size > budget and self.factors[0][1].rank > 1
-        ):  # joined modules add their ranks up
+        """Cut the factors so that the file takes at most `budget` bytes, all else in it counted.
+
+        A module that is left without factors may be saved whole, with all its tensors, because of its bias: where that
+        is more than the budget, every module keeps a direction.
+
+        Raises:
+            SurgeryError: the budget is too small, and what would be enough.
+        """
+        counted = [
+            (pair, replace(f, copies=1 + len(aliases_of(self, pair)), surplus=surplus(pair)))
+            for pair, f in self.factors
+        ]
+        dropped, whole = self.dropped, [f for _, f in counted]
+        files = [_Folder(replace(self, factors=counted)).file]
+        for least in ([], [1] * len(whole)):
+            self.factors, self.dropped = counted, list(dropped)
+            self._keep(fit(whole, files, budget, scaling, uniform=uniform, least=least))
+            if uniform:
+                self._narrow(budget, scaling)
+            if self._size(uniform) <= budget:
+                return
+        overhead, needed = file_bytes(files) - sum(f.cost * f.rank for f in whole), sum(f.cost for f in whole)
+        raise too_small(budget, overhead, max(needed, self._size(uniform) - overhead))
+
+    def _narrow(self, budget: int, scaling: Scaling) -> None:
+        """Give all a lower rank as long as they are too many: modules that are joined add their ranks up."""
+        while self._size(True) > budget and self.factors[0][1].rank > 1:
             rank = self.factors[0][1].rank
-            rank = max(1, min(rank - 1, rank * budget // self.padded_size))
+            rank = max(1, min(rank - 1, rank * budget // self._size(True)))
             self._keep([f.cut(rank, scaling) for _, f in self.factors])
 
-    @property
-    def padded_size(self) -> int:
-        """Bytes of the file with all modules at one rank."""
+    def _size(self, uniform: bool) -> int:
+        """Bytes of the file, with all modules at one rank where that is wanted."""
         found = replace(self)
-        found.pad()
-        file = _Folder(found).file
-        return len(file.header()) + sum(t.nbytes for t in file.tensors)
+        if uniform:
+            found.pad()
+        return file_bytes([_Folder(found).file])
+
+    def scales(self, scaling: Scaling) -> list[float]:
+        """The scale of each module's factors in the file; of those that are joined in memory, that of the whole."""
+        found = {id(f): scaling(f.rank)[1] for _, f in self.factors}
+        found |= scales_of_parts(self.parts, scaling)
+        return [found[id(f)] for _, f in self.factors]
 
     def _keep(self, modules: list[Factored]) -> None:
         self.dropped += [line for f in modules if not f.rank for line in f.reports]

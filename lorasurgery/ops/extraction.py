@@ -19,15 +19,16 @@ from lorasurgery.linalg.half_step import step_at_one
 from lorasurgery.linalg.svd import may_round
 from lorasurgery.linalg.threads import load_solvers, team
 from lorasurgery.ops.difference import Difference
+from lorasurgery.ops.expert_extraction import ExpertWork
 from lorasurgery.ops.extract import ExtractOptions
 from lorasurgery.ops.extract_report import LeftOut, Rounding
 from lorasurgery.ops.extract_write import AdapterDraft
 from lorasurgery.ops.factored import brought
 from lorasurgery.ops.pair_groups import plan_groups, work_cost, work_on
-from lorasurgery.ops.pair_work import Outcome, packed, unpacked
+from lorasurgery.ops.pair_work import Again, Outcome, packed, unpacked
 from lorasurgery.ops.pairs import FACTORED, Pair
 from lorasurgery.ops.spill import spill
-from lorasurgery.ops.workload import Workload
+from lorasurgery.ops.workload import Workload, named
 from lorasurgery.report import ModuleReport, Progress
 
 _LANES = 8  # pairs at a time, memory permitting
@@ -102,8 +103,29 @@ class Extraction:
             raise MismatchError(f"{self.tuned.path}: {alike}; nothing to extract{rest}{changed}")
         if self.budget:
             self.draft.spend(self.budget, self.options.scaling, uniform=self.options.uniform_rank)
+        self._settle_scales()
         if self.options.uniform_rank:
             self.draft.pad()
+
+    def _settle_scales(self) -> None:
+        """With --alpha a scale depends on a rank that a budget, or modules joined in memory, tell only at the end.
+
+        Factors that were made for another one are made anew, from a second look at the pair: rounding them once more
+        would cost accuracy, and nobody would know how much.
+        """
+        wanted = self.draft.scales(self.options.scaling)
+        with team():
+            for i, ((pair, found), scale) in enumerate(zip(self.draft.factors, wanted, strict=True)):
+                if found.update.scale != scale:
+                    with named(pair.name):
+                        again = Again(self, pair, found, scale)
+                        again.read()
+                        again.compute()
+                        self.draft.factors[i] = pair, again.result
+
+    def expert_work(self, pair: Pair, difference: Difference) -> ExpertWork:
+        """The work on the experts of a pair."""
+        return ExpertWork(difference, self.options, self.choice, self.draft.factor_dtype(pair), bool(self.budget))
 
     def _room(self, costs: Sequence[int]) -> int:
         """The largest difference and a small one beside it; of small ones, several at a time.
@@ -148,6 +170,11 @@ class Extraction:
     def modules(self) -> list[ModuleReport]:
         """The reports of all changed matrices, those that a budget left out last."""
         return [line for _, f in self.draft.factors for line in f.reports] + self.draft.dropped
+
+    @property
+    def dtypes(self) -> set[str]:
+        """What factors are written in, as people type it."""
+        return {str(f.update.up.dtype).removeprefix("torch.") for _, f in self.draft.factors}
 
     @property
     def capped(self) -> list[str]:

@@ -41,6 +41,7 @@ class Factored:
         copies: How often the file holds these factors (tied modules).
         bias: lora_B.bias (out,) before division by the scale; None when there is none.
         surplus: Numbers more that a direction takes in the file (modules cut from one tensor, or joined).
+        lost: ‖ΔW − BA‖² when only the first r directions are kept, for r from 0 up; only where a budget may cut.
     """
 
     report: ModuleReport
@@ -49,6 +50,7 @@ class Factored:
     copies: int = 1
     bias: Tensor | None = None
     surplus: int = 0
+    lost: Sequence[float] = ()
 
     @property
     def rank(self) -> int:
@@ -66,20 +68,17 @@ class Factored:
         return (sum(self.update.shape) * self.copies + self.surplus) * self.update.up.element_size()
 
     def cut(self, rank: int, scaling: Scaling) -> Factored:
-        """The first `rank` directions; what is dropped is orthogonal to the rest, so its energy adds to the error's."""
+        """The first `rank` directions as they are, with the error that they were found to leave.
+
+        The scale stays; where that of the new rank is another one, the factors are still to be made for it.
+        """
         if rank >= self.update.rank:
             return self
-        norm = self.report.delta_norm or 0.0
-        lost = ((self.report.error or 0.0) * norm) ** 2 + sum(self.squares[rank:])
-        alpha, scale = scaling(rank) if rank else (0.0, 1.0)
-        ratio = math.sqrt(self.update.scale / scale)
-        up, down = self.update.up[:, :rank], self.update.down[:rank]
-        if ratio != 1:
-            up, down = (up.float() * ratio).to(up.dtype), (down.float() * ratio).to(down.dtype)
-        error = min(1.0, math.sqrt(lost) / norm) if norm else 0.0
-        report = replace(self.report, rank=rank, alpha=alpha, error=error, energy=1 - error**2)
-        update = LowRank(up.contiguous(), down.contiguous(), scale)
-        return replace(self, report=report, update=update, squares=self.squares[:rank])
+        report = restated(self.report, rank, scaling(rank)[0] if rank else 0.0, self.lost[rank])
+        update = LowRank(self.update.up[:, :rank].contiguous(), self.update.down[:rank].contiguous(), self.update.scale)
+        return replace(
+            self, report=report, update=update, squares=self.squares[:rank], lost=self.lost[: rank + 1]
+        )  # fmt: skip
 
     def pad(self, rank: int, rslora: bool = False) -> Factored:
         """Zero-padded to `rank`; alpha grows with it so that the scale stays."""
@@ -91,16 +90,30 @@ class Factored:
         return replace(self, update=wide, report=replace(self.report, rank=rank, alpha=alpha))
 
 
-def spend(modules: Sequence[Factored], room: int, scaling: Scaling, *, uniform: bool = False) -> list[Factored]:
+def restated(report: ModuleReport, rank: int, alpha: float, lost: float) -> ModuleReport:
+    """A module's line for another rank, of which ‖ΔW − BA‖² is known."""
+    norm = report.delta_norm or 0.0
+    error = math.sqrt(lost) / norm if norm else 0.0
+    return replace(report, rank=rank, alpha=alpha, error=error, energy=1 - error**2)
+
+
+def spend(
+    modules: Sequence[Factored], room: int, scaling: Scaling, *, uniform: bool = False, least: Sequence[int] = ()
+) -> list[Factored]:
     """Cut every module so that all together take at most `room` bytes and keep the most energy.
 
     Args:
         uniform: All get one rank, for they will be padded to it anyway; otherwise some may come out with rank 0.
+        least: Directions that each module gets whatever they hold; there must be room for them.
     """
+    costs = [m.cost for m in modules]
     if uniform:
-        ranks = [even_share(room, [m.cost for m in modules])] * len(modules)
+        ranks = [even_share(room, costs)] * len(modules)
     else:
-        ranks = allocate([m.squares for m in modules], [m.cost for m in modules], room)
+        given = list(least) or [0] * len(modules)
+        spectra = [m.squares[g:] for m, g in zip(modules, given, strict=True)]
+        more = allocate(spectra, costs, room - sum(g * c for g, c in zip(given, costs, strict=True)))
+        ranks = [g + r for g, r in zip(given, more, strict=True)]
     return [m.cut(rank, scaling) for m, rank in zip(modules, ranks, strict=True)]
 
 
@@ -116,26 +129,36 @@ def hold(modules: Sequence[Factored], budget: int, scaling: Scaling, *, uniform:
 
 
 def fit(
-    modules: Sequence[Factored], files: Sequence[PlannedFile], budget: int, scaling: Scaling, *, uniform: bool
-) -> list[Factored]:
+    modules: Sequence[Factored], files: Sequence[PlannedFile], budget: int, scaling: Scaling, *, uniform: bool,
+    least: Sequence[int] = (),
+) -> list[Factored]:  # fmt: skip
     """Cut the modules so that the files they are planned in take at most `budget` bytes, all else in it counted.
 
+    Args:
+        least: Directions that each module must keep.
+
     Raises:
-        SurgeryError: the budget holds not even one direction.
+        SurgeryError: the budget holds not even these, or not one direction.
     """
-    factors = sum(m.cost * m.rank for m in modules)
-    overhead = sum(len(f.header()) + sum(t.nbytes for t in f.tensors) for f in files) - factors
-    _check_room(modules, budget, overhead, uniform)
-    return spend(modules, budget - overhead, scaling, uniform=uniform)
+    overhead = file_bytes(files) - sum(m.cost * m.rank for m in modules)
+    costs = [m.cost for m in modules] or [0]
+    needed = sum(costs) if uniform else max(min(costs), sum(g * c for g, c in zip(least, costs, strict=False)))
+    if budget < overhead + needed:
+        raise too_small(budget, overhead, needed)
+    return spend(modules, budget - overhead, scaling, uniform=uniform, least=least)
 
 
-def _check_room(modules: Sequence[Factored], budget: int, overhead: int, uniform: bool) -> None:
-    least = (sum if uniform else min)([m.cost for m in modules] or [0])
-    if budget < overhead + least:
-        raise SurgeryError(
-            f"--budget of {budget:,} bytes holds nothing: header and tensors stored whole take {overhead:,}, "
-            f"the least of factors {least:,}; give at least {overhead + least:,}"
-        )
+def file_bytes(files: Sequence[PlannedFile]) -> int:
+    """Bytes of planned files, their headers among them."""
+    return sum(len(f.header()) + sum(t.nbytes for t in f.tensors) for f in files)
+
+
+def too_small(budget: int, overhead: int, factors: int) -> SurgeryError:
+    """What is said of a budget that can't be kept, with the least that can."""
+    return SurgeryError(
+        f"--budget of {budget:,} bytes holds nothing: header and tensors stored whole take {overhead:,}, "
+        f"the least of factors {factors:,}; give at least {overhead + factors:,}"
+    )
 
 
 def even_share(budget: int, costs: Sequence[int]) -> int:

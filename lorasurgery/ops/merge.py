@@ -124,7 +124,7 @@ def _inside(
     """Merge inside the base's own files."""
     from lorasurgery.ops.in_place import run_in_place  # imports torch
 
-    report.sources = [source for path in report.inputs for source in describe(path)]
+    report.sources = [source for path in report.inputs for source in describe(path, report.warnings)]
     files = files_in_place(recipe)
     if recipe.undo is not None:
         recipe.undo.files |= before_in_place(recipe.base, list(files))

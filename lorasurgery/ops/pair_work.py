@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,16 @@ import torch
 from lorasurgery.checkpoint.header import FLOAT_DTYPES
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.blocks import Blocks, InMemory
-from lorasurgery.linalg.fit import FIT, fitted
-from lorasurgery.linalg.norms import squared_norm
-from lorasurgery.linalg.svd import TruncatedSVD, finite, truncated_svd
+from lorasurgery.linalg.fit import FIT, Fitted, fitted, refitted, scale_within
+from lorasurgery.linalg.keep import keeping
+from lorasurgery.linalg.norms import losses, squared_norm
+from lorasurgery.linalg.ranged import ranged
+from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.linalg.svd import INFINITE, TruncatedSVD, truncated_svd
 from lorasurgery.linalg.threads import own_stream
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.difference import Difference
-from lorasurgery.ops.expert_extraction import ExpertWork
+from lorasurgery.ops.expert_factors import ExpertFactors
 from lorasurgery.ops.expert_pairs import ExpertPair
 from lorasurgery.ops.factored import Factored
 from lorasurgery.ops.pairs import FACTORED, Pair
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from lorasurgery.ops.extraction import Extraction
 
 MEASURED = 32 << 20  # bytes at a time of a difference of which only the norm is wanted
+TURNED = ("conv1d", "embedding")  # of which PEFT's factors are those of the transposed tensor
 _PARTS = 16  # of a difference that the device's memory does not suffice for: one of them at a time
 
 
@@ -140,24 +144,54 @@ class PairWork:
         delta = found.delta
         if delta is None:
             return as_it_was(*found.rounding)
-        square = squared_norm(delta)
-        if not math.isfinite(square) and (self.job.options.allow_nonfinite or self.pair.treatment == "skipped"):
-            return Outcome(broken=True)
-        return self._factor(delta) if self.pair.treatment in FACTORED else Outcome(norm=math.sqrt(finite(square)))
+        matrix, power = ranged(delta)
+        square = squared_norm(matrix)
+        if not math.isfinite(square):
+            if self.job.options.allow_nonfinite or self.pair.treatment == "skipped":
+                return Outcome(broken=True)
+            raise SurgeryError(self._why_not_finite())
+        if self.pair.treatment in FACTORED:
+            return self._factor(matrix, power)
+        return Outcome(norm=math.ldexp(math.sqrt(square), power))
+
+    def _why_not_finite(self) -> str:
+        """Two finite numbers may lie further apart than their dtype goes."""
+        sides = ((self.job.base, self.pair.base), (self.job.tuned, self.pair.tuned))
+        if any(info is not None and count_nonfinite(side, info) for side, info in sides):
+            return INFINITE
+        return "the two checkpoints are further apart than float32 can tell (3.4e38); --exclude leaves the tensor out"
 
     def _experts(self, pair: ExpertPair, difference: Difference) -> Outcome:
         job = self.job
-        work = ExpertWork(difference, job.options, job.choice, job.draft.factor_dtype(pair))
+        work = job.expert_work(pair, difference)
         found, rounding = work.factor(pair)
         changed = {share.name for share in found.shares} if found else set()
         return Outcome(found, unchanged=len(pair.members) - len(changed | rounding), rounding=len(rounding))
 
-    def _factor(self, delta: Blocks) -> Outcome:
+    def _factor(self, delta: Blocks, power: int) -> Outcome:
         options = self.job.options
-        return outcome_of(
-            self.job, self.pair, delta,
-            truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed, to_come=FIT),
-        )  # fmt: skip
+        found = truncated_svd(delta, self.job.choice, method=options.svd, seed=options.seed, to_come=FIT)
+        return outcome_of(self.job, self.pair, delta, found, power)
+
+
+class Again(PairWork):
+    """A second look at a pair whose factors were made for another scale; the result is the pair's new factors."""
+
+    def __init__(self, job: Extraction, pair: Pair, found: Factored, scale: float) -> None:
+        super().__init__(job, pair)
+        self.found, self.scale = found, scale
+
+    def _factor(self, delta: Blocks, power: int) -> Any:
+        turned = self.pair.treatment in TURNED
+        update = self.found.update.transposed if turned else self.found.update
+        update = update.with_scale(math.ldexp(update.scale, -power))
+        fit = refitted(delta, update, scale_within(self.scale, power))
+        made = factored_of(self.job, self.pair, delta, fit, squared_norm(delta), power)
+        return replace(made, copies=self.found.copies, surplus=self.found.surplus)
+
+    def _experts(self, pair: ExpertPair, difference: Difference) -> Any:
+        assert isinstance(self.found, ExpertFactors)
+        return self.job.expert_work(pair, difference).again(pair, self.found, self.scale)
 
 
 def as_it_was(rounding: bool) -> Outcome:
@@ -165,21 +199,49 @@ def as_it_was(rounding: bool) -> Outcome:
     return Outcome(rounding=1) if rounding else Outcome(unchanged=1)
 
 
-def outcome_of(job: Extraction, pair: Pair, delta: Blocks, found: TruncatedSVD) -> Outcome:
-    """The factors of a decomposed pair as they will be written, with the error measured on them."""
-    rank, norm = len(found.s), math.sqrt(found.total)
-    if rank == 0:  # the bytes differ but the values do not (a signed zero)
+def outcome_of(job: Extraction, pair: Pair, delta: Blocks, found: TruncatedSVD, power: int = 0) -> Outcome:
+    """The factors of a decomposed pair as they will be written, with the error measured on them.
+
+    Args:
+        power: ΔW is 2^power · delta.
+    """
+    if not len(found.s):  # the bytes differ but the values do not (a signed zero)
         return Outcome(unchanged=1)
-    alpha, scale = job.options.scaling(rank)
-    fit = fitted(delta, found, scale, job.draft.factor_dtype(pair))
-    error = fit.error / norm
+    fit = fit_of(job, delta, found, job.draft.factor_dtype(pair), power)
+    return Outcome(factored_of(job, pair, delta, fit, found.total, power))
+
+
+def fit_of(job: Extraction, delta: Blocks, found: TruncatedSVD, dtype: torch.dtype, power: int = 0) -> Fitted:
+    """Factors of as many directions as the rule needs in this dtype, with the scale of their rank."""
+    options = job.options
+
+    def fit(found: TruncatedSVD) -> Fitted:
+        return fitted(delta, found, scale_within(options.scaling(len(found.s))[1], power), dtype)
+
+    def more(rank: int) -> TruncatedSVD:
+        choice = RankChoice(rank=rank)
+        return truncated_svd(delta, choice, method=options.svd, seed=options.seed, to_come=FIT)
+
+    return keeping(job.choice, found, fit, more)
+
+
+def factored_of(job: Extraction, pair: Pair, delta: Blocks, fit: Fitted, total: float, power: int = 0) -> Factored:
+    """A pair's factors as they lie in the file, with what is stated of them.
+
+    Args:
+        total: ‖delta‖². power: ΔW is 2^power · delta, of which `fit` is made.
+    """
+    rank, norm = fit.update.rank, math.sqrt(total)
+    error, update = fit.error / norm, fit.update.with_scale(math.ldexp(fit.update.scale, power))
     report = ModuleReport(
         pair.name.removesuffix(".weight"), (delta.shape[0], delta.shape[1]), kind=pair.treatment, rank=rank,
-        alpha=alpha, delta_norm=norm, error=error, energy=1 - error**2,
+        alpha=job.options.alpha_of(rank, update.scale), delta_norm=math.ldexp(norm, power), error=error,
+        energy=1 - error**2,
     )  # fmt: skip
-    kept = fit.update.transposed if pair.treatment in ("conv1d", "embedding") else fit.update
+    kept = update.transposed if pair.treatment in TURNED else update
     kept = LowRank(kept.up.cpu().contiguous(), kept.down.cpu().contiguous(), kept.scale)
-    return Outcome(Factored(report, kept, fit.squares))
+    lost = [math.ldexp(x, 2 * power) for x in losses(delta, fit.update)] if job.budget else ()
+    return Factored(report, kept, [math.ldexp(x, 2 * power) for x in fit.squares], lost=lost)
 
 
 def difference_bytes(pair: Pair) -> int:

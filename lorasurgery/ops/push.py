@@ -18,6 +18,7 @@ from lorasurgery.hub import push as hub
 from lorasurgery.ops.base_name import check_base_model, local_bases, with_base_model
 from lorasurgery.ops.batch import find_adapters
 from lorasurgery.ops.card import make_card
+from lorasurgery.ops.card_reader import check_card
 from lorasurgery.ops.runtime import Clock
 from lorasurgery.report import Progress, Report
 
@@ -84,6 +85,8 @@ def push(
         report.warnings.append(f"not published: {some(parcel.left_out)} (pickles, other weights, other folders)")
     report.warnings += [] if base_model else local_bases(parcel.files)
     own_card = hub.CARD in parcel.files and not overwrite_card
+    if own_card:
+        check_card(parcel.files[hub.CARD])
     card = "" if own_card else " and a model card"
     report.summary = f"{len(parcel.files)} files{card}, {parcel.nbytes / 1e6:,.2f} MB, to {target.repo}"
     if not dry_run:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,35 +18,39 @@ from lorasurgery._version import __version__
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.checkpoint.files import WriteFile, sync_folder
+from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.journal import new_token, partial_of
 from lorasurgery.checkpoint.locate import load_object, locate
 from lorasurgery.checkpoint.modes import Modes
-from lorasurgery.errors import OutputError, SurgeryError
+from lorasurgery.errors import FormatError, OutputError, SurgeryError
 from lorasurgery.hub.reference import cached_reference
 from lorasurgery.ops.base_name import is_local
+from lorasurgery.ops.card_reader import license_of
+from lorasurgery.ops.record_check import check_record
 from lorasurgery.report import RECORD_NAME, Report, Source
 
 _HASHED_WHOLE = 256 * 10**6  # bytes of one input: more would cost a large operation a second reading
 _KEPT = ("totals", "modules", "full", "left_out", "warnings")
 
 
-def describe(given: Any) -> list[Source]:
+def describe(given: Any, warnings: list[str]) -> list[Source]:
     """Say what inputs are, for whoever finds the result later.
 
     Args:
         given: A path, several, or None; references on the Hub are given as the folders they were fetched to.
+        warnings: Gets what of them can't be read.
     """
     if given is None:
         return []
     if isinstance(given, Sequence) and not isinstance(given, str):
-        return [source for item in given for source in describe(item)]
+        return [source for item in given for source in describe(item, warnings)]
     path = Path(given)
     with suppress(SurgeryError, OSError):
-        return [_source(path)]
+        return [_source(path, warnings)]
     return []
 
 
-def _source(path: Path) -> Source:
+def _source(path: Path, warnings: list[str]) -> Source:
     adapter = open_adapter(path) if is_adapter(path) else None
     if adapter:
         folder, names = adapter.weights.folder, list(adapter.weights.files)
@@ -58,7 +63,7 @@ def _source(path: Path) -> Source:
         "adapter" if adapter else "checkpoint",
         revision=hub.revision if hub else None,
         base_model=_base_of(adapter) if adapter else hub.repo if hub else None,
-        license=license_of(adapter.folder if adapter else folder),
+        license=license_of(adapter.folder if adapter else folder, warnings),
     )
     whole = sum((folder / name).stat().st_size for name in names) <= _HASHED_WHOLE
     source.files = [_file(folder / name, name, whole=whole) for name in names]
@@ -79,20 +84,6 @@ def without_folders(text: str) -> str:
     'llama, see https://host/a/b and org/name'
     """
     return re.sub(r"(?<![\w:/.])/(?:[^\s/,;:()]+/)+", "", text)
-
-
-def license_of(folder: Path) -> str | None:
-    """The licence that a folder's model card names in its metadata."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    from huggingface_hub import metadata_load
-
-    try:
-        found = (metadata_load(card) or {}).get("license")
-    except Exception:  # a card is prose: whatever is wrong with it is no reason to stop
-        return None
-    return found if isinstance(found, str) else None
 
 
 def _file(path: Path, name: str, *, whole: bool) -> dict[str, Any]:
@@ -163,11 +154,22 @@ def _by_last_names(text: str, inputs: Sequence[str]) -> str:
     return text
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record beside a result; {} where there is none.
+def read_record(folder: Path, warnings: list[str]) -> dict[str, Any]:
+    """The record beside a result; {} where there is none, or one that this program can't have written.
 
-    Raises:
-        FormatError: it is there but is no JSON object.
+    Args:
+        warnings: Gets a line where it counts as none.
     """
     file = folder / RECORD_NAME
-    return load_object(file) if file.is_file() else {}
+    if not os.path.lexists(file):
+        return {}
+    try:
+        found = load_object(file, strict=True)
+        try:
+            check_record(found)
+        except FormatError as problem:
+            raise FormatError(f"{show(str(file))}: {problem}") from None
+    except FormatError as problem:
+        warnings.append(f"{problem}; the record counts as none, so how this was made is not known")
+        return {}
+    return found

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lorasurgery.checkpoint.locate import exists
 from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.errors import SurgeryError
 from lorasurgery.hub.reference import parse_reference
@@ -55,11 +56,12 @@ def on_references(*parameters: str, headers_only: Callable[[dict[str, Any]], boo
                         problem.args = (f"{cause}; what came of it: {problem}",)
                     problem.args = tuple(fetched.named(a) if isinstance(a, str) else a for a in problem.args)
                     raise
+                made = report.output and not report.dry_run and report.adapters is None and report.sources is None
+                if made:
+                    report.sources = [s for name in parameters for s in describe(given[name], report.warnings)]
                 fetched.rename(report)
-                if report.output and not report.dry_run and report.adapters is None and report.sources is None:
-                    report.sources = [s for name in parameters for s in describe(given[name])]
-                    if ranks().first and _is_as_described(report, under_way):
-                        record(report, call)
+                if made and ranks().first and _is_as_described(report, under_way):
+                    record(report, call)
             return report
 
         return wrapper  # type: ignore[return-value]
@@ -89,7 +91,7 @@ class _Fetched:
     def local(self, value: Any) -> Any:
         """The same with every reference fetched."""
         if isinstance(value, str):
-            return value if Path(value).exists() else self._fetch(value)
+            return value if exists(value) else self._fetch(value)
         if isinstance(value, Sequence):
             return [self.local(item) for item in value]
         return value
@@ -143,7 +145,7 @@ def _call(name: str, given: dict[str, Any]) -> str:
 
     def short(value: Any) -> Any:
         if isinstance(value, (str, Path)):
-            return Path(value).name if Path(value).is_absolute() or Path(value).exists() else str(value)
+            return Path(value).name if Path(value).is_absolute() or exists(value) else str(value)
         return [short(item) for item in value] if isinstance(value, list) else value
 
     said = {key: short(value) for key, value in given.items() if key not in _UNSAID and value is not None}

@@ -40,7 +40,8 @@ class Spill:
         """Write factors; the record says where they are and all else that is known of them."""
         record: dict[str, Any] = {
             "report": found.report.to_dict(), "squares": list(found.squares), "copies": found.copies,
-            "scale": found.update.scale, "up": self._write(found.update.up), "down": self._write(found.update.down),
+            "lost": list(found.lost), "scale": found.update.scale, "up": self._write(found.update.up),
+            "down": self._write(found.update.down),
         }  # fmt: skip
         if found.bias is not None:
             record["bias"] = self._write(found.bias)
@@ -59,7 +60,7 @@ class Spill:
         bias = self._read(record["bias"]) if "bias" in record else None
         common = (report, update, record["squares"], record["copies"], bias)
         if "experts" not in record:
-            return Factored(*common)
+            return Factored(*common, lost=record["lost"])
         shares = tuple(Share(**(s | {"shape": tuple(s["shape"])})) for s in record["shares"])
         return ExpertFactors(*common, experts=record["experts"], shares=shares)
 

@@ -21,6 +21,7 @@ from lorasurgery.checkpoint.settle import (
 )
 from lorasurgery.errors import MismatchError, OutputError, UsageError, some
 from lorasurgery.ops.apply import Recipe
+from lorasurgery.ops.rebased import Rebased
 from lorasurgery.ops.record import record_bytes
 from lorasurgery.ops.undo_record import top_record, undo_folder
 from lorasurgery.ops.undone import Undone
@@ -182,5 +183,5 @@ def is_touched(recipe: Recipe, name: str) -> bool:
 
 
 def on_disk(base: Checkpoint) -> Checkpoint:
-    """The checkpoint as it lies there, of one that is read as it was before its last merge."""
-    return base.merged if isinstance(base, Undone) else base
+    """The checkpoint as it lies there, of one that is read as it was before its last merge, or as its base is."""
+    return base.merged if isinstance(base, (Undone, Rebased)) else base

@@ -10,6 +10,7 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inside import is_inside, leads_out, to_read
+from lorasurgery.checkpoint.locate import load_bytes
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, SurgeryError, UsageError
 from lorasurgery.hub.reference import SCHEME, parse_reference
@@ -54,7 +55,7 @@ def files_in_place(recipe: Recipe) -> dict[str, bytes]:
     base = recipe.base
     if base.is_file:
         return {}
-    new = {name: source.read_bytes() for name, source in tokenizer_files(recipe.adapters).items()}
+    new = {name: load_bytes(source) for name, source in tokenizer_files(recipe.adapters).items()}
     return {name: data for name, data in new.items() if _bytes(to_read(base.folder, name)) != data}
 
 
@@ -68,7 +69,7 @@ def before_in_place(base: Checkpoint, names: Sequence[str]) -> dict[str, bytes |
 
 
 def _bytes(path: Path | None) -> bytes | None:
-    return path.read_bytes() if path is not None and path.is_file() else None
+    return load_bytes(path) if path is not None and path.is_file() else None
 
 
 def record_to_undo(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from math import prod
 from typing import Any
 
 from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.inside import is_inside
-from lorasurgery.checkpoint.json_text import is_shallow
+from lorasurgery.checkpoint.json_text import parse_object
+from lorasurgery.errors import FormatError
 
 _LARGEST = 1 << 30  # bytes of one stretch; those that are written have some megabytes
 _KINDS = {"changed", "resized", "added"}
@@ -25,9 +25,10 @@ def parsed(raw: bytes, version: int, room: int) -> dict[str, Any]:
     Raises:
         ValueError, KeyError, TypeError, AttributeError, RecursionError: it is damaged.
     """
-    about: dict[str, Any] = json.loads(raw)
-    if not is_shallow(about):
-        raise ValueError
+    try:
+        about = parse_object(raw, "about", strict=True)
+    except FormatError as problem:
+        raise ValueError from problem
     if about["format"] != version:
         return about  # which the caller says by its number
     if not about["adapters"]:

@@ -98,14 +98,18 @@ def test_output_is_checked_against_inputs(tmp_path: Path) -> None:
     """Equal to an input, inside one, around one, or there already: refused, --overwrite or not where it must be."""
     base = tmp_path / "base"
     write_one(base)
-    for out in (base, base / "inner", tmp_path):
-        with pytest.raises(OutputError):
+    for out, said in (
+        (base, "is the input .*base, or"),
+        (base / "inner", "or lies inside it"),
+        (tmp_path, "holds the input .*base, which"),
+    ):
+        with pytest.raises(OutputError, match=said):
             check_output(out, [base], overwrite=True)
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match=r"holds the input .*model.safetensors, which"):
         check_output(base, [base / "model.safetensors"], overwrite=True)
     link = tmp_path / "link"
     link.symlink_to(base)
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match=r"link: is the input .*base, or"):
         check_output(link, [base], overwrite=True)
     full = tmp_path / "full"
     write_one(full)
@@ -137,10 +141,25 @@ def test_shards_and_index() -> None:
     assert set(index["weight_map"]) == {t.name for t in tensors}
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1", "5 apples", "0", "1e9", "0.1B"])
+SIZES = {
+    "": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4, "K": 1000, "M": 1000**2, "G": 1000**3,
+    "T": 1000**4, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4, "Ki": 1024, "Mi": 1024**2, "Gi": 1024**3,
+    "Ti": 1024**4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", SIZES)
+def test_every_unit_of_size(unit: str) -> None:
+    """Decimal units count in thousands and binary ones in 1024s, in capitals or not, with a space or not."""
+    for spelt in (unit, unit.lower(), unit.upper(), f" {unit}"):
+        assert parse_size(f"3{spelt}") == 3 * SIZES[unit]
+        assert parse_size(f"2.5{spelt}") == int(2.5 * SIZES[unit])
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "5 apples", "0", "1e9", "0.1B", "5i", "5iB", "5PB", "5BB"])
 def test_senseless_sizes(text: str) -> None:
     """A size that means nothing is a usage error."""
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=f"^size '{text}': expected a number with KB, MB, GB"):
         parse_size(text)
 
 

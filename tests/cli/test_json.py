@@ -209,7 +209,9 @@ def interrupted() -> Iterator[Found]:
     for name, words in (("end", "switch kept --to lean"), ("apply", "unmerge kept lean --in-place")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(surgery, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            assert CliRunner().invoke(main, words.split()).exit_code
+            done = CliRunner().invoke(main, words.split())
+            assert done.exit_code == 1
+            assert "interrupted; some tensors are changed already, and --resume goes on from here" in done.stderr
         yield run(["inspect", "kept"])
         yield run([*words.split(), "--resume"])
 

@@ -51,7 +51,7 @@ COMMANDS = {
     "diff": "diff base tuned --plot OUT.svg",
     "diff adapters": "diff adapter adapter",
     "plan": "plan base --rank 8",
-    "switch": "switch model --to adapter",
+    "switch": "switch model --to adapter --add",
     "verify": "verify base --against base",
     "push": "push adapter me/adapter --dry-run",
     "a dry run": "merge base adapter -o OUT --dry-run",

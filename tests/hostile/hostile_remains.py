@@ -107,7 +107,7 @@ def record(files: Files, rng: random.Random, folder: Path) -> Work:
     """lorasurgery.json."""
     found = json.loads((files.merged / "lorasurgery.json").read_bytes())
     (folder / "lorasurgery.json").write_bytes(mutate.text(mutate.tree(found, rng), rng))
-    return lambda: read_record(folder)
+    return lambda: read_record(folder, [])
 
 
 def resume(files: Files, rng: random.Random, folder: Path) -> Work:

@@ -175,11 +175,11 @@ def test_cat_keeps_every_factor(pair: tuple[Path, Path], tmp_path: Path) -> None
 
 
 @settings(max_examples=12)
-@given(st.lists(st.floats(-3, 3), min_size=2, max_size=2))
+@given(st.lists(st.floats(-3, 3).filter(lambda w: w == 0 or abs(w) > 1e-30), min_size=2, max_size=2))
 def test_linear_in_its_weights(
     pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, weights: list[float]
 ) -> None:
-    """Any weights, either order: Σ wᵢ ΔWᵢ."""
+    """Any weights that float32 can tell, either order: Σ wᵢ ΔWᵢ; beyond it, tests/trust/test_edges.py."""
     root = tmp_path_factory.mktemp("w")
     if not any(weights):
         return
@@ -398,7 +398,7 @@ def test_values_that_are_not_finite(pair: tuple[Path, Path], tmp_path: Path) -> 
     for method in METHODS:
         with pytest.raises(SurgeryError, match="not finite"):
             blend([pair[0], tmp_path / "nan"], tmp_path / "out", BlendOptions(method=method))
-    with pytest.raises(SurgeryError, match="do not fit F16"):
+    with pytest.raises(SurgeryError, match=r"do not fit float16: their numbers would be about .*; try --dtype float32"):
         blend([tmp_path / "big", pair[1]], tmp_path / "out", BlendOptions(dtype="F16"))
     assert not (tmp_path / "out").exists()
 

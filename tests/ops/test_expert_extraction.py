@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 import zoo
+from file_truth import check_lines
 from peft import PeftModel, get_peft_model_state_dict
 from references import best
 from safetensors.torch import load_file, save_file
@@ -110,6 +111,20 @@ def test_stacks_that_are_turned_on_loading(tmp_path: Path) -> None:
         torch.testing.assert_close(theirs[key], value, rtol=0, atol=2e-6, msg=key)
         on_disk = value.mT if ".mlp.experts." in key else value
         torch.testing.assert_close(ours[key], on_disk, rtol=0, atol=2e-6, msg=key)
+
+
+@pytest.mark.parametrize("options", [
+    {"choice": RankChoice(rank=3)}, {"alpha": 5.0, "choice": RankChoice(energy=0.8), "rslora": True},
+    {"choice": RankChoice(budget=Budget(60_000))}, {"alpha": 5.0, "choice": RankChoice(budget=Budget(60_000))},
+    {"alpha": 7.0, "choice": RankChoice(tolerance=0.2), "uniform_rank": True},
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_every_line_in_every_way(name: str, options: dict[str, object], tmp_path: Path) -> None:
+    """Tensors of experts, whole stacks or one by one, under rules, scales and cuts, in 16 bits."""
+    pair(name, tmp_path)
+    now = ExtractOptions(**options, dtype="BF16")  # type: ignore[arg-type]
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "x", now)
+    check_lines(report, tmp_path / "base", tmp_path / "tuned", tmp_path / "x", tmp_path)
 
 
 def dense(path: Path) -> dict[str, Tensor]:

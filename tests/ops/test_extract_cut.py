@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 import zoo
+from file_truth import check_lines
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -171,6 +172,23 @@ def test_joined_modules_keep_their_scale(options: dict[str, object], only: str, 
     assert_close(dict(loaded("minimax_m3_vl", tmp_path / "m").state_dict()), wanted)
     ranks = {v.shape[0] for k, v in load_file(tmp_path / "x" / "adapter_model.safetensors").items() if "lora_A" in k}
     assert len(ranks) == 1 or "uniform_rank" not in options
+
+
+@pytest.mark.parametrize("options", [
+    {"alpha": 5.0, "choice": RankChoice(rank=3)}, {"alpha": 5.0, "choice": RankChoice(energy=0.8), "rslora": True},
+    {"choice": RankChoice(budget=Budget(share=0.2))}, {"alpha": 5.0, "choice": RankChoice(budget=Budget(share=0.2))},
+    {"alpha": 7.0, "choice": RankChoice(tolerance=0.2), "uniform_rank": True},
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["minimax_m3_vl", "hrm_text"])
+def test_the_stated_error_is_that_of_the_file(name: str, options: dict[str, object], tmp_path: Path) -> None:
+    """In 16 bits too: factors of a joined module, whose scale depends on all its parts, are rounded once."""
+    pair(name, tmp_path, {"minimax_m3_vl": "shared_experts", "hrm_text": ""}[name])
+    now = ExtractOptions(**options, dtype="BF16")  # type: ignore[arg-type]
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "x", now)
+    check_lines(report, tmp_path / "base", tmp_path / "tuned", tmp_path / "x", tmp_path)
+    config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    if "alpha" in options and "uniform_rank" not in options:
+        assert {config["lora_alpha"], *config["alpha_pattern"].values()} == {options["alpha"]}
 
 
 @pytest.mark.parametrize("uniform", [False, True])
