@@ -18,6 +18,7 @@ from typing import Any
 from lorasurgery.adapters.cuts import Cut, Shapes
 from lorasurgery.adapters.loading import Loading
 from lorasurgery.adapters.skeleton import Skeleton, skeleton_from
+from lorasurgery.process import own_settings
 
 # A config is somebody's file: numbers beyond these are no real model's, and building it would take for ever.
 _MOST, _MOST_LAYERS = 20_000_000, 2_000
@@ -133,11 +134,11 @@ def _reasonable(value: Any, key: str = "") -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What libraries say while they are imported and build is not about the user's files."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
+    with own_settings():
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
             warnings.simplefilter("ignore")
             yield
-    finally:
-        logging.disable(before)
+        finally:
+            logging.disable(before)

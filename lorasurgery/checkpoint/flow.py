@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from lorasurgery.process import workers
+
 
 class Job(Protocol):
     """One piece of work; its three steps run one after the other, each in a thread of that stage.
@@ -60,9 +62,9 @@ class Flow:
         Raises:
             BaseException: what a step raised, or what interrupted the waiting.
         """
-        readers, workers, writers = self.threads
-        computing = _pool(workers)
-        pools = [_pool(readers) if readers else computing, computing, _pool(writers)]
+        readers, computers, writers = self.threads
+        computing = workers(computers)
+        pools = [workers(readers) if readers else computing, computing, workers(writers)]
         try:
             for job in jobs:
                 self._admit(job)
@@ -112,10 +114,3 @@ class Flow:
         with self._changed:
             self._failure = self._failure or problem
             self._changed.notify_all()
-
-
-def _pool(size: int) -> ThreadPoolExecutor:
-    """Threads in which LAPACK uses as many threads as torch was told to: it learns that when torch is first asked."""
-    import torch
-
-    return ThreadPoolExecutor(size, initializer=torch.get_num_threads)
