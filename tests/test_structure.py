@@ -110,3 +110,20 @@ def test_public_names_are_imported_when_they_are_used() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     typed = {a.asname for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names if a.asname}
     assert typed == set(lorasurgery._PLACES)
+
+
+def test_no_two_files_of_tests_bear_one_name() -> None:
+    """They are imported by their names alone, as helpers of one another."""
+    names = [p.name for p in (ROOT / "tests").rglob("*.py") if p.name != "conftest.py"]
+    assert sorted(set(names)) == sorted(names)
+
+
+def test_several_folders_of_tests_are_collected_together(tmp_path: Path) -> None:
+    """`make test TESTS="tests/a tests/b"`: each folder may have a conftest.py of its own."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "conftest.py").write_text("import pytest\n\n@pytest.fixture\ndef one():\n    return 1\n")
+        (tmp_path / name / f"test_{name}.py").write_text("def test_it(one):\n    assert one == 1\n")
+    command = [sys.executable, "-m", "pytest", "-v", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "a", "b"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "2 passed" in done.stdout, done.stdout
