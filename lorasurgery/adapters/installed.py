@@ -75,12 +75,14 @@ def _built(text: str, architecture: str | None) -> Installed | None:
 
 
 def _transformers(config: dict[str, Any], architecture: str | None) -> Installed | None:
+    named = config.get("architectures") or []
+    architecture = architecture or (named[0] if named and isinstance(named[0], str) else None)
+    if not architecture:  # nothing to ask for, and importing the library takes seconds
+        return None
     import torch
     import transformers
 
-    named = config.get("architectures") or []
-    architecture = architecture or (named[0] if named and isinstance(named[0], str) else None)
-    known = getattr(transformers, architecture or "", None)
+    known = getattr(transformers, architecture, None)
     if known is None or not issubclass(known, transformers.PreTrainedModel):
         return None
     settings = known.config_class.from_dict({k: v for k, v in config.items() if k != "quantization_config"})
