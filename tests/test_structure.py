@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+import lorasurgery
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lorasurgery"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What each room may import of the package: DESIGN's cli -> ops -> adapters -> checkpoint, linalg and lowrank beneath.
-LEAVES = {"errors", "report", "places", "ranks", "process"}
+LEAVES = {"errors", "report", "places", "ranks", "process", "_version"}
 ALLOWED = {
+    "_version": set(),
     "errors": set(),
     "report": set(),
     "places": set(),
@@ -109,12 +112,21 @@ def test_public_names_are_imported_when_they_are_used() -> None:
     assert lorasurgery.merge is merge
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     typed = {a.asname for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names if a.asname}
-    assert typed == set(lorasurgery._PLACES)
+    assert typed - {"__version__"} == set(lorasurgery._PLACES) == set(lorasurgery.__all__) == set(dir(lorasurgery))
+
+
+def test_a_star_import_gives_the_public_names_alone() -> None:
+    """`from lorasurgery import *` brings every public name, and `dir` shows nothing else."""
+    names: dict[str, object] = {}
+    exec("from lorasurgery import *", names)
+    assert set(names) - {"__builtins__"} == set(lorasurgery.__all__)
+
 
 
 def test_no_two_files_of_tests_bear_one_name() -> None:
     """They are imported by their names alone, as helpers of one another."""
-    names = [p.name for p in (ROOT / "tests").rglob("*.py") if p.name != "conftest.py"]
+    alone = [p for p in (ROOT / "tests").rglob("*.py") if not (p.parent / "__init__.py").exists()]
+    names = [p.name for p in alone if p.name != "conftest.py"]
     assert sorted(set(names)) == sorted(names)
 
 

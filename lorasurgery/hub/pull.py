@@ -14,7 +14,7 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lorasurgery import __version__
+from lorasurgery._version import __version__
 from lorasurgery.adapters.components import FOLDER_NAMES
 from lorasurgery.adapters.peft import WEIGHTS_NAME
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, locate

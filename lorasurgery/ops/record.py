@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorasurgery import __version__
+from lorasurgery._version import __version__
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, is_peft
 from lorasurgery.adapters.peft_config import read_config

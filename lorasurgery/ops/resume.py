@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery import __version__
+from lorasurgery._version import __version__
 from lorasurgery.checkpoint.journal import Run
 from lorasurgery.ranks import Ranks
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lorasurgery import __version__
+from lorasurgery._version import __version__
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.heap import Place, read_back

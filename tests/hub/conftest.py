@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 from local_hub import LocalHub
 
 # The client waits up to 23 s for a server that has died; a test has no time for that.

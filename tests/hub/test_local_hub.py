@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from local_hub import LocalHub
-from local_hub_card import card_errors, card_warnings, metadata
-from local_hub_http import Request, span
-from local_hub_store import RefusedError
+from local_hub.card import card_errors, card_warnings, metadata
+from local_hub.protocol import Request, span
+from local_hub.store import RefusedError
 
 if TYPE_CHECKING:
     from conftest import Client
@@ -466,8 +466,8 @@ def test_ids_follow_from_contents(tmp_path: Path) -> None:
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:
-    """The example prints what to paste, serves, and ends quietly."""
-    command = [sys.executable, ROOT / "examples/local_hub.py", "--folder", tmp_path]
+    """It prints what to paste, serves, and ends quietly."""
+    command = [sys.executable, ROOT / "tests/local_hub", "--folder", tmp_path]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stdout
