@@ -122,7 +122,6 @@ def test_a_star_import_gives_the_public_names_alone() -> None:
     assert set(names) - {"__builtins__"} == set(lorasurgery.__all__)
 
 
-
 def test_no_two_files_of_tests_bear_one_name() -> None:
     """They are imported by their names alone, as helpers of one another."""
     alone = [p for p in (ROOT / "tests").rglob("*.py") if not (p.parent / "__init__.py").exists()]
