@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from lorasurgery.checkpoint.operation import note
 from lorasurgery.errors import FormatError
 
 MOST = 100_000_000  # bytes: an index of a million tensors; as for headers
@@ -23,8 +24,10 @@ def read_bytes(file: Path, most: int = MOST) -> bytes:
     """All of a regular file that is no larger than `most`; a FIFO or a device would be read for ever.
 
     Raises:
-        FormatError: another kind of file, or a larger one; without the file's name. OSError: the system's.
+        FormatError: another kind of file, or a larger one, without the file's name; one that was changed since it was
+            read before. OSError: the system's.
     """
+    note(file)
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
         raise FormatError("is not a regular file")

@@ -263,7 +263,7 @@ def command_line(context: click.Context) -> str:
             words.append(param.opts[-1])
         else:
             words += [word for value in values for word in (param.opts[-1], value)]
-    return shlex.join(words) + (" -o OUT" if "out" in context.params else "")
+    return shlex.join(words) + (" -o OUT" if context.params.get("out") else "")
 
 
 def _shown(value: Any) -> str:

@@ -14,7 +14,8 @@ from lorasurgery.cli.ending import Ending
 @click.argument("checkpoint", metavar="CHECKPOINT")
 @click.option("--to", "to", metavar="ADAPTER", multiple=True, required=True, help="What is merged now. Repeatable.")
 @click.option("--from", "from_", metavar="ADAPTER", multiple=True,
-              help="Where what was merged last is, if no longer where it was then. Repeatable.")  # fmt: skip
+              help="Where what was merged last is, if neither beside CHECKPOINT, nor beside what is merged now, nor "
+              "here. Repeatable.")  # fmt: skip
 @options.ALLOW_LOSS
 @options.ALLOW_NONFINITE
 @options.strengths

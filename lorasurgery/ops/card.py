@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.hub.push import CARD
 from lorasurgery.ops import card_parts as parts
+from lorasurgery.ops.base_name import HUB_NAME
 from lorasurgery.ops.inspect_adapter import inspect_adapter
 from lorasurgery.ops.record import license_of, read_record
 from lorasurgery.report import Progress, Report
@@ -19,18 +19,19 @@ from lorasurgery.report import Progress, Report
 PICTURE = "spectrum.png"
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification",
               "QUESTION_ANS": "question-answering", "FEATURE_EXTRACTION": "feature-extraction"}  # fmt: skip
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def make_card(
-    path: Path, adapter: Adapter | None, repo: str, warnings: list[str], progress: Progress | None = None
-) -> dict[str, bytes]:
+    path: Path, adapter: Adapter | None, repo: str, warnings: list[str], progress: Progress | None = None, *,
+    base: str | None = None,
+) -> dict[str, bytes]:  # fmt: skip
     """Write a model card for an adapter or a merged checkpoint, with its picture where there are singular values.
 
     Args:
         path: The folder or file; its record (lorasurgery.json) tells how it was made.
         repo: Where it will be published, for the lines that load it.
         warnings: Gets what keeps the card from being complete.
+        base: The base model's name on the Hub; None for what config and record say.
 
     Returns:
         Name in the repository -> bytes.
@@ -39,10 +40,12 @@ def make_card(
     report = _inspected(path, progress) if adapter else None
     picture = _picture(report, warnings) if report else None
     sources = [s for s in record.get("sources", []) if isinstance(s, dict)]
-    base = base_model(adapter, sources)
+    base = base or base_model(adapter, sources)
     if base is None and (adapter or record):
-        mend = "base_model_name_or_path in adapter_config.json" if adapter else "base_model in its metadata"
-        warnings.append(f"the model card names no base model, for none is known by a name on the Hub; set {mend}")
+        warnings.append(
+            "the model card names no base model, for none is known by a name on the Hub; "
+            "`lorasurgery push … --base-model ORG/NAME` names it"
+        )
     metadata = _metadata(path, adapter, record, sources, base)
     body = [f"# {repo.partition('/')[2]}", parts.opening(report, record, base)]
     if picture:
@@ -59,7 +62,7 @@ def base_model(adapter: Adapter | None, sources: Sequence[dict[str, Any]]) -> st
     named += [adapter.config.get("base_model_name_or_path") if adapter else None]
     named += [s.get("base_model") for s in sources]
     for name in named:
-        if isinstance(name, str) and _ID.fullmatch(name) and not (Path(name).name in local or Path(name).exists()):
+        if isinstance(name, str) and HUB_NAME.fullmatch(name) and not (Path(name).name in local or Path(name).exists()):
             return name
     return None
 

@@ -184,7 +184,7 @@ def _carry_out(
 
     job = Extraction(base, tuned, host, options, device, run, limit)
     run.ranks.wait()  # until all have seen the output as it was
-    with Output(out, overwrite=overwrite, run=run) as output:
+    with Output(out, overwrite=overwrite, run=run, inputs=[base.path, tuned.path]) as output:
         draft = job.run(pairs, progress)
         if run.ranks.first:
             problems = write_adapter(draft, tuned, output)

@@ -18,10 +18,12 @@ from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, is_peft
 from lorasurgery.adapters.peft_config import read_config
 from lorasurgery.checkpoint.files import WriteFile, sync_folder
-from lorasurgery.checkpoint.journal import partial_of
+from lorasurgery.checkpoint.journal import new_token, partial_of
 from lorasurgery.checkpoint.locate import load_object, locate
+from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.errors import OutputError, SurgeryError
 from lorasurgery.hub.reference import cached_reference
+from lorasurgery.ops.base_name import is_local
 from lorasurgery.report import RECORD_NAME, Report, Source
 
 _HASHED_WHOLE = 256 * 10**6  # bytes of one input: more would cost a large operation a second reading
@@ -86,7 +88,9 @@ def _adapter_at(path: Path) -> _Found | None:
 
 def _base_of(config: Mapping[str, Any]) -> str | None:
     name = config.get("base_model_name_or_path")
-    return without_folders(name) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return None
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_local(name) else name
 
 
 def without_folders(text: str) -> str:
@@ -145,9 +149,9 @@ def record(report: Report, call: str) -> None:
     if not out.is_dir():
         return
     data = record_bytes(report, call)
-    partial = partial_of(out / RECORD_NAME)
+    partial = partial_of(out / RECORD_NAME, new_token())
     try:
-        with WriteFile(partial) as file:
+        with WriteFile(partial, mode=Modes.of([out], out).file, new=True) as file:
             file.write_at(0, memoryview(data))
             file.truncate(len(data))
             file.sync()
@@ -166,10 +170,18 @@ def record_bytes(report: Report, call: str) -> bytes:
     """The record of an operation as it is written."""
     found = report.to_dict()
     kept = {key: found[key] for key in _KEPT if key in found}
-    kept["warnings"] = [without_folders(text) for text in report.warnings]
+    kept["warnings"] = [without_folders(_by_last_names(text, report.inputs)) for text in report.warnings]
     sources = [source.to_dict() for source in report.sources or ()]
     table = {"command": report.command, "call": call, "version": __version__, "sources": sources, **kept}
     return (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _by_last_names(text: str, inputs: Sequence[str]) -> str:
+    """The same with inputs and their folders called by their last names, relative ones too."""
+    paths = {p for i in inputs if Path(i).exists() for p in (Path(i), Path(i).parent) if len(p.parts) > 1}
+    for path in sorted(paths, key=lambda p: -len(str(p))):
+        text = text.replace(str(path), path.name)
+    return text
 
 
 def read_record(folder: Path) -> dict[str, Any]:

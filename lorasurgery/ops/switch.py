@@ -47,7 +47,8 @@ def switch(
         checkpoint: A folder or file that `merge --in-place` or `merge --undo` left with a record; without one this is
             `merge --in-place`.
         to: The adapters to be merged now, with `weights` and `block_weights` as for merge.
-        from_: Where the adapters that were merged last are, if no longer where they were then.
+        from_: Where the adapters that were merged last are, unless they lie beside the checkpoint or the new ones, in
+            the current folder, or in the Hub's cache.
 
     Raises:
         SurgeryError: as merge and unmerge do.
@@ -60,7 +61,8 @@ def switch(
         return clock.stamp(settled("switch", str(path)))
     merged, opened = Checkpoint.open(path, unfinished=True), [open_adapter(a) for a in to]
     last = top_record(path)
-    old = [open_adapter(a) for a in adapters_of(last, from_)] if last else []
+    places = [path.absolute().parent, *(Path(a).absolute().parent for a in to), Path.cwd()]
+    old = [open_adapter(a) for a in adapters_of(last, from_, places)] if last else []
     found = record_to_undo(path, old, None, (), ()) if last else None
     chosen = None if dry_run else resolve_device(device)
     base: Checkpoint = Undone(merged, *found, chosen) if found else merged

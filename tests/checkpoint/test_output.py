@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorasurgery.checkpoint.lock import LOCK
 from lorasurgery.checkpoint.output import PARTIAL, Output, check_output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor, index_json, parse_size, split_shards
 from lorasurgery.checkpoint.reader import Checkpoint
@@ -119,7 +120,8 @@ def test_the_last_file_comes_last(tmp_path: Path) -> None:
     with Output(tmp_path / "o", overwrite=False) as output:
         with output.tensor_file(ONE) as file:
             file.write("w", torch.zeros(2))
-        assert [p.name for p in (tmp_path / "o").iterdir()] == [f".model.safetensors{PARTIAL}"]
+        lock, partial = sorted(p.name for p in (tmp_path / "o").iterdir())
+        assert (lock, partial[:19], partial[-len(PARTIAL) :]) == (LOCK, ".model.safetensors.", PARTIAL)
         output.commit(last="model.safetensors")
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["model.safetensors"]
 
@@ -164,8 +166,8 @@ with Output(Path({str(tmp_path / "out")!r}), overwrite=False) as output:
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    names = [p.name for p in (tmp_path / "out").iterdir()]
-    assert names
+    names = [p.name for p in (tmp_path / "out").iterdir() if p.name != LOCK]
+    assert len(names) == 2
     assert all(n.endswith(PARTIAL) for n in names)
     with pytest.raises(OutputError, match="interrupted"):
         check_output(tmp_path / "out", [], overwrite=False)

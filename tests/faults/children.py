@@ -59,6 +59,11 @@ class Child:
         return self._process.exitcode
 
     @property
+    def number(self) -> int | None:
+        """Its process id."""
+        return self._process.pid
+
+    @property
     def line(self) -> str:
         """The last line on stderr."""
         return (self.log.read_text().splitlines() or [""])[-1]

@@ -29,7 +29,7 @@ import torch
 from hostile_files import Files
 from hostile_targets import TARGETS
 
-from lorasurgery.checkpoint.settle import LOCK
+from lorasurgery.checkpoint.lock import LOCK
 from lorasurgery.errors import SurgeryError
 
 SECONDS, BYTES = 20.0, 2 << 30  # of the processor, and of memory, that one input may take
