@@ -136,4 +136,4 @@ def torchrun(ranks: int, arguments: list[str], script: str | None = None) -> sub
     """`torchrun --nproc-per-node N -m lorasurgery …`, or a script in its place, waited for."""
     program = [script] if script else ["-m", "lorasurgery"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *program]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=3000)

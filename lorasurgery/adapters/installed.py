@@ -18,6 +18,7 @@ from typing import Any
 from lorasurgery.adapters.cuts import Cut, Shapes
 from lorasurgery.adapters.loading import Loading
 from lorasurgery.adapters.skeleton import Skeleton, skeleton_from
+from lorasurgery.process import own_settings
 
 # A config is somebody's file: numbers beyond these are no real model's, and building it would take for ever.
 _MOST, _MOST_LAYERS, _MOST_EXPERTS, _MOST_LABELS = 20_000_000, 2_000, 100_000, 100_000
@@ -74,12 +75,14 @@ def _built(text: str, architecture: str | None) -> Installed | None:
 
 
 def _transformers(config: dict[str, Any], architecture: str | None) -> Installed | None:
+    named = config.get("architectures") or []
+    architecture = architecture or (named[0] if named and isinstance(named[0], str) else None)
+    if not architecture:  # nothing to ask for, and importing the library takes seconds
+        return None
     import torch
     import transformers
 
-    named = config.get("architectures") or []
-    architecture = architecture or (named[0] if named and isinstance(named[0], str) else None)
-    known = getattr(transformers, architecture or "", None)
+    known = getattr(transformers, architecture, None)
     if known is None or not issubclass(known, transformers.PreTrainedModel):
         return None
     settings = known.config_class.from_dict({k: v for k, v in config.items() if k != "quantization_config"})
@@ -143,11 +146,11 @@ def _modules(config: dict[str, Any]) -> int:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What libraries say while they are imported and build is not about the user's files."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
+    with own_settings():
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
             warnings.simplefilter("ignore")
             yield
-    finally:
-        logging.disable(before)
+        finally:
+            logging.disable(before)

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from lorasurgery.process import own_settings
+
 _parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 _LONGEST, _DEEPEST = 100_000, 100
 STEPS = 20_000_000  # that one config may cost, ten seconds or so; real ones take thousands
@@ -65,7 +67,7 @@ class PathRegex:
         if len(text) > _LONGEST:
             raise PatternError(f"has {len(text):,} characters, more than any real one")
         try:
-            with warnings.catch_warnings():
+            with own_settings():
                 warnings.simplefilter("ignore")
                 tree = _parser.parse(text)
                 self._step = _sequence(tree, tree.state.flags, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import stat
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
     table = _load(raw, where)
     metadata = _metadata(table.pop("__metadata__", {}), where)
     start = 8 + len(raw)
-    infos = sorted((_entry(n, e, start, where) for n, e in table.items()), key=lambda t: (t.start, t.end))
+    entries = ((name, table.pop(name)) for name in list(table))  # each goes when it is understood: there may be 10⁶
+    infos = sorted((_entry(n, e, start, where) for n, e in entries), key=lambda t: (t.start, t.end))
     end = start
     for info in infos:
         if info.start != end:
@@ -211,7 +213,7 @@ def _entry(name: str, entry: Any, start: int, where: str) -> TensorInfo:
             f"{tensor}: {dtype} of shape {show(str(shape))} takes {bits / 8 if bits % 8 else bits // 8} bytes "
             f"but its offsets span {length}"
         )
-    return TensorInfo(name, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+    return TensorInfo(name, sys.intern(dtype), tuple(shape), start + offsets[0], start + offsets[1])
 
 
 def _whole_numbers(value: Any) -> bool:

@@ -9,14 +9,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorasurgery._version import __version__
-from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
+from lorasurgery.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, is_peft
+from lorasurgery.adapters.peft_config import read_config
 from lorasurgery.checkpoint.files import WriteFile, sync_folder
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.journal import new_token, partial_of
@@ -51,9 +52,9 @@ def describe(given: Any, warnings: list[str]) -> list[Source]:
 
 
 def _source(path: Path, warnings: list[str]) -> Source:
-    adapter = open_adapter(path) if is_adapter(path) else None
+    adapter = _adapter_at(path)
     if adapter:
-        folder, names = adapter.weights.folder, list(adapter.weights.files)
+        folder, names = adapter.folder, adapter.files
     else:
         located = locate(path)
         folder, names = located.folder, located.files
@@ -62,16 +63,36 @@ def _source(path: Path, warnings: list[str]) -> Source:
         hub.repo if hub else path.absolute().name,
         "adapter" if adapter else "checkpoint",
         revision=hub.revision if hub else None,
-        base_model=_base_of(adapter) if adapter else hub.repo if hub else None,
-        license=license_of(adapter.folder if adapter else folder, warnings),
+        base_model=_base_of(adapter.config) if adapter else hub.repo if hub else None,
+        license=license_of(adapter.home if adapter else folder, warnings),
     )
     whole = sum((folder / name).stat().st_size for name in names) <= _HASHED_WHOLE
     source.files = [_file(folder / name, name, whole=whole) for name in names]
     return source
 
 
-def _base_of(adapter: Adapter) -> str | None:
-    name = adapter.config.get("base_model_name_or_path")
+class _Found(NamedTuple):
+    """An adapter's weight files, the folder they lie in, its config, and the folder that is its home."""
+
+    folder: Path
+    files: list[str]
+    config: Mapping[str, Any]
+    home: Path
+
+
+def _adapter_at(path: Path) -> _Found | None:
+    """What is known of an adapter without its tensors' names: the operation has looked at them all already."""
+    if is_peft(path):
+        folder = path if path.is_dir() else path.parent
+        return _Found(folder, [WEIGHTS_NAME], read_config(folder / CONFIG_NAME).raw, folder)
+    if not is_adapter(path):
+        return None
+    adapter = open_adapter(path)
+    return _Found(adapter.weights.folder, list(adapter.weights.files), adapter.config, adapter.folder)
+
+
+def _base_of(config: Mapping[str, Any]) -> str | None:
+    name = config.get("base_model_name_or_path")
     if not isinstance(name, str):
         return None
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_local(name) else name

@@ -176,7 +176,7 @@ with Output(Path({str(tmp_path / "out")!r}), overwrite=False) as output:
         with output.tensor_file(f) as file:
             file.write("w", torch.zeros(2))
     print("half", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert process.stdout is not None

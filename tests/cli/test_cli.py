@@ -22,7 +22,7 @@ REQUIRED = {"command", "version", "inputs", "output", "device", "seconds", "byte
 def lorasurgery(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the program as a process of its own."""
     command = [sys.executable, "-m", "lorasurgery", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=1200)
 
 
 @pytest.fixture(scope="module")

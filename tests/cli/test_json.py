@@ -229,7 +229,7 @@ def run_on_hub(root: Path) -> list[Found]:
     with LocalHub(root / "hub", tokens={"hf_local": "me", "hf_other": "you"}) as hub:
         command = [sys.executable, "-W", "ignore", "-c", ON_HUB, *HUB.strip().splitlines()]
         environment = os.environ | hub.environment(root / "home")
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

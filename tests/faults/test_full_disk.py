@@ -131,6 +131,6 @@ def test_nowhere_to_print(small: Path, tmp_path: Path) -> None:
         str(tmp_path / "out"),
     ]
     with Path("/dev/full").open("w") as nowhere:
-        done = subprocess.run([*words, "--json"], stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run([*words, "--json"], stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (1, "lorasurgery: system: No space left on device\n")
     run("merge", tmp_path / "out", small / "topic", "-o", tmp_path / "again")

@@ -73,7 +73,7 @@ def ask(url: str, method: str = "GET", body: bytes | None = None, **headers: str
     """One request without a client's help."""
     request = urllib.request.Request(url, body, {k.replace("_", "-"): v for k, v in headers.items()}, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -475,7 +475,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
         told = dict(word.split("=", 1) for line in lines for word in line.removeprefix("export ").split())
         status, words = ask(f"{told['HF_ENDPOINT']}/api/whoami-v2", Authorization=f"Bearer {told['HF_TOKEN']}")
         server.send_signal(signal.SIGINT)
-        _, seen = server.communicate(timeout=30)
+        _, seen = server.communicate(timeout=300)
     finally:
         server.kill()
     assert server.returncode == 0

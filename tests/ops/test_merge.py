@@ -364,8 +364,7 @@ def test_kill_in_the_middle_leaves_nothing_finished(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lorasurgery", "merge", str(base), str(adapter), "-o", str(out)]
     command += ["--max-shard-size", "100MB", "-q"]
     process = subprocess.Popen(command)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob(".*-partial"))) < 4 and time.monotonic() < deadline and process.poll() is None:
+    while len(list(out.glob(".*-partial"))) < 4 and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     process.wait()
