@@ -115,7 +115,7 @@ class Copy:
         if ended in (_USAGE, _NOTHING):
             raise SystemExit(f"pytest ended with {ended}: {(self.folder / 'output.txt').read_text()[-2000:]}")
         failed = [test for test, _, outcome, _ in _lines(results) if outcome == "failed"]
-        return failed[0] if failed else f"pytest ended with {ended}"
+        return failed[0] if failed else "an error before the first test"
 
     def _python(self, *words: str) -> None:
         subprocess.run([sys.executable, *words], cwd=self.folder, env=self._env({}), check=True)
@@ -124,7 +124,7 @@ class Copy:
         return [sys.executable, "-m", "pytest", "-m", "not slow", "-p", "mutants_seen", *words]
 
     def _env(self, more: dict[str, str]) -> dict[str, str]:
-        here = self.folder / Path(__file__).resolve().parent.relative_to(self.root)  # where mutants_seen lies
+        here = self.folder / "tests" / Path(__file__).parent.name  # where mutants_seen lies
         home = {"HOME": str(self.folder), "PYTHONPATH": f"{self.folder}{os.pathsep}{here}", "HF_HUB_OFFLINE": "1"}
         return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | home | more
 

@@ -20,7 +20,7 @@ from queue import SimpleQueue
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 # ruff: noqa: E402
-from mutant_choice import choose, reason, reasons
+from mutant_choice import EQUIVALENT, choose, reason, reasons
 from mutant_copies import Copy, Reach
 from mutant_kinds import Mutant
 
@@ -31,24 +31,23 @@ ENOUGH = 0.95  # of those that make a difference
 def main() -> int:
     """Choose, run, print; status 1 when too many were not caught."""
     options = _options()
-    known = reasons()
-    chosen = choose(ROOT, options.count, options.seed, options.within)
-    same = [m for m in chosen if reason(m, known)]
-    tried = [m for m in chosen if not reason(m, known)]
-    for mutant in same:
-        print(f"makes no difference: {_where(mutant)}: {reason(mutant, known)}")
-    if options.show:
-        for mutant in tried:
-            print(difference(mutant))
-        return 0
     with tempfile.TemporaryDirectory(prefix="lorasurgery-mutants-") as folder:
-        survivors = _try_all(tried, options.tests, options.jobs, Path(folder))
+        root = ROOT if options.show else Copy(ROOT, Path(folder) / "0").folder  # where nobody goes on writing
+        known = reasons(root / EQUIVALENT.relative_to(ROOT))
+        chosen = choose(root, options.count, options.seed, options.within)
+        tried = [m for m in chosen if not reason(m, known)]
+        for mutant in chosen:
+            if mutant not in tried:
+                print(f"makes no difference: {_where(mutant)}: {reason(mutant, known)}")
+        survivors = tried if options.show else _try_all(tried, options.tests, options.jobs, root)
+        for mutant in survivors:
+            print(f"\n{'' if options.show else 'not caught: '}{difference(mutant, root)}")
+    if options.show:
+        return 0
     caught = len(tried) - len(survivors)
     share = caught / len(tried) if tried else 1.0
-    for mutant in survivors:
-        print(f"\nnot caught: {difference(mutant)}")
     print(
-        f"\nmutants: {len(chosen)} (seed {options.seed}), {len(same)} make no difference; "
+        f"\nmutants: {len(chosen)} (seed {options.seed}), {len(chosen) - len(tried)} make no difference; "
         f"of the other {len(tried)}, {caught} were caught: {share:.1%}"
     )
     return 0 if share >= ENOUGH else 1
@@ -65,11 +64,11 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _try_all(mutants: Sequence[Mutant], tests: Sequence[str], jobs: int, folder: Path) -> list[Mutant]:
+def _try_all(mutants: Sequence[Mutant], tests: Sequence[str], jobs: int, root: Path) -> list[Mutant]:
     """Run each mutant's tests, several mutants at a time; returns those that no test noticed."""
     copies: SimpleQueue[Copy] = SimpleQueue()
     for i in range(jobs):
-        copies.put(Copy(ROOT, folder / str(i)))
+        copies.put(Copy(root, root.with_name(f"{i + 1}")))
     first = copies.get()
     print("== the tests once, to see which come by", flush=True)
     reach = first.reach(mutants, tests, jobs)
@@ -100,9 +99,9 @@ def _where(mutant: Mutant) -> str:
     return f"{mutant.file}:{mutant.line}"
 
 
-def difference(mutant: Mutant) -> str:
+def difference(mutant: Mutant, root: Path) -> str:
     """Where a mutant is, and what it changes."""
-    source = (ROOT / mutant.file).read_bytes()
+    source = (root / mutant.file).read_bytes()
     old, new = source.decode().splitlines(), mutant.applied(source).decode().splitlines()
     lines = difflib.unified_diff(old, new, lineterm="", n=2)
     return "\n".join([f"{_where(mutant)}: {mutant.kind} in {mutant.function}", *list(lines)[2:]])
