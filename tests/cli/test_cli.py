@@ -357,7 +357,7 @@ USAGE = {
     "svd by guess": "'guess' is not one of 'auto', 'randomized', 'exact'",
     "unknown target": "--target q_porj: matches no module; nearest: q_proj",
     "unknown exclude": "--exclude nothing_like_it: matches no module",
-    "target no regex": "--target q_proj(: not a regular expression",
+    "target no regex": "--target q_proj(: is no regular expression",
     "full none and more": "--full none contradicts the other --full",
     "adapter into a file": "an adapter for peft is a folder",
     "rerank two rules": "give exactly one of --rank, --energy",
