@@ -220,4 +220,5 @@ def _inverse(cosines: Tensor) -> Tensor:
         return torch.full_like(cosines, math.nan)
     values, vectors = torch.linalg.eigh(cosines)
     kept = torch.where(values > _DEPENDENT * values[-1], 1 / values, 0.0)
-    return (vectors * kept) @ vectors.mT
+    found: Tensor = (vectors * kept) @ vectors.mT
+    return found
