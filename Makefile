@@ -7,8 +7,9 @@ TESTS ?=
 ONLY ?=
 MINUTES ?= 30
 BENCH ?=
+MUTANTS ?=
 
-.PHONY: help install demo test test-slow fuzz lint types check docs architectures site bench clean
+.PHONY: help install demo test test-slow fuzz mutants lint types check docs architectures site bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -37,6 +38,10 @@ test-slow: $(STAMP) ## The proofs that take minutes each
 fuzz: $(STAMP) ## Read hostile files for MINUTES=30 and say what was not refused in one line, in bounded time and memory
 	@echo "== fuzz: $(MINUTES) minutes"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/hostile/fuzz.py --minutes $(MINUTES)
+
+mutants: $(STAMP) ## Put 60 small mistakes into the code, one at a time, and say which no test notices (an hour or so); MUTANTS="--in lorasurgery/linalg" tries those of one room
+	@echo "== mutants"
+	@$(BIN)/python tests/mutants/mutants.py $(MUTANTS)
 
 lint: $(STAMP) ## ruff, formatting included
 	@echo "== lint"

@@ -25,15 +25,16 @@ start = time.monotonic()
 child = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ,
                         file_actions=[(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, err, 2)])
 _, status, usage = os.wait4(child, 0)
-print([time.monotonic() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(status)])
+print([time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss, os.waitstatus_to_exitcode(status)])
 """
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished process: seconds, peak resident bytes, exit status, what it printed, and the end of both streams."""
+    """One finished process: seconds, the processors' seconds, peak resident bytes, exit status, its output's end."""
 
     seconds: float
+    busy: float
     peak_bytes: int
     status: int
     stdout: str
@@ -73,10 +74,10 @@ def run(command: list[str], log: Path, env: dict[str, str] | None = None) -> Run
         [sys.executable, "-S", "-c", _WATCH, str(log), *command],
         env=os.environ | offline | (env or {}), cwd=ROOT, check=True, capture_output=True, text=True,
     )  # fmt: skip
-    seconds, peak, status = json.loads(measured.stdout)
+    seconds, busy, peak, status = json.loads(measured.stdout)
     scale = 1 if sys.platform == "darwin" else 1024
     out, err = (Path(f"{log}.{end}").read_text(errors="replace") for end in ("out", "err"))
-    return Run(seconds, peak * scale, status, out, (out[-1500:] + err[-1500:]).strip())
+    return Run(seconds, busy, peak * scale, status, out, (out[-1500:] + err[-1500:]).strip())
 
 
 def interleave(contenders: list[Contender], logs: Path, *, keep: bool = False) -> list[Row]:

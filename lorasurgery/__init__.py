@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lorasurgery.adapters.formats import open_adapter as open_adapter
     from lorasurgery.checkpoint.reader import Checkpoint as Checkpoint
@@ -40,8 +42,11 @@ if TYPE_CHECKING:
     from lorasurgery.plots import draw as draw
     from lorasurgery.report import Report as Report
 
-__version__ = "0.1.0"
-
+__all__ = [
+    "BlendOptions", "Budget", "Checkpoint", "ConvertOptions", "ExtractOptions", "LowRank", "RankChoice", "Report",
+    "Selection", "SurgeryError", "Target", "blend", "check", "convert", "diff", "draw", "extract", "inspect",
+    "merge", "open_adapter", "plan", "push", "rerank", "switch", "unmerge", "verify",
+]  # fmt: skip
 _HOMES = {
     "adapters.formats": ("open_adapter",), "checkpoint.reader": ("Checkpoint",), "errors": ("SurgeryError",),
     "linalg.rank": ("Budget", "RankChoice"), "lowrank": ("LowRank",), "ops.blend": ("BlendOptions", "blend"),
@@ -61,4 +66,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PLACES])
+    return __all__

@@ -14,6 +14,7 @@ from typing import TypeVar
 from lorasurgery.errors import SurgeryError
 
 T = TypeVar("T")
+_GONE = "another rank is gone ({}); its own message says why"
 _PATIENCE = timedelta(days=30)  # a rank may be busy for hours; when one dies, torchrun ends the others at once
 
 
@@ -52,7 +53,28 @@ class Ranks:
                 dist.init_process_group("gloo", timeout=_PATIENCE)
             dist.barrier()
         except RuntimeError as problem:
-            raise SurgeryError(f"another rank is gone ({_line(problem)}); its own message says why") from None
+            raise SurgeryError(_GONE.format(_line(problem))) from None
+
+    def told(self, word: str) -> str:
+        """Rank 0's word, for all; like wait() it takes until all are here.
+
+        >>> Ranks().told("a")
+        'a'
+
+        Raises:
+            SurgeryError: another rank is gone.
+        """
+        self.wait()
+        if self.size == 1:
+            return word
+        import torch.distributed as dist
+
+        found = [word]
+        try:
+            dist.broadcast_object_list(found, 0)
+        except RuntimeError as problem:
+            raise SurgeryError(_GONE.format(_line(problem))) from None
+        return found[0]
 
     def mine(self, items: Sequence[T], costs: Sequence[int]) -> list[T]:
         """This rank's part of the items: neighbours, about an equal share of the costs.

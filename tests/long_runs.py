@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from lorasurgery.checkpoint.lock import LOCK
+
 HIDDEN, INNER, LAYERS = 256, 512, 6
 SHAPES = {"self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.v_proj": (HIDDEN, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
           "mlp.down_proj": (HIDDEN, INNER)}  # fmt: skip
@@ -66,6 +68,11 @@ def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file."""
     files = sorted(f for f in folder.rglob("*") if f.is_file())
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def left(out: Path) -> list[str]:
+    """The names of what a run that was killed left in its output, but for the lock, which nobody holds any more."""
+    return [p.name for p in out.iterdir() if p.name != LOCK]
 
 
 def operation(name: str, folder: Path, out: Path, **more: Any) -> Any:
@@ -129,4 +136,4 @@ def torchrun(ranks: int, arguments: list[str], script: str | None = None) -> sub
     """`torchrun --nproc-per-node N -m lorasurgery …`, or a script in its place, waited for."""
     program = [script] if script else ["-m", "lorasurgery"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *program]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=3000)

@@ -267,7 +267,7 @@ class Worker:
         limit: Seconds for one class. lives: Classes that one process tries.
     """
 
-    def __init__(self, limit: float = 150, lives: int = 40) -> None:
+    def __init__(self, limit: float = 600, lives: int = 40) -> None:
         self.limit, self.lives = limit, lives
         self._process: Any = None
         self._left = 0

@@ -9,16 +9,20 @@ from pathlib import Path
 
 import pytest
 
+import lorasurgery
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lorasurgery"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What each room may import of the package: DESIGN's cli -> ops -> adapters -> checkpoint, linalg and lowrank beneath.
-LEAVES = {"errors", "report", "places", "ranks"}
+LEAVES = {"errors", "report", "places", "ranks", "process", "_version"}
 ALLOWED = {
+    "_version": set(),
     "errors": set(),
     "report": set(),
     "places": set(),
     "ranks": {"errors"},
+    "process": set(),
     "lowrank": {"errors"},
     "linalg": LEAVES | {"lowrank"},
     "checkpoint": LEAVES,
@@ -108,4 +112,29 @@ def test_public_names_are_imported_when_they_are_used() -> None:
     assert lorasurgery.merge is merge
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     typed = {a.asname for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names if a.asname}
-    assert typed == set(lorasurgery._PLACES)
+    assert typed - {"__version__"} == set(lorasurgery._PLACES) == set(lorasurgery.__all__) == set(dir(lorasurgery))
+
+
+def test_a_star_import_gives_the_public_names_alone() -> None:
+    """`from lorasurgery import *` brings every public name, and `dir` shows nothing else."""
+    names: dict[str, object] = {}
+    exec("from lorasurgery import *", names)
+    assert set(names) - {"__builtins__"} == set(lorasurgery.__all__)
+
+
+def test_no_two_files_of_tests_bear_one_name() -> None:
+    """They are imported by their names alone, as helpers of one another."""
+    alone = [p for p in (ROOT / "tests").rglob("*.py") if not (p.parent / "__init__.py").exists()]
+    names = [p.name for p in alone if p.name != "conftest.py"]
+    assert sorted(set(names)) == sorted(names)
+
+
+def test_several_folders_of_tests_are_collected_together(tmp_path: Path) -> None:
+    """`make test TESTS="tests/a tests/b"`: each folder may have a conftest.py of its own."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "conftest.py").write_text("import pytest\n\n@pytest.fixture\ndef one():\n    return 1\n")
+        (tmp_path / name / f"test_{name}.py").write_text("def test_it(one):\n    assert one == 1\n")
+    command = [sys.executable, "-m", "pytest", "-v", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "a", "b"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "2 passed" in done.stdout, done.stdout

@@ -35,6 +35,7 @@ _PRESETS = {
     "OUTALL": ("10000000111111111", "100000111111"), "ALL0.5": ("", ""),
 }  # fmt: skip
 PRESETS = tuple(_PRESETS)
+_LONGEST = 4096  # characters of one block weight
 _LEVEL = re.compile(
     r"(?P<level>(?:down|up)_blocks[._]\d+)[._](?P<kind>resnets|attentions|downsamplers|upsamplers)[._](?P<n>\d+)"
 )
@@ -73,8 +74,10 @@ def parse_block_weight(text: str) -> BlockWeight:
     Raises:
         UsageError: none of them, or a list of no known length.
     """
-    match = re.fullmatch(r"(?:(\d+):)?(.+)", text.strip())
+    match = re.fullmatch(r"(?:(\d{1,9}):)?(.+)", text.strip())
     number, rest = (int(match[1] or 0), match[2]) if match else (0, "")
+    if len(text) > _LONGEST:
+        raise UsageError(f"--block-weight: {len(text):,} characters are more than any name of a module has")
     if match and match[1] and not number:
         raise UsageError(f"--block-weight {text}: adapters are counted from 1")
     if "=" in rest:

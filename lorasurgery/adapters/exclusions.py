@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
 from lorasurgery.adapters.patterns import PRESETS, any_match, matches
+from lorasurgery.errors import UsageError
 
 _MOST = 12  # patterns that a person may be asked to give
 _ENDING = 4  # parts of a path's end
@@ -70,7 +71,6 @@ def _exact(pattern: str) -> str:
 
 def _means_any(pattern: str, paths: Iterable[str]) -> bool:
     try:
-        re.compile(pattern)
-    except re.error:  # a name that is no regular expression
+        return any(any_match([pattern], path) for path in paths)
+    except UsageError:  # a name that is no regular expression
         return True
-    return any(any_match([pattern], path) for path in paths)

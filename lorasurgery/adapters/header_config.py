@@ -57,8 +57,7 @@ class HeaderConfig:
         """alpha_pattern of each component."""
         found = {}
         for prefix, config in self.components.items():
-            patterns = {k.removeprefix("^"): v for k, v in (config.get("alpha_pattern") or {}).items()}
-            found[prefix] = PatternTable(patterns, _named(self.where, prefix, "alpha_pattern"))
+            found[prefix] = PatternTable(config.get("alpha_pattern") or {}, _named(self.where, prefix, "alpha_pattern"))
         return found
 
 

@@ -36,6 +36,12 @@ _NO_ADAPTERS = re.compile(r"""
     |AudioLDM2ProjectionModel|CLIPImageProjection|Ideogram4PromptEnhancerHead|Kandinsky6SRLatentUpscalerBank
     |ReduxImageEncoder|UniDiffuserTextDecoder
 """, re.VERBOSE)  # fmt: skip
+# Denoisers whose original names are known: by a table (dialects.py), or as ComfyUI builds Qwen-Image with diffusers'
+# own names (ComfyUI 01f4512, comfy/ldm/qwen_image/model.py).
+_KNOWN_NAMES = {
+    "UNet2DConditionModel", "FluxTransformer2DModel", "SD3Transformer2DModel", "WanTransformer3DModel",
+    "HunyuanVideoTransformer3DModel", "QwenImageTransformer2DModel",
+}  # fmt: skip
 _BESIDE = re.compile(r"(?P<vae>Autoencoder|VQModel|.*VAE|.*Vae$)|.*ControlNet")  # models that stand beside a denoiser
 
 
@@ -56,6 +62,15 @@ def beside_denoiser(class_name: str) -> str:
     """
     match = _BESIDE.match(class_name)
     return "" if match is None else "a VAE" if match["vae"] else "a ControlNet"
+
+
+def has_known_originals(class_name: str) -> bool:
+    """Whether the names that ComfyUI and kohya have for a denoiser of diffusers are known here.
+
+    >>> has_known_originals("FluxTransformer2DModel"), has_known_originals("SanaTransformer2DModel")
+    (True, False)
+    """
+    return class_name in _KNOWN_NAMES
 
 
 def class_of(config: Mapping[str, object]) -> str:

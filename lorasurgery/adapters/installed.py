@@ -18,9 +18,10 @@ from typing import Any
 from lorasurgery.adapters.cuts import Cut, Shapes
 from lorasurgery.adapters.loading import Loading
 from lorasurgery.adapters.skeleton import Skeleton, skeleton_from
+from lorasurgery.process import own_settings
 
 # A config is somebody's file: numbers beyond these are no real model's, and building it would take for ever.
-_MOST, _MOST_LAYERS = 20_000_000, 2_000
+_MOST, _MOST_LAYERS, _MOST_EXPERTS, _MOST_LABELS = 20_000_000, 2_000, 100_000, 100_000
 _FREE = ("theta", "base", "token", "_id", "scale", "max_", "factor", "length", "rate", "seed")
 _COUNTS = ("layers", "blocks", "depth", "depths", "experts", "layer", "stages")  # how keys that count modules end
 
@@ -62,11 +63,11 @@ def installed_model(config: dict[str, Any], architecture: str | None = None) -> 
 
 @lru_cache(maxsize=8)
 def _built(text: str, architecture: str | None) -> Installed | None:
-    config: dict[str, Any] = json.loads(text, object_hook=_numbers)
-    if not _reasonable(config):
-        return None
-    build = _diffusers if isinstance(config.get("_class_name"), str) else _transformers
     try:
+        config: dict[str, Any] = json.loads(text, object_hook=_numbers)
+        if not _reasonable(config):
+            return None
+        build = _diffusers if isinstance(config.get("_class_name"), str) else _transformers
         with _quiet():
             return build(config, architecture)
     except Exception:  # not installed, too old for this model, or a config that its class does not take
@@ -74,12 +75,14 @@ def _built(text: str, architecture: str | None) -> Installed | None:
 
 
 def _transformers(config: dict[str, Any], architecture: str | None) -> Installed | None:
+    named = config.get("architectures") or []
+    architecture = architecture or (named[0] if named and isinstance(named[0], str) else None)
+    if not architecture:  # nothing to ask for, and importing the library takes seconds
+        return None
     import torch
     import transformers
 
-    named = config.get("architectures") or []
-    architecture = architecture or (named[0] if named and isinstance(named[0], str) else None)
-    known = getattr(transformers, architecture or "", None)
+    known = getattr(transformers, architecture, None)
     if known is None or not issubclass(known, transformers.PreTrainedModel):
         return None
     settings = known.config_class.from_dict({k: v for k, v in config.items() if k != "quantization_config"})
@@ -120,24 +123,34 @@ def _numbers(value: dict[str, Any]) -> Any:
 def _reasonable(value: Any, key: str = "") -> bool:
     """Whether no number in a config is beyond those of real models."""
     if isinstance(value, dict):
-        return all(_reasonable(v, str(k).lower()) for k, v in value.items())
+        return _modules(value) <= _MOST_EXPERTS and all(_reasonable(v, str(k).lower()) for k, v in value.items())
     if isinstance(value, list):
-        return len(value) < _MOST_LAYERS * 100 and all(_reasonable(v, key) for v in value)
+        counted = sum(v for v in value if type(v) is int) if key.endswith(_COUNTS) else 0
+        return len(value) < _MOST_LAYERS * 100 and counted <= _MOST_LAYERS and all(_reasonable(v, key) for v in value)
     if not isinstance(value, int) or isinstance(value, bool):
         return True
     if key.endswith(_COUNTS):
         return value <= _MOST_LAYERS
+    if "label" in key:  # each becomes a word in memory
+        return value <= _MOST_LABELS
     return value <= _MOST or any(part in key for part in _FREE)
+
+
+def _modules(config: dict[str, Any]) -> int:
+    """Experts in all layers together, where each may be a module of its own."""
+    numbers = {str(k).lower(): v for k, v in config.items() if type(v) is int}
+    layers = max((v for k, v in numbers.items() if k.endswith(("layers", "layer"))), default=1)
+    return layers * max((v for k, v in numbers.items() if k.endswith("experts")), default=1)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What libraries say while they are imported and build is not about the user's files."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
+    with own_settings():
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
             warnings.simplefilter("ignore")
             yield
-    finally:
-        logging.disable(before)
+        finally:
+            logging.disable(before)

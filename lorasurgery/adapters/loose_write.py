@@ -21,7 +21,9 @@ from lorasurgery.adapters.hashes import with_hashes
 from lorasurgery.adapters.header_config import KEY
 from lorasurgery.adapters.module import Module
 from lorasurgery.adapters.peft_write import rank_fields, with_kernel
+from lorasurgery.checkpoint.json_text import parse_object
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
+from lorasurgery.errors import FormatError
 from lorasurgery.lowrank import LowRank, widened
 
 if TYPE_CHECKING:
@@ -188,7 +190,6 @@ def _one(values: set[Any]) -> str:
 
 def _object(text: str | None) -> dict[str, Any]:
     try:
-        found = json.loads(text or "{}")
-    except ValueError:
+        return parse_object((text or "{}").encode(), "metadata")
+    except FormatError:
         return {}
-    return found if isinstance(found, dict) else {}

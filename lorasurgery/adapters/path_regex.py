@@ -1,21 +1,29 @@
-"""Regular expressions that a config brings along, matched against module paths in bounded time.
+"""Regular expressions from a config or the command line, matched against module paths in bounded time.
 
 Python's re goes back and tries again, so that `(a+)+b` takes 2ⁿ steps on n letters. PEFT only asks whether a path
 matches, and for that all ways can be followed at once: a set of places in the path, one bit each of a number, goes
 through the expression from left to right. Groups that refer back to others can't be followed so; they are refused.
+Where Python's re is quick for sure, as with most real expressions on paths of real length, it is asked instead.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
+import re
 import sys
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
+
+from lorasurgery.process import own_settings
 
 _parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 _LONGEST, _DEEPEST = 100_000, 100
 STEPS = 20_000_000  # that one config may cost, ten seconds or so; real ones take thousands
+_QUICK = 50_000  # ways through an expression that re may try: a tenth of a millisecond to a few
+_SINGLE = ("LITERAL", "NOT_LITERAL", "ANY", "IN")
 _IGNORE_CASE, _MULTILINE, _DOT_ALL, _ASCII = 2, 8, 16, 256  # re's flags
 
 Step = Callable[["PathText", int], int]
@@ -27,10 +35,10 @@ class PatternError(ValueError):
 
 
 class Budget:
-    """Steps that the patterns of one config may still take together."""
+    """Steps that may still be taken: by the patterns of one config together, or by one on one path."""
 
-    def __init__(self) -> None:
-        self.left = STEPS
+    def __init__(self, steps: int | None = None) -> None:
+        self.left = STEPS if steps is None else steps
 
     def take(self, steps: int) -> None:
         """Spend some.
@@ -40,7 +48,7 @@ class Budget:
         """
         self.left -= steps
         if self.left < 0:
-            raise PatternError("takes too long to be matched with the adapter's modules")
+            raise PatternError("takes too long to be matched with names of modules")
 
 
 class PathRegex:
@@ -59,16 +67,38 @@ class PathRegex:
         if len(text) > _LONGEST:
             raise PatternError(f"has {len(text):,} characters, more than any real one")
         try:
-            with warnings.catch_warnings():
+            with own_settings():
                 warnings.simplefilter("ignore")
                 tree = _parser.parse(text)
                 self._step = _sequence(tree, tree.state.flags, 0)
+                self._ways = _ways(tree)
+                self._text = text
         except PatternError:
             raise
         except RecursionError:
             raise PatternError("is nested too deeply") from None
         except (ValueError, OverflowError, _parser.error) as problem:
             raise PatternError(f"is no regular expression ({problem})") from None
+
+    def means(self, path: str, steps: int) -> bool:
+        """Whether all of a path matches.
+
+        Args:
+            steps: That it may cost, where re is not sure to be quick.
+
+        Raises:
+            PatternError: it would cost more.
+        """
+        count, degree = self._ways
+        if count * (len(path) + 1) ** degree <= _QUICK:
+            return self._compiled.fullmatch(path) is not None
+        return self.fullmatch(PathText(path, Budget(steps)))
+
+    @cached_property
+    def _compiled(self) -> re.Pattern[str]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return re.compile(self._text)
 
     def fullmatch(self, path: PathText) -> bool:
         """Whether all of a path matches.
@@ -149,6 +179,28 @@ def _is_word(c: str) -> bool:
     return c.isalnum() or c == "_"
 
 
+def _ways(tree: Any) -> tuple[float, int]:
+    """(c, d): re goes through a sequence in at most c·(n + 1)ᵈ ways on a path of n letters."""
+    found = [_ways_of(str(op), av) for op, av in tree]
+    return math.prod(count for count, _ in found), sum(degree for _, degree in found)
+
+
+def _ways_of(op: str, av: Any) -> tuple[float, int]:
+    """The same for a part: infinitely many where groups are repeated, for each round multiplies them."""
+    if op == "SUBPATTERN":
+        return _ways(av[3])
+    if op == "BRANCH":
+        branches = [_ways(branch) for branch in av[1]]
+        return sum(count for count, _ in branches), max(degree for _, degree in branches)
+    if op in ("MAX_REPEAT", "MIN_REPEAT"):
+        least, most, inner = av
+        if len(inner) == 1 and str(inner[0][0]) in _SINGLE:
+            return (1.0, 1) if most - least > 1000 else (1.0 + most - least, 0)
+        count, degree = _ways(inner)
+        return (1.0 + count, degree) if most <= 1 else (math.inf, 0)
+    return _ways(av[1]) if op in ("ASSERT", "ASSERT_NOT") else (1.0, 0)
+
+
 def _sequence(tree: Any, flags: int, depth: int) -> Step:
     if depth > _DEEPEST:
         raise PatternError("is nested too deeply")
@@ -165,7 +217,7 @@ def _sequence(tree: Any, flags: int, depth: int) -> Step:
 
 
 def _part(op: str, av: Any, flags: int, depth: int) -> Step:
-    if op in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
+    if op in _SINGLE:
         return _Single(op, av, flags)
     if op == "SUBPATTERN":
         return _sequence(av[3], (flags | av[1]) & ~av[2], depth + 1)

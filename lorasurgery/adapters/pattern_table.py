@@ -52,6 +52,8 @@ class PatternTable:
         Raises:
             UnsupportedError: it would take too long to tell.
         """
+        if not self._values:
+            return default
         try:
             best = min(self._looked_up(path), default=len(self._values))
             text = PathText(path, self._budget)

@@ -1,19 +1,24 @@
-"""--target, --exclude and --full: which module paths a person means by a suffix, a regular expression or a preset."""
+"""--target, --exclude and --full: which module paths a person means by a suffix, a regular expression or a preset.
+
+A name comes from a file and an expression from a person: neither may make the other take for ever (path_regex.py).
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from lorasurgery.adapters.naming import is_embedding, is_head
+from lorasurgery.adapters.path_regex import PathRegex, PatternError
 from lorasurgery.errors import UsageError, nearest, some
 
-_ATTENTION = re.compile(r".*(attn|attention)[^.]*\..+", re.IGNORECASE)
 _MLP = re.compile(
     r".*\.(mlp|ffn|feed_forward|densereludense|block_sparse_moe|experts|shared_expert|intermediate)\..+"
     r"|.*\.(fc1|fc2|fc_in|fc_out|wi|wi_0|wi_1)|(.*\.)?layers?\.\d+\.output\.dense",
     re.IGNORECASE,
 )
+_STEPS = 20_000  # that a pattern may cost on one path, ten milliseconds or so; real ones take dozens
 PRESETS = ("attention", "mlp", "all-linear")
 
 
@@ -26,18 +31,32 @@ def matches(pattern: str, path: str) -> bool:
     True
     >>> matches("attention", "h.0.attn.c_attn"), matches("all-linear", "lm_head")
     (True, False)
+
+    Raises:
+        UsageError: no regular expression, or one that takes too long.
     """
-    linear = not is_embedding(path) and not is_head(path)
     if pattern in PRESETS:
-        if pattern == "all-linear":
-            return linear
-        in_attention = _ATTENTION.fullmatch(path) is not None
-        if pattern == "attention":
-            return linear and in_attention
-        return linear and not in_attention and _MLP.fullmatch(path) is not None
+        return _is_preset(pattern, path)
     if path == pattern or path.endswith("." + pattern):
         return True
-    return re.fullmatch(pattern, path) is not None
+    try:
+        return _regex(pattern).means(path, _STEPS + 20 * len(pattern))
+    except PatternError as problem:
+        raise UsageError(f"{pattern}: {problem} ({path}); write it more simply") from None
+
+
+def _is_preset(pattern: str, path: str) -> bool:
+    if is_embedding(path) or is_head(path):
+        return False
+    in_attention = any("attn" in part or "attention" in part for part in path.lower().split(".")[:-1])
+    if pattern == "mlp":
+        return not in_attention and _MLP.fullmatch(path) is not None
+    return in_attention or pattern == "all-linear"
+
+
+@lru_cache(maxsize=1024)
+def _regex(pattern: str) -> PathRegex:
+    return PathRegex(pattern)
 
 
 def any_match(patterns: Sequence[str], path: str) -> bool:
@@ -54,9 +73,9 @@ def check_patterns(option: str, patterns: Sequence[str], paths: Iterable[str]) -
     known = list(paths)
     for pattern in patterns:
         try:
-            re.compile(pattern)
-        except re.error as problem:
-            raise UsageError(f"{option} {pattern}: not a regular expression ({problem})") from None
+            _regex(pattern)
+        except PatternError as problem:
+            raise UsageError(f"{option} {pattern}: {problem}") from None
         if not any(matches(pattern, path) for path in known):
             leaves = {p.rpartition(".")[2] for p in known}
             near = nearest(pattern, leaves | set(PRESETS)) or nearest(pattern, known)

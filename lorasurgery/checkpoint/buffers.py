@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _STEP = 1 << 20
 _PART = 2 << 20  # parts begin where a large page does
+_SMALL = 64 << 10  # bytes that the allocator has at hand: such memory is not worth keeping
 _LOOSE = 1.5  # times what is asked for: a buffer much larger than that is better given up
 
 
@@ -32,6 +33,9 @@ class Buffers:
         """A tensor of at least `size` bytes: the smallest free one, or a new one in place of one too small."""
         import torch
 
+        if size <= _SMALL:
+            with torch.inference_mode(False):
+                return torch.empty(size, dtype=torch.uint8)
         with self._lock:
             fit = [b for b in self._free if size <= b.numel() <= max(_LOOSE * size, _STEP)]
             if fit:
@@ -47,7 +51,7 @@ class Buffers:
 
     def give(self, buffer: Tensor | None) -> None:
         """Take a tensor back."""
-        if buffer is not None:
+        if buffer is not None and buffer.numel() > _SMALL:
             with self._lock:
                 self._free.append(buffer)
 
@@ -58,9 +62,9 @@ class Arena:
     The system is asked for large pages, where it has them: a page fault every 2 MiB instead of every 4 KiB.
 
     >>> arena = Arena(1 << 20)
-    >>> part = arena.take(5)
+    >>> part = arena.take(500_000)
     >>> part.numel()
-    5
+    500000
     >>> arena.give(part)
 
     Args:
@@ -75,9 +79,12 @@ class Arena:
         self._whole: Tensor | None = None
 
     def take(self, size: int) -> Tensor:
-        """A uint8 tensor of `size` bytes; where no gap is as wide as that, memory of its own."""
+        """A uint8 tensor of `size` bytes; where no gap is as wide as that, memory of its own, and for few bytes too."""
         import torch
 
+        if size <= _SMALL:
+            with torch.inference_mode(False):
+                return torch.empty(size, dtype=torch.uint8)
         wanted = max(1, -(-size // _PART)) * _PART
         with self._lock, torch.inference_mode(False):
             gap = next((gap for gap in self._free if gap[1] - gap[0] >= wanted), None)

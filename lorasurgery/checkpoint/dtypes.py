@@ -41,6 +41,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """The safetensors name of a torch dtype.
 

@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 import threading
+import zlib
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 PAGE = 4096
 LARGE = 1 << 30  # bytes of a file that is written past the cache
 _WORTH = 1 << 20
+_CHUNK = 4 << 20
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # what we write to is never a link: one would have been put there
 _AT_ONCE = 64 << 20  # bytes that the system copies before others have their turn, and a stop is heard
 _PLAIN = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file
@@ -48,6 +51,16 @@ class ReadFile(FileIO):
             done += got
         return done
 
+    def crc(self, place: int, size: int) -> int | None:
+        """CRC-32 of some bytes, None where the file ends before them."""
+        buffer, found, done = memoryview(bytearray(min(size, _CHUNK))), 0, 0
+        while done < size:
+            piece = buffer[: size - done]
+            if self.read_all(place + done, piece) != len(piece):
+                return None
+            found, done = zlib.crc32(piece, found), done + len(piece)
+        return found
+
     def expect(self, place: int, size: int) -> None:
         """Say that these bytes will be read soon."""
         if hasattr(os, "posix_fadvise"):
@@ -61,10 +74,16 @@ class WriteFile(FileIO):
     Args:
         direct: Write what fills whole pages without the system's cache, where the file system can: for files so large
             that the cache would not hold them until they are wanted. Half as much work for the processor, or less.
+        mode: Who may read it when it is made here, as far as the umask allows; others than the user only when asked.
+        new: It must not be there yet.
+
+    Raises:
+        OSError: the system's; also where the path is a link.
     """
 
-    def __init__(self, path: Path, *, direct: bool = False) -> None:
-        super().__init__(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+")
+    def __init__(self, path: Path, *, direct: bool = False, mode: int = 0o600, new: bool = False) -> None:
+        flags = os.O_RDWR | os.O_CREAT | _NO_LINK | getattr(os, "O_BINARY", 0) | (os.O_EXCL if new else 0)
+        super().__init__(os.open(path, flags, mode), "r+")
         self._turn = threading.Lock()
         self._direct = _open_direct(path) if direct else None
 
@@ -175,6 +194,12 @@ def _copied(target: WriteFile, place: int, source: ReadFile, start: int, size: i
         if problem.errno in _PLAIN:
             return None
         raise
+
+
+def make(path: Path, mode: int = 0o600) -> None:
+    """Make an empty file that others than the user can read only when asked; one that is there stays as it is."""
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
 
 
 def sync_folder(folder: Path) -> None:

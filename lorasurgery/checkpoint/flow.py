@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from lorasurgery.process import workers
+
+_LEAST = 16 << 10  # bytes that even the smallest job holds, in objects
+_TOGETHER = 1 << 20  # bytes of small jobs that go from thread to thread as one: handing on costs more than their work
 
 
 class Job(Protocol):
@@ -29,6 +34,30 @@ class Job(Protocol):
     def write(self) -> None:
         """Put the result where it belongs, and let go of the memory."""
         ...
+
+
+class _Jobs:
+    """Several jobs, one after the other at every step."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.cost = 0
+
+    def add(self, job: Job, cost: int) -> None:
+        self.jobs.append(job)
+        self.cost += cost
+
+    def read(self) -> None:
+        for job in self.jobs:
+            job.read()
+
+    def compute(self) -> None:
+        for job in self.jobs:
+            job.compute()
+
+    def write(self) -> None:
+        for job in self.jobs:
+            job.write()
 
 
 @dataclass
@@ -60,11 +89,11 @@ class Flow:
         Raises:
             BaseException: what a step raised, or what interrupted the waiting.
         """
-        readers, workers, writers = self.threads
-        computing = _pool(workers)
-        pools = [_pool(readers) if readers else computing, computing, _pool(writers)]
+        readers, computers, writers = self.threads
+        computing = workers(computers)
+        pools = [workers(readers) if readers else computing, computing, workers(writers)]
         try:
-            for job in jobs:
+            for job in self._together(jobs):
                 self._admit(job)
                 steps = list(zip(pools, (job.read, job.compute, job.write), strict=True))
                 self._next(job, steps)
@@ -76,10 +105,23 @@ class Flow:
             for pool in pools:
                 pool.shutdown(cancel_futures=True)
 
+    def _together(self, jobs: Iterable[Job]) -> Iterator[_Jobs]:
+        """Small neighbours as one job; where little room is given, each by itself."""
+        limit, least = (min(size, self.room // 64) for size in (_TOGETHER, _LEAST))
+        few = _Jobs()
+        for job in jobs:
+            cost = max(1, job.cost, least)
+            if few.jobs and few.cost + cost > limit:
+                yield few
+                few = _Jobs()
+            few.add(job, cost)
+        if few.jobs:
+            yield few
+
     def _admit(self, job: Job) -> None:
         self._wait(lambda: not self._used or self._used + job.cost <= self.room)
         with self._changed:
-            self._used += max(1, job.cost)
+            self._used += job.cost
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         with self._changed:
@@ -92,7 +134,7 @@ class Flow:
         """Hand a job to the thread of its next step, or count it as done."""
         if not steps:
             with self._changed:
-                self._used -= max(1, job.cost)
+                self._used -= job.cost
                 self._changed.notify_all()
             return
         (pool, step), *rest = steps
@@ -112,10 +154,3 @@ class Flow:
         with self._changed:
             self._failure = self._failure or problem
             self._changed.notify_all()
-
-
-def _pool(size: int) -> ThreadPoolExecutor:
-    """Threads in which LAPACK uses as many threads as torch was told to: it learns that when torch is first asked."""
-    import torch
-
-    return ThreadPoolExecutor(size, initializer=torch.get_num_threads)

@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 from lorasurgery.checkpoint.files import ReadFile, WriteFile
+from lorasurgery.checkpoint.inside import to_read
 from lorasurgery.errors import FormatError
 
 Place = list[object]
@@ -14,7 +15,7 @@ Place = list[object]
 
 
 class Heap:
-    """Takes stretches from several threads; what lies in the file already stays.
+    """Takes stretches from several threads; what lies in the file already stays, unless it is to be a `new` one.
 
     >>> import tempfile
     >>> heap = Heap(Path(tempfile.mkdtemp()) / "heap")
@@ -23,9 +24,9 @@ class Heap:
     >>> heap.close()
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, new: bool = False) -> None:
         self.path = path
-        self._file = WriteFile(path)
+        self._file = WriteFile(path, new=new)
         self._end, self._lock = path.stat().st_size, threading.Lock()
 
     def put(self, data: bytes | memoryview) -> Place:
@@ -51,12 +52,12 @@ def read_back(folder: Path, place: Place) -> bytes:
         FormatError: it is not what was put.
     """
     name, start, size, crc = place
-    assert isinstance(start, int)
-    assert isinstance(size, int)
-    data = bytearray(size)
-    path = folder / str(name)
-    with ReadFile(path) as file:
-        got = file.read_all(start, memoryview(data))
-    if got != size or zlib.crc32(data) != crc:
-        raise FormatError(f"{path}: is damaged, so --resume can't; into a new output, --overwrite starts anew")
-    return bytes(data)
+    path = to_read(folder, name, odd=True)
+    there = path.stat().st_size if path.is_file() else -1
+    if isinstance(start, int) and isinstance(size, int) and 0 <= start <= start + size <= there:
+        data = bytearray(size)
+        with ReadFile(path) as file:
+            got = file.read_all(start, memoryview(data))
+        if got == size and zlib.crc32(data) == crc:
+            return bytes(data)
+    raise FormatError(f"{path}: is damaged, so --resume can't; into a new output, --overwrite starts anew")

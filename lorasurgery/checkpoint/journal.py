@@ -3,23 +3,30 @@
 It lies beside the output, one file a rank, one JSON object a line. A line is written when a piece of work is in its
 file; a line `synced: n` when the disk has the first n of them. After a kill every line counts, for the system still
 holds what was written; after a restart of the machine only those that were synced.
+
+All files of a run bear a token of its own, so that no two runs write to one file. Whoever goes on with a run takes over
+its token, which the names of its journals tell.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from glob import escape
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lorasurgery.checkpoint.files import sync_folder
+from lorasurgery.checkpoint.files import make, sync_folder
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.locate import is_inside
+from lorasurgery.checkpoint.inside import is_inside, is_link, to_replace
+from lorasurgery.checkpoint.operation import inputs
 from lorasurgery.errors import FormatError, MismatchError
 from lorasurgery.ranks import Ranks
 
@@ -28,12 +35,18 @@ UNDO_FOLDER = "lorasurgery-undo"  # of finished records, in a checkpoint's folde
 JOURNAL, FACTORS, UNDO = ".journal-", ".factors-", ".undo-"
 KEPT = 10**9  # bytes worked through: less is done again sooner than anyone could wonder about the remains
 _NAME = 200  # bytes of a file's name
+_TOKEN = re.compile(r"[0-9a-f]{16}")
 _SECONDS = 20.0  # between two syncs
 
 
-def partial_of(final: Path) -> Path:
-    """Where a file is written before it gets its name."""
-    return final.parent / f".{final.name}{PARTIAL}"
+def new_token() -> str:
+    """What tells the files of one run from those of all others."""
+    return secrets.token_hex(8)
+
+
+def partial_of(final: Path, token: str) -> Path:
+    """Where a run writes a file before it gets its name."""
+    return final.parent / f".{final.name}.{token}{PARTIAL}"
 
 
 def journals(out: Path, kind: str = JOURNAL) -> list[Path]:
@@ -48,7 +61,8 @@ def partials(out: Path) -> list[Path]:
     if folder == out:
         return list(folder.rglob(f".*{PARTIAL}"))
     name = escape(out.name)
-    return [*folder.glob(f".{name}*{PARTIAL}"), *folder.glob(f"{name}.*/.*{PARTIAL}")]
+    beside = (f for f in folder.glob(f"{name}.*/.*{PARTIAL}") if not is_link(f.parent))
+    return [*folder.glob(f".{name}*{PARTIAL}"), *beside]
 
 
 class Run:
@@ -58,10 +72,14 @@ class Run:
         out: Its output.
         about: All that its result depends on: inputs as found, options, versions. JSON.
         resume: Go on with what is there.
+
+    Attributes:
+        token: In the names of all its files. is_new: Whether it began with nothing, so that no file of it can be there.
     """
 
     def __init__(self, out: Path, about: dict[str, Any], *, resume: bool, ranks: Ranks) -> None:
         self.out, self.about, self.resume, self.ranks = out, about, resume, ranks
+        self.token, self.is_new = new_token(), True
         self.done: dict[str, Any] = {}
         self.resumed = 0
         self._lock = threading.Lock()
@@ -69,7 +87,12 @@ class Run:
 
     def path(self, name: str, kind: str = JOURNAL) -> Path:
         """A file of this run beside the output."""
-        return _folder(self.out) / f"{_stem(self.out, kind)}{name}{PARTIAL}"
+        return _folder(self.out) / f"{_stem(self.out, kind)}{self.token}-{name}{PARTIAL}"
+
+    def new_path(self, kind: str) -> Path:
+        """A file beside the output that neither this run nor what it goes on with has, or had before it was removed."""
+        older = len(journals(self.out, kind))
+        return next(p for n in count(older) if not (p := self.path(f"{self.ranks.rank}-{n}", kind)).exists())
 
     def begin(self, clear: Callable[[], None]) -> None:
         """Read what is finished, or start anew; rank 0 first.
@@ -83,17 +106,20 @@ class Run:
         if self.ranks.first:
             found = journals(self.out) if self.resume else []
             if found:
+                _refuse_links(partials(self.out))
                 self.done, renamed = _read(found, self.about, self.out)
+                self.token, self.is_new = _token_of(found, self.out), False
                 self.resumed = len(self.done)  # so that a failure from here on leaves them
-                _take_back(self.out, renamed)
+                _take_back(self.out, renamed, self.token)
             else:
                 clear()
             self._write_anew(found)
-        self.ranks.wait()
+        self.token = self.ranks.told(self.token)
         if not self.ranks.first and self.resume:
             self.done, _ = _read(journals(self.out), self.about, self.out)
         self.resumed = len(self.done)
         self._lines = self.resumed if self.ranks.first else 0
+        make(self.path(str(self.ranks.rank)))
         self._file = self.path(str(self.ranks.rank)).open("a", encoding="utf-8")
         if not self.ranks.first:
             self._line({"about": self.about, "boot": _boot()})
@@ -123,7 +149,12 @@ class Run:
             os.fsync(self._file.fileno())
 
     def gather(self) -> dict[str, Any]:
-        """What all ranks have finished, once all of them are here."""
+        """What all ranks have finished, once all of them are here, each with its inputs as they were.
+
+        Raises:
+            FormatError: one was changed meanwhile.
+        """
+        inputs().check()
         self.ranks.wait()
         if self.ranks.size > 1 and self.ranks.first:
             files = [self.path(str(rank)) for rank in range(self.ranks.size)]
@@ -163,9 +194,10 @@ class Run:
                     os.fsync(file.fileno())
             self._sync_names()
         scratch = self.path("new")
+        scratch.unlink(missing_ok=True)  # a kill may have left one, and then those that it is made from are there too
         lines = [{"about": self.about, "boot": _boot()}]
         lines += [{"done": key, "record": record} for key, record in self.done.items()]
-        with scratch.open("w", encoding="utf-8") as text:
+        with open(scratch, "x", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as text:
             text.writelines(json.dumps(line) + "\n" for line in [*lines, {"synced": len(self.done)}])
             text.flush()
             os.fsync(text.fileno())
@@ -184,6 +216,12 @@ class Run:
     def _line(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+
+def _refuse_links(files: list[Path]) -> None:
+    """What a run leaves are files, and others would be written to through a link."""
+    for file in filter(is_link, files):
+        raise FormatError(f"{show(str(file))}: is a link, which no run leaves; --overwrite clears it and starts anew")
 
 
 def _remove(files: list[Path]) -> None:
@@ -265,9 +303,20 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _take_back(out: Path, names: list[str]) -> None:
+def _token_of(files: list[Path], out: Path) -> str:
+    """The token of the run whose journals these are."""
+    found = {name[len(_stem(out, JOURNAL)) :].partition("-")[0] for name in (file.name for file in files)}
+    if len(found) > 1 or not all(map(_TOKEN.fullmatch, found)):
+        raise FormatError(
+            f"{show(str(out))}: holds the remains of more than one run, or of another version; --overwrite clears them"
+        )
+    return found.pop()
+
+
+def _take_back(out: Path, names: list[str], token: str) -> None:
     """Undo the renames of a commit that was cut short: all files were complete, so nothing is lost."""
     for name in names:
-        final = _folder(out) / name
-        if final.exists() and not partial_of(final).exists():
-            final.replace(partial_of(final))
+        final = to_replace(_folder(out), name)
+        partial = partial_of(final, token)
+        if final.exists() and not partial.exists():
+            final.replace(partial)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.inside import is_link, to_replace, to_write
 from lorasurgery.checkpoint.json_text import MOST, is_shallow
-from lorasurgery.checkpoint.locate import is_inside
-from lorasurgery.errors import FormatError
+from lorasurgery.errors import FormatError, SurgeryError
 
 _NAME = 20  # characters of a staged file's name, which is a number or a word
 
@@ -32,15 +32,15 @@ def read_lines(journal: Path, folder_name: str) -> list[dict[str, Any]]:
     if not os.path.isfile(journal):  # noqa: PTH113 — a Path would raise where a name is too long for the system
         return []
     found: list[dict[str, Any]] = []
-    file_name = journal.parent.name.removesuffix(folder_name).removeprefix(".")
+    file_name = file_of(journal.parent, folder_name)
     home = journal.parent.parent
     try:
-        if any(path.is_symlink() for path in (journal.parent, *journal.parent.iterdir())):
+        if any(is_link(path) for path in (journal.parent, *journal.parent.iterdir())):
             raise _WrongError("lies beside a link, or in a folder that is one")
-        raw_lines = _raw_lines(journal)
-        for number, raw in enumerate(raw_lines):
-            line = _line(raw)
-            if line is None and 0 < number == len(raw_lines) - 1:
+        lines = raw_lines(journal)
+        for number, raw in enumerate(lines):
+            line = line_of(raw)
+            if line is None and 0 < number == len(lines) - 1:
                 break  # a power cut may leave some pages of it
             _check(line, home, file_name, first=not number)
             found.append(line or {})
@@ -50,18 +50,39 @@ def read_lines(journal: Path, folder_name: str) -> list[dict[str, Any]]:
     return found
 
 
-class _WrongError(Exception):
+def file_of(folder: Path, folder_name: str) -> str:
+    """The name of the file that a journal in this folder is about; empty where it is about all of the folder above.
+
+    >>> file_of(Path(".a.safetensors.lorasurgery-surgery"), ".lorasurgery-surgery")
+    'a.safetensors'
+    """
+    return folder.name.removesuffix(folder_name).removeprefix(".")
+
+
+def check_line(line: dict[str, Any], home: Path, file_name: str) -> None:
+    """Hold a line that is to be written against the rules by which it will be read.
+
+    Raises:
+        FormatError: it speaks of files that are not its checkpoint's.
+    """
+    try:
+        _check(line, home, file_name, first=False)
+    except (_WrongError, ValueError, KeyError, TypeError) as problem:
+        raise FormatError(f"{show(str(home))}: the operation {problem}, so it goes no further") from None
+
+
+class _WrongError(FormatError):
     """What a journal says and must not."""
 
 
-def _raw_lines(journal: Path) -> list[bytes]:
+def raw_lines(journal: Path) -> list[bytes]:
     """The lines that were written to their end; what follows the last of them is no line."""
     if journal.stat().st_size > 10 * MOST:
         raise _WrongError(f"has {journal.stat().st_size:,} bytes, more than any journal")
     return [line + b"\n" for line in journal.read_bytes().split(b"\n")[:-1]]
 
 
-def _line(raw: bytes) -> dict[str, Any] | None:
+def line_of(raw: bytes) -> dict[str, Any] | None:
     """What a line says; None where it is no line of a journal."""
     try:
         line = json.loads(raw)
@@ -108,9 +129,8 @@ def _ready(line: dict[str, Any], home: Path, file_name: str) -> None:
 
 def _weights(home: Path, name: Any, file_name: str) -> Path:
     """A file whose tensors may be changed."""
-    path = home / _own(home, name)
-    plain = path.name.endswith(".safetensors") and path.is_file() and not path.is_symlink()
-    if not plain or (file_name and name != file_name):
+    path = _named(to_write, home, name)
+    if not (path.name.endswith(".safetensors") and path.is_file()) or (file_name and name != file_name):
         raise _WrongError(f"would write to {name!r}, which is none of its checkpoint's weights")
     return path
 
@@ -128,15 +148,19 @@ def _ending(line: dict[str, Any], home: Path, file_name: str) -> None:
             raise _WrongError(f"would change {path!r}, which does not belong to its checkpoint")
 
 
-def _own(home: Path, name: Any) -> str:
+def _own(home: Path, name: Any) -> None:
     """The name of a file below the checkpoint's folder, which no link leads away from."""
-    if not is_inside(name) or not (home / name).parent.resolve().is_relative_to(home.resolve()):
-        raise _WrongError(f"speaks of {name!r}, which is not in its checkpoint")
-    path = home / name
+    path = _named(to_replace, home, name)
     deep = not path.parent.is_dir() and (path.parent.parent != home or os.path.lexists(path.parent))
-    if deep or path.is_dir():
+    if deep or (path.is_dir() and not is_link(path)):
         raise _WrongError(f"speaks of {name!r}, which can't be a file")
-    return str(name)
+
+
+def _named(rule: Callable[[Path, Any], Path], home: Path, name: Any) -> Path:
+    try:
+        return rule(home, name)
+    except SurgeryError as problem:
+        raise _WrongError(f"speaks of {name!r}, which is not in its checkpoint ({problem})") from None
 
 
 _KINDS: dict[str, Callable[[dict[str, Any], Path, str], None]] = {

@@ -1,61 +1,70 @@
-"""JSON from files that nobody vouches for: an object, of bounded size and depth, or an error in one line.
+"""JSON that nobody vouches for: bounded in size, in depth and in time.
 
-Parsing takes memory in proportion to the text (thirty times at most), so the bound on its size bounds both.
+A text is parsed only when it holds no more values than any real one, for a value of three bytes takes a hundred when it
+is parsed. So the bounds on the text (regular.py reads no larger file) bound the memory, about a gigabyte for the
+largest, and the time.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import stat
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lorasurgery.errors import FormatError
 
-MOST = 100_000_000  # bytes: an index of a million tensors; as for headers
-MOST_CONFIG = 32_000_000  # an adapter's config: the modules of the largest models, several times
+MOST = 100_000_000  # bytes: an index or a result's record of a million tensors; a tokenizer, which has 40 MB at most
+MOST_CONFIG = 32_000_000  # a model's or an adapter's config: the modules of the largest models, several times
+MOST_VALUES = 10_000_000  # in one text: a header of the largest size has seven million
 DEEPEST = 64  # what is parsed is written, compared and shown by functions that call themselves
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that may be half a character
+_BEFORE_VALUES = (b",", b"[", b"{")
 
 
-def read_bytes(file: Path, most: int = MOST) -> bytes:
-    """All of a regular file that is no larger than `most`; a FIFO or a device would be read for ever.
+def parse(raw: bytes, where: str, *, strict: bool = False) -> Any:
+    """What a JSON text holds, in UTF-8 with or without a byte order mark.
 
-    Raises:
-        FormatError: another kind of file, or a larger one; without the file's name. OSError: the system's.
-    """
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise FormatError("is not a regular file")
-    if found.st_size > most:
-        raise FormatError(f"has {found.st_size:,} bytes, more than {most:,}; it can't be what its name says")
-    with file.open("rb") as opened:
-        return opened.read(most)
-
-
-def parse_object(raw: bytes, where: str, pairs: Any = None) -> dict[str, Any]:
-    """The object that a JSON text holds.
-
-    >>> parse_object(b'{"r": 8}', "adapter_config.json")
-    {'r': 8}
+    >>> parse(b'[1, "a"]', "journal")
+    [1, 'a']
 
     Args:
-        where: What the text is, for messages. pairs: The json module's object_pairs_hook.
+        where: What the text is, for messages.
+        strict: Refuse names that stand twice in an object, and NaN and Infinity, which are no JSON: for what says where
+            bytes lie. Configs are read as Python's own readers do, which take the last and know these words.
 
     Raises:
-        FormatError: no JSON, something else than an object, nested too deeply, or half a character in it.
+        FormatError: no JSON, nested too deeply for a parser, of too many values, or half a character in it.
     """
+    if sum(map(raw.count, _BEFORE_VALUES)) > MOST_VALUES:
+        raise FormatError(f"{where}: holds more than {MOST_VALUES:,} values, more than any real one")
     try:
-        found = json.loads(raw, object_pairs_hook=pairs)
+        options: dict[str, Any] = {"object_pairs_hook": _once, "parse_constant": _constant} if strict else {}
+        found = json.loads(raw.decode("utf-8-sig"), **options)
         if _HALF.search(raw):
             json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeDecodeError as problem:
+        raise FormatError(f"{where}: not JSON: not UTF-8 ({problem.reason} at byte {problem.start})") from None
     except UnicodeEncodeError:
         raise FormatError(f"{where}: holds half of a character, which is no valid Unicode text") from None
     except RecursionError:
         raise FormatError(f"{where}: is nested too deeply") from None
+    except _TwiceError as problem:
+        raise FormatError(f"{where}: {problem} stands twice") from None
     except ValueError as problem:
         raise FormatError(f"{where}: not JSON ({problem})") from None
+    return found
+
+
+def parse_object(raw: bytes, where: str, *, strict: bool = False) -> dict[str, Any]:
+    """The object that a JSON text holds, no deeper than anything reasonable needs.
+
+    >>> parse_object(b'{"r": 8}', "adapter_config.json")
+    {'r': 8}
+
+    Raises:
+        FormatError: something else than an object, nested too deeply, and as parse does.
+    """
+    found = parse(raw, where, strict=strict)
     if not isinstance(found, dict):
         raise FormatError(f"{where}: expected a JSON object, found {type(found).__name__}")
     if not is_shallow(found):
@@ -76,3 +85,19 @@ def is_shallow(value: Any) -> bool:
         if not level:
             return True
     return False
+
+
+class _TwiceError(Exception):
+    """A name that stands twice in an object."""
+
+
+def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) != len(items):
+        seen: set[str] = set()
+        raise _TwiceError(next(n for n, _ in items if n in seen or seen.add(n)))  # type: ignore[func-returns-value]
+    return found
+
+
+def _constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON")

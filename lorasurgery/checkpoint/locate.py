@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, refuse_pickle, show
-from lorasurgery.checkpoint.json_text import MOST, parse_object, read_bytes
+from lorasurgery.checkpoint.inside import is_inside, leads_out
+from lorasurgery.checkpoint.json_text import MOST, MOST_CONFIG, parse_object
+from lorasurgery.checkpoint.regular import read_bytes
 from lorasurgery.errors import FormatError
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -136,7 +139,7 @@ def read_index(file: Path) -> dict[str, str]:
         FormatError: not JSON, names twice, a shard outside the folder, or a missing shard.
     """
     where = show(str(file))
-    weight_map = _load(file, where).get("weight_map")
+    weight_map = load_object(file, strict=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError(f"{where}: expected a weight_map from tensor names to shard names")
     if not weight_map:
@@ -151,8 +154,10 @@ def _check_shard(folder: Path, shard: str, where: str) -> None:
         raise FormatError(
             f"{where}: shard {show(shard)} points outside the checkpoint's folder; a shard is a plain file name"
         )
-    refuse_pickle(folder / shard)
     path = folder / shard
+    if leads_out(path, folder):
+        raise FormatError(f"{where}: shard {show(shard)} is a link that leads outside the checkpoint's folder")
+    refuse_pickle(path)
     if path.suffix != ".safetensors":  # it would be written where another file of the folder belongs
         raise FormatError(f"{where}: shard {show(shard)} is not named as a safetensors file")
     try:
@@ -161,37 +166,15 @@ def _check_shard(folder: Path, shard: str, where: str) -> None:
         raise FormatError(f"{where}: shard {show(shard)}: {problem.strerror}") from None
     if not found:
         raise FormatError(f"{where}: shard {show(shard)} is missing; download or copy it again")
-    real, home = path.resolve(), folder.resolve()
-    # The Hub's cache keeps snapshots/<revision>/ as links into the blobs/ of the same repository.
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if not real.is_relative_to(home) and not (blobs and real.is_relative_to(blobs)):
-        raise FormatError(f"{where}: shard {show(shard)} is a link that leads outside the checkpoint's folder")
 
 
-def is_inside(name: Any) -> bool:
-    """Whether a name from a file is that of a file in its folder or below, written in one way only.
+def exists(path: str | Path) -> bool:
+    """Whether there is something of this name; a name that no system can have is simply not there.
 
-    >>> [is_inside(n) for n in ("a.safetensors", "unet/a.safetensors", "../a", "/a", "./a", "a//b", "")]
-    [True, True, False, False, False, False, False]
+    >>> exists("x" * 5000), exists(".")
+    (False, True)
     """
-    if not isinstance(name, str) or not name or set(name) & {"\x00", "\\"}:
-        return False
-    if any("\ud800" <= c <= "\udfff" for c in name):  # half a character, which no file system takes
-        return False
-    path = PurePosixPath(name)
-    return str(path) == name and name != "." and not path.is_absolute() and ".." not in path.parts
-
-
-def _load(file: Path, where: str) -> dict[str, Any]:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in items:
-            if name in found:
-                raise FormatError(f"{where}: {show(name)} stands twice")
-            found[name] = value
-        return found
-
-    return load_object(file, pairs)
+    return os.path.exists(path)  # noqa: PTH110 — a Path would raise where a name is too long for the system
 
 
 def load_config(file: Path) -> dict[str, Any]:
@@ -202,7 +185,7 @@ def load_config(file: Path) -> dict[str, Any]:
     """
     if not file.is_file() or not file.stat().st_size:
         return {}
-    found = load_object(file)
+    found = load_object(file, most=MOST_CONFIG)
     kind, architectures = found.get("model_type"), found.get("architectures")
     if not isinstance(kind, (str, type(None))):
         raise FormatError(f"{show(str(file))}: model_type is {kind!r}; expected a name")
@@ -211,17 +194,25 @@ def load_config(file: Path) -> dict[str, Any]:
     return found
 
 
-def load_object(file: Path, pairs: Any = None, most: int = MOST) -> dict[str, Any]:
-    """Read a JSON file that must hold an object.
+def load_bytes(file: Path, most: int = MOST) -> bytes:
+    """All of a regular file that is no larger than `most`; see regular.read_bytes.
 
     Raises:
-        FormatError: unreadable, larger than `most`, not JSON, or something else than an object.
+        FormatError: unreadable, larger, or another kind of file; with its name.
     """
     where = show(str(file))
     try:
-        raw = read_bytes(file, most)
+        return read_bytes(file, most)
     except OSError as problem:
         raise FormatError(f"{where}: {problem.strerror or problem}") from None
     except FormatError as problem:
         raise FormatError(f"{where}: {problem}") from None
-    return parse_object(raw, where, pairs)
+
+
+def load_object(file: Path, *, most: int = MOST, strict: bool = False) -> dict[str, Any]:
+    """Read a JSON file that must hold an object; see json_text.parse.
+
+    Raises:
+        FormatError: unreadable, larger than `most`, not JSON, or something else than an object.
+    """
+    return parse_object(load_bytes(file, most), show(str(file)), strict=strict)

@@ -1,39 +1,48 @@
 """Output that appears whole or not at all: every file under a temporary name, renamed when all are done.
 
-Each file is written beside its final place as `.NAME.lorasurgery-partial`, synced, and renamed at commit; the
-file that makes a reader take the folder for complete (the index, or adapter_config.json) comes last.
+Each file is written beside its final place as `.NAME.TOKEN.lorasurgery-partial` (the token is the run's own), synced,
+and renamed at commit; the file that makes a reader take the folder for complete (the index, or adapter_config.json)
+comes last. The place is locked meanwhile, and before the first rename every input must still be what it was.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
 from lorasurgery.checkpoint.files import ReadFile, WriteFile, clone, sync_folder
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, UNDO_FOLDER, Run, journals, partial_of, partials
+from lorasurgery.checkpoint.inside import refuse_folder_links, refuse_link
+from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, UNDO_FOLDER, Run, journals, new_token, partial_of, partials
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, PIPELINE
+from lorasurgery.checkpoint.lock import LOCK
+from lorasurgery.checkpoint.modes import Modes
+from lorasurgery.checkpoint.operation import current, holding
 from lorasurgery.checkpoint.plan import PlannedFile
 from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.errors import OutputError
 from lorasurgery.report import RECORD_NAME
 
+_NOTHING = "nothing was left behind"
 _WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
 def check_output(out: Path, inputs: Sequence[Path], overwrite: bool, *, resume: bool = False) -> None:
     """Refuse an output that would touch an input, or that exists and may not be replaced.
 
+    Before it is looked at, it is locked for the operation under way.
+
     Args:
         resume: A run that was interrupted may go on, whatever it left.
 
     Raises:
-        OutputError: with the next move.
+        OutputError: with the next move; another command is writing there.
     """
     where, real = show(str(out)), out.resolve()
     for path in inputs:
@@ -50,6 +59,12 @@ def check_output(out: Path, inputs: Sequence[Path], overwrite: bool, *, resume: 
         raise OutputError(f"{where}: is a folder but names a file; choose another output")
     if out.exists() and out.suffix != ".safetensors" and not out.is_dir():
         raise OutputError(f"{where}: exists and is not a folder; choose another output")
+    operation = current()
+    if operation is not None:
+        try:
+            operation.hold(out)
+        except OSError as problem:
+            raise _cannot_write(out, problem, _NOTHING) from None
     if not (overwrite or (resume and journals(out))) and out.exists():
         _check_empty(out, where)
 
@@ -57,7 +72,7 @@ def check_output(out: Path, inputs: Sequence[Path], overwrite: bool, *, resume: 
 def _check_empty(out: Path, where: str) -> None:
     if out.is_file():
         raise OutputError(f"{where}: exists; --overwrite replaces it")
-    names = [f.name for f in out.iterdir()]
+    names = [f.name for f in out.iterdir() if not f.name.endswith(LOCK)]
     if names and all(n.endswith(PARTIAL) for n in names):
         how = "--resume goes on with it, " if any(n.startswith(JOURNAL) for n in names) else ""
         raise OutputError(f"{where}: holds only the remains of an interrupted run; {how}--overwrite clears them")
@@ -78,12 +93,18 @@ class Output:
     Args:
         run: What an interrupted run of the same kind left is gone on with, and kept when this one is interrupted too;
             None for what is done at once.
+        inputs: What goes into it; who may not read that may not read what is written.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool, run: Run | None = None) -> None:
+    def __init__(
+        self, out: Path, *, overwrite: bool, run: Run | None = None, inputs: Iterable[str | Path] = ()
+    ) -> None:
         self.single = out.suffix == ".safetensors"
         self.folder = out.parent if self.single else out
-        self.name, self.overwrite, self.run = out.name, overwrite, run
+        self.out, self.name, self.overwrite, self.run = out, out.name, overwrite, run
+        self.modes = Modes.of(inputs, self.folder)
+        self._records = f"{self.name}.{UNDO_FOLDER}" if self.single else UNDO_FOLDER
+        self._token = new_token()
         self.bytes_written = 0
         self._made: list[Path] = []
         self._staged: dict[str, Path] = {}
@@ -92,21 +113,30 @@ class Output:
         self._lock = threading.Lock()
 
     def __enter__(self) -> Output:
-        try:
-            self._make(self.folder)
-            if self.run is not None:
-                self.run.begin(self._clear)
-            elif self.overwrite:
-                self._clear()
-        except OSError as problem:
-            kept = self._undone()
-            raise self._failed(problem, kept=kept) from None
+        with ExitStack() as ending:
+            try:
+                operation = ending.enter_context(holding(self.out))
+                self._inputs = operation.inputs
+                for folder in operation.made:  # for the lock, before anybody knew what would go into it
+                    folder.chmod(stat.S_IMODE(folder.stat().st_mode) & self.modes.folder)
+                self._make(self.folder)
+                refuse_link(self.folder / self._records)
+                if self.run is not None:
+                    self.run.begin(self._clear)
+                    self._token = self.run.token
+                elif self.overwrite:
+                    self._clear()
+            except OSError as problem:
+                kept = self._undone()
+                raise self._failed(problem, kept=kept) from None
+            self._ending = ending.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, _: TracebackType | None
     ) -> None:
-        kept = self._undone()
+        with self._ending:
+            kept = self._undone()
         if isinstance(problem, KeyboardInterrupt):
             problem.args = (self._left(kept),)
         if isinstance(problem, OSError):
@@ -126,7 +156,7 @@ class Output:
 
     def tensor_file(self, planned: PlannedFile) -> TensorFile:
         """A safetensors file to be filled tensor by tensor."""
-        return TensorFile(self._stage(planned.name), planned, self._count)
+        return TensorFile(self._stage(planned.name), planned, self._count, mode=self.modes.file, new=self._is_new)
 
     def expect(self, name: str) -> None:
         """Count on a file that another rank, or the run before this one, wrote."""
@@ -138,22 +168,28 @@ class Output:
         Raises:
             OutputError: one was removed.
         """
-        for partial in (partial_of(self.folder / name) for name in names):
+        for partial in (partial_of(self.folder / name, self._token) for name in names):
             if not partial.is_file():
                 raise OutputError(f"{show(str(partial))}: was removed, so --resume can't; --overwrite starts anew")
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Stage a small file."""
-        with self._stage(name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            _sync(file.fileno())
+        with WriteFile(self._stage(name), mode=self.modes.file, new=self._is_new) as file:
+            file.truncate(0)
+            file.write_at(0, memoryview(data))
+            file.sync()
         self._count(len(data))
 
     def copy_file(self, name: str, source: Path) -> int:
-        """Stage a byte-for-byte copy of a file, sharing its blocks where the file system can; returns its size."""
-        with ReadFile(source) as old, WriteFile(self._stage(name)) as new:
-            size = os.fstat(old.fileno()).st_size
+        """Stage a byte-for-byte copy of a file, sharing its blocks where the file system can; returns its size.
+
+        Raises:
+            FormatError: the file was seen before, and changed since.
+        """
+        with ReadFile(source) as old, WriteFile(self._stage(name), mode=self.modes.file, new=self._is_new) as new:
+            found = os.fstat(old.fileno())
+            self._inputs.compare(source, found)
+            size = found.st_size
             if not clone(old, new):
                 new.copy_at(0, old, 0, size)
                 new.truncate(size)
@@ -170,8 +206,10 @@ class Output:
         """Give every file its name, `last` at the end; a kill in between leaves a folder no reader takes for whole.
 
         Raises:
-            OSError: the system refuses a rename; at the end of the `with` it becomes an OutputError.
+            FormatError: an input is no longer what it was when it was read. OSError: the system refuses a rename; at
+                the end of the `with` it becomes an OutputError.
         """
+        self._inputs.check()
         if self.run is not None:
             self._sync_names()
             self.run.committing(list(self._staged))
@@ -182,6 +220,7 @@ class Output:
             self._sync_names()  # after a power cut too, no name is there before those that come first
             self._rename(names)
         self._committed = True
+        self._inputs.settle()
         self._sync_names()
 
     def _rename(self, names: Sequence[str]) -> None:
@@ -206,7 +245,7 @@ class Output:
             for path in paths:
                 path.unlink(missing_ok=True)
             self._sync_names()
-        records = self.folder / (f"{self.name}.{UNDO_FOLDER}" if self.single else UNDO_FOLDER)
+        records = self.folder / self._records
         for file in records.glob("[0-9]*.safetensors") if records.is_dir() else ():
             if f"{records.name}/{file.name}" not in self._staged:
                 file.unlink()
@@ -227,16 +266,22 @@ class Output:
 
     def _stage(self, name: str) -> Path:
         final = self.folder / name
+        refuse_folder_links(self.folder, name)
         self._make(final.parent)
-        partial = partial_of(final)
+        partial = partial_of(final, self._token)
         self._staged[name] = partial
         return partial
+
+    @property
+    def _is_new(self) -> bool:
+        """Whether no file of this run can be there before it is made here: of several ranks, each may make it."""
+        return self.run is None or (self.run.is_new and self.run.ranks.size == 1)
 
     def _make(self, folder: Path) -> None:
         missing = [p for p in [folder, *folder.parents] if not p.exists()]
         for path in reversed(missing):
             with suppress(FileExistsError):  # another rank was faster
-                path.mkdir()
+                path.mkdir(self.modes.folder)
                 self._made.append(path)
 
     def _count(self, written: int) -> None:
@@ -244,22 +289,22 @@ class Output:
             self.bytes_written += written
 
     def _failed(self, problem: OSError, *, kept: bool = False) -> OutputError:
-        where = show(str(problem.filename or self.folder))
-        return OutputError(f"{where}: cannot be written ({problem.strerror or problem}); {self._left(kept)}")
+        return _cannot_write(self.folder, problem, self._left(kept))
 
     def _left(self, kept: bool) -> str:
         if self._committed:
             return "all of it is there, but the disk did not say that it has it"
-        return "what is finished is kept for --resume" if kept else "nothing was left behind"
+        return "what is finished is kept for --resume" if kept else _NOTHING
+
+
+def _cannot_write(place: Path, problem: OSError, left: str) -> OutputError:
+    where = show(str(problem.filename or place))
+    return OutputError(f"{where}: cannot be written ({problem.strerror or problem}); {left}")
 
 
 def _indexed(index: Path) -> Iterable[str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         return [str(v) for v in weight_map.values()]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return []
-
-
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)

@@ -7,6 +7,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from math import prod
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.checkpoint.files import ReadFile
 from lorasurgery.checkpoint.header import Header, TensorInfo, read_header, show
 from lorasurgery.checkpoint.locate import Located, load_config, locate
+from lorasurgery.checkpoint.operation import inputs
 from lorasurgery.checkpoint.settle import refuse_unfinished
 from lorasurgery.checkpoint.stub import filled_in
 from lorasurgery.errors import FormatError, UnsupportedError
@@ -42,13 +44,15 @@ class Checkpoint:
         parts: Of a diffusers folder, file -> prefix of its tensors' names here (`unet.`), which the file has not.
         indexes: Of a diffusers folder, prefix -> the index of that part.
         bytes_read: Tensor bytes read so far.
+        inputs: Where its files are noted as they were when it was opened.
     """
 
     def __init__(self, path: Path, located: Located) -> None:
         self.path, self.folder, self.is_file = path, located.folder, path.is_file()
         self.index_name = located.index_name
         self.parts, self.indexes = located.parts, located.indexes
-        self.files: dict[str, Header] = {name: read_header(located.folder / name) for name in located.files}
+        self.inputs = inputs()
+        self.files: dict[str, Header] = {name: self._header(located.folder / name) for name in located.files}
         self.tensors: dict[str, TensorInfo] = {}
         self.file_of: dict[str, str] = {}
         self.bytes_read = 0
@@ -72,9 +76,16 @@ class Checkpoint:
         try:
             located = locate(path)
             refuse_unfinished(path, own=not unfinished)
-            return cls(path, located)
+            found = cls(path, located)
+            found.inputs.watch(lambda: refuse_unfinished(path, own=not unfinished))
+            return found
         except OSError as problem:
             raise FormatError(f"{show(str(path))}: {problem.strerror or problem}") from None
+
+    def _header(self, path: Path) -> Header:
+        with suppress(OSError):  # which reading meets again, and names
+            self.inputs.note(path)
+        return read_header(path)
 
     def _place(self, weight_map: dict[str, str] | None) -> None:
         """Settle which shard serves each tensor: the index decides; what it doesn't list is kept all the same."""
@@ -161,7 +172,7 @@ class Checkpoint:
         """The file that a tensor lies in.
 
         Raises:
-            FormatError: it can't be opened, changed its size, or only its header is here.
+            FormatError: it can't be opened, is no longer what it was, or only its header is here.
         """
         here = self._filled_in[self.file_of[name]]
         if here is not None and name.removeprefix(self.parts.get(self.file_of[name], "")) not in here:
@@ -206,10 +217,7 @@ class Checkpoint:
                 file = ReadFile(path)
             except OSError as problem:
                 raise FormatError(f"{show(str(path))}: {problem.strerror}") from None
-            if os.fstat(file.fileno()).st_size != self.files[name].size:
-                raise FormatError(
-                    f"{show(str(path))}: changed its size since its header was read; leave it alone and repeat"
-                )
+            self.inputs.compare(path, os.fstat(file.fileno()))
             self._open[name] = file
             return file
 

@@ -10,22 +10,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasurgery.checkpoint.files import ReadFile, WriteFile, sync_folder
 from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.inside import refuse_link, to_replace, to_write
 from lorasurgery.checkpoint.journal_lines import read_lines
+from lorasurgery.checkpoint.kin import about_files_of
+from lorasurgery.checkpoint.modes import Modes
+from lorasurgery.checkpoint.operation import holding
 from lorasurgery.errors import FormatError, MismatchError, OutputError
 
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
-
 _CHUNK = 4 << 20
-FOLDER, LOCK = ".lorasurgery-surgery", ".lorasurgery-lock"
+FOLDER = ".lorasurgery-surgery"
 MENDED = "--resume goes on once that is mended"
 
 
@@ -54,11 +54,9 @@ def refuse_unfinished(checkpoint: Path, *, own: bool = True) -> None:
     if about is not None:
         raise MismatchError(in_the_middle(checkpoint, about))
     for other in _kin(checkpoint):
-        lines = lines_of(surgery_folder(other) / "journal")
-        changed = {Path(item[0]) for line in lines for item in line.get("ready", [])}
-        home = (other if other.is_dir() else other.parent).absolute()
-        if any((home / file).is_relative_to(checkpoint.absolute()) for file in changed):
-            raise MismatchError(in_the_middle(other, lines[0].get("about", {})))
+        about = about_files_of(surgery_folder(other), other, checkpoint)
+        if about is not None:
+            raise MismatchError(in_the_middle(other, about))
 
 
 def _kin(checkpoint: Path) -> Iterator[Path]:
@@ -66,38 +64,16 @@ def _kin(checkpoint: Path) -> Iterator[Path]:
     yield from checkpoint.absolute().parents[:2]
     if checkpoint.is_dir():
         for folder in checkpoint.glob(f".?*{FOLDER}"):
-            yield checkpoint / folder.name[1:].removesuffix(FOLDER)
+            yield checkpoint.absolute() / folder.name[1:].removesuffix(FOLDER)
 
 
 def in_the_middle(checkpoint: Path, about: Mapping[str, Any]) -> str:
     """One line about an operation that was interrupted."""
+    call = show(str(about.get("call", "an operation")))
     return (
-        f"{show(str(checkpoint))}: is in the middle of `{about.get('call', 'an operation')}`, which was interrupted "
+        f"{show(str(checkpoint))}: is in the middle of `{call}`, which was interrupted "
         "or still runs: some tensors are new and some are old; the same command with --resume finishes it"
     )
-
-
-def lock(checkpoint: Path) -> BaseFileLock:
-    """Keep other writers away from a checkpoint until the lock is released, or this process ends.
-
-    Raises:
-        OutputError: another one is at work.
-    """
-    from filelock import FileLock, Timeout
-
-    place = checkpoint / LOCK if checkpoint.is_dir() else checkpoint.with_name(f".{checkpoint.name}{LOCK}")
-    if place.is_symlink():  # older versions of filelock would empty what it leads to
-        raise OutputError(f"{show(str(place))}: is a link, which no lock is; remove it")
-    found = FileLock(place)
-    try:
-        found.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(
-            f"{show(str(checkpoint))}: another command is changing it at this moment; wait until it is done"
-        ) from None
-    except OSError as problem:
-        raise cannot_write(place, problem, "nothing was changed") from None
-    return found
 
 
 def cannot_write(checkpoint: Path, problem: OSError, left: str) -> OutputError:
@@ -118,11 +94,8 @@ def settle_first(checkpoint: Path, *, resume: bool) -> bool:
     if not surgery_folder(checkpoint).exists():
         return False
     before = unfinished(checkpoint)
-    held = lock(checkpoint)
-    try:
+    with holding(checkpoint):
         about = settle(checkpoint)
-    finally:
-        held.release()
     if about is not None and not resume:
         raise MismatchError(in_the_middle(checkpoint, about))
     return before is not None and about is None and resume
@@ -154,35 +127,24 @@ def _settle(checkpoint: Path) -> dict[str, Any] | None:
         end(home, folder, last["ending"], last["removed"])
         return None
     if "ready" in last:
-        _check(folder, last["ready"])
+        check(folder, last["ready"])
         apply(home, folder, last["ready"])
     _cut(folder / "journal", [*lines, {"applied": True}] if "ready" in last else lines)
     return dict(lines[0]["about"])
 
 
-def _check(folder: Path, batch: Sequence[Sequence[Any]]) -> None:
+def check(folder: Path, batch: Sequence[Sequence[Any]]) -> None:
     with ReadFile(folder / "redo") as redo:
         for _, _, start, size, crc in batch:
-            if _sum_of(redo, start, size) != crc:
+            if redo.crc(start, size) != crc:
                 raise FormatError(f"{show(str(folder / 'redo'))}: is damaged; leave it, and ask for help with it")
-
-
-def _sum_of(file: ReadFile, start: int, size: int) -> int | None:
-    """CRC-32 of some bytes of a file, None where it ends before them."""
-    buffer, found, done = memoryview(bytearray(min(size, _CHUNK))), 0, 0
-    while done < size:
-        piece = buffer[: size - done]
-        if file.read_all(start + done, piece) != len(piece):
-            return None
-        found, done = zlib.crc32(piece, found), done + len(piece)
-    return found
 
 
 def apply(home: Path, folder: Path, batch: Sequence[Sequence[Any]]) -> None:
     """Copy what is ready to where it belongs."""
     with ReadFile(folder / "redo") as redo:
         for name in dict.fromkeys(item[0] for item in batch):
-            with WriteFile(home / name) as target:
+            with WriteFile(to_write(home, name)) as target:
                 for file, place, start, size, _ in batch:
                     if file == name and target.copy_at(place, redo, start, size) != size:
                         raise OSError(5, "the new bytes end too soon", str(folder / "redo"))
@@ -191,16 +153,17 @@ def apply(home: Path, folder: Path, batch: Sequence[Sequence[Any]]) -> None:
 
 def end(home: Path, folder: Path, moves: Mapping[str, str], removed: Sequence[str]) -> None:
     for name, path in moves.items():
-        staged = folder / f"new-{name}"
+        staged, final = folder / f"new-{name}", to_replace(home, path)
         if staged.exists():
-            (home / path).parent.mkdir(exist_ok=True)
-            staged.replace(home / path)
+            final.parent.mkdir(Modes.of([home], home).folder, exist_ok=True)
+            staged.replace(final)
     for path in removed:
+        gone = to_replace(home, path)
         with suppress(FileNotFoundError):
-            (home / path).unlink()
+            gone.unlink()
         with suppress(OSError):  # of the records' folder, when the last one goes
-            if (home / path).parent != home:
-                (home / path).parent.rmdir()
+            if gone.parent != home:
+                gone.parent.rmdir()
     for place in sorted({home, *((home / path).parent for path in [*moves.values(), *removed])}, reverse=True):
         if place.is_dir():
             sync_folder(place)
@@ -209,8 +172,9 @@ def end(home: Path, folder: Path, moves: Mapping[str, str], removed: Sequence[st
 
 def discard(folder: Path) -> None:
     """Remove the journal, from when on nothing is unfinished, and then what else there is."""
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return
+    refuse_link(folder)
     with suppress(FileNotFoundError):
         (folder / "journal").unlink()
     with suppress(OSError):  # a journal that comes back after a power cut asks for what is done already
@@ -221,10 +185,10 @@ def discard(folder: Path) -> None:
 def _cut(journal: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write the journal anew, without a last line that was not written to its end."""
     fresh = journal.with_name("journal.new")
-    with fresh.open("wb") as file:
-        file.writelines(as_line(line) for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
+    with WriteFile(fresh) as file:
+        file.truncate(0)
+        file.write_at(0, memoryview(b"".join(as_line(line) for line in lines)))
+        file.sync()
     fresh.replace(journal)
     sync_folder(journal.parent)
 

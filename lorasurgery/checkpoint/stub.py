@@ -11,7 +11,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from lorasurgery.checkpoint.json_text import read_bytes
+from lorasurgery.checkpoint.json_text import MOST, parse
+from lorasurgery.checkpoint.regular import read_bytes
 from lorasurgery.errors import FormatError
 
 
@@ -43,10 +44,10 @@ def filled_in(path: Path) -> frozenset[str] | None:
     if not os.path.lexists(mark):  # nor where the mark's name would be too long for one
         return None
     try:
-        found = json.loads(read_bytes(mark))
+        found = parse(read_bytes(mark, MOST), str(mark))
         if isinstance(found, list) and all(isinstance(name, str) for name in found):
             return frozenset(found)
-    except (OSError, ValueError, RecursionError, FormatError):
+    except (OSError, FormatError):
         pass
     raise FormatError(f"{mark}: should name tensors of the file beside it; where that is whole, remove this one")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,11 @@ from typing import Any
 from lorasurgery.checkpoint.files import WriteFile, sync_folder
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.heap import Heap
+from lorasurgery.checkpoint.journal_lines import check_line, file_of
+from lorasurgery.checkpoint.modes import Modes
+from lorasurgery.checkpoint.operation import holding
 from lorasurgery.checkpoint.settle import (
+    FOLDER,
     MENDED,
     apply,
     as_line,
@@ -29,7 +34,6 @@ from lorasurgery.checkpoint.settle import (
     end,
     in_the_middle,
     lines_of,
-    lock,
     settle,
     surgery_folder,
 )
@@ -51,6 +55,7 @@ class Surgery:
     Args:
         checkpoint: Folder or file. about: What the operation is; only the same may go on with it. JSON.
         resume: Go on with what is there.
+        inputs: What else new files are made from; who may not read it may not read them.
 
     Attributes:
         done: What is in the files already: key -> record. checked: Whether check_passed() was called, now or before.
@@ -58,11 +63,14 @@ class Surgery:
         heap: Takes what must survive a kill beside the new bytes.
     """
 
-    def __init__(self, checkpoint: Path, about: dict[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self, checkpoint: Path, about: dict[str, Any], *, resume: bool, inputs: Sequence[str | Path] = ()
+    ) -> None:
         self.checkpoint, self.resume = checkpoint, resume
         self.about: dict[str, Any] = json.loads(json.dumps(about))  # as it comes back: tuples are lists
         self.home = checkpoint if checkpoint.is_dir() else checkpoint.parent
         self.folder = surgery_folder(checkpoint)
+        self.modes = Modes.of([checkpoint, *inputs], self.home)
         self.done: dict[str, Any] = {}
         self.checked, self.resumed, self.bytes_written = False, 0, 0
         self.noted: Any = None
@@ -71,7 +79,11 @@ class Surgery:
         self._end, self._turn = 0, threading.Lock()
 
     def __enter__(self) -> Surgery:
-        self._lock, begun = lock(self.checkpoint), False
+        begun, self._held = False, ExitStack()
+        try:
+            self._inputs = self._held.enter_context(holding(self.checkpoint)).inputs
+        except OSError as problem:
+            raise self._failed(problem, changed=False) from None
         try:
             about = settle(self.checkpoint)
             begun = about is None
@@ -91,9 +103,11 @@ class Surgery:
         except BaseException as problem:
             if begun:
                 discard(self.folder)
-            self._lock.release()
+            self._held.close()
             if isinstance(problem, OSError):
                 raise self._failed(problem, changed=not begun) from None
+            if isinstance(problem, KeyboardInterrupt) and begun:
+                problem.args = ("nothing was changed",)
             raise
         return self
 
@@ -104,7 +118,7 @@ class Surgery:
             self._files.close()
             if kind is not None and not self.done and not self.resumed:  # nothing was changed yet
                 discard(self.folder)
-        self._lock.release()
+        self._held.close()
         changed = bool(self.done or self.resumed)
         if isinstance(problem, OSError):
             raise self._failed(problem, changed=changed) from None
@@ -118,7 +132,11 @@ class Surgery:
 
         Args:
             noted: What is known of the checkpoint as it was, JSON.
+
+        Raises:
+            FormatError: a file was changed while it was read, so what was tried is not what would be done.
         """
+        self._inputs.check()
         self.checked, self.noted = True, noted
         self._line({"checked": True, "noted": noted})
 
@@ -136,15 +154,21 @@ class Surgery:
             self.flush()
 
     def flush(self) -> None:
-        """Wait until all that was put is where it belongs, on the disk."""
+        """Wait until all that was put is where it belongs, on the disk.
+
+        Raises:
+            FormatError: a file that it was made from was changed meanwhile; then none of it goes there.
+        """
         if not self._keys:
             return
         with self._turn:
+            self._inputs.check()
             self._redo.sync()
             self.heap.sync()
             self._line({"ready": self._batch, "done": self._keys})
             self.done |= self._keys
-            apply(self.home, self.folder, self._batch)
+            with self._inputs.changing({self.home / item[0] for item in self._batch}):
+                apply(self.home, self.folder, self._batch)
             self._line({"applied": True})
         self.bytes_written += self._end
         self._batch, self._keys, self._end = [], {}, 0
@@ -164,21 +188,32 @@ class Surgery:
         moves = {name: path for path, name in staged.items()}
         for number, (path, data) in enumerate(files.items()):
             moves[str(number)] = path
-            self.staged(str(number)).write_bytes(data)
-            self.bytes_written += len(data)
-        for name in moves:
+            self._stage(str(number), data)
+        for name, path in moves.items():
             with self.staged(name).open("rb") as file:
+                self._take_mode(file.fileno(), self.home / path)
                 os.fsync(file.fileno())
         sync_folder(self.folder)
         self._line({"ending": moves, "removed": list(removed)})
-        end(self.home, self.folder, moves, removed)
+        with self._inputs.changing(self.home / path for path in [*moves.values(), *removed]):
+            end(self.home, self.folder, moves, removed)
+
+    def _stage(self, name: str, data: bytes) -> None:
+        with WriteFile(self.staged(name), mode=self.modes.file) as file:
+            file.truncate(0)
+            file.write_at(0, memoryview(data))
+        self.bytes_written += len(data)
+
+    def _take_mode(self, descriptor: int, final: Path) -> None:
+        """What takes a file's place may be read by the same."""
+        if hasattr(os, "fchmod") and final.is_file():
+            os.fchmod(descriptor, stat.S_IMODE(final.stat().st_mode))
 
     def _begin(self) -> None:
-        self.folder.mkdir()
-        with (self.folder / "journal").open("wb") as journal:
-            journal.write(as_line({"about": self.about}))
-            journal.flush()
-            os.fsync(journal.fileno())
+        self.folder.mkdir(0o700)
+        with WriteFile(self.folder / "journal") as journal:
+            journal.write_at(0, memoryview(as_line({"about": self.about})))
+            journal.sync()
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
 
@@ -196,6 +231,7 @@ class Surgery:
         self.resumed = len(self.done)
 
     def _line(self, line: dict[str, Any]) -> None:
+        check_line(line, self.home, file_of(self.folder, FOLDER))
         left = memoryview(as_line(line))
         while left:  # a disk that is nearly full takes a part and says so
             left = left[self._journal.write(left) or 0 :]

@@ -23,10 +23,14 @@ class TensorFile:
         path: Where the bytes go (the temporary name). What lies there already stays, for resumed and shared files.
         planned: Tensors and metadata; write() takes them in this order, put() and copy() in any.
         count: Called with the number of bytes after each write.
+        mode: Who may read it, as far as the umask allows.
+        new: Nothing may lie there yet.
     """
 
-    def __init__(self, path: Path, planned: PlannedFile, count: Callable[[int], None]) -> None:
-        self.path, self.planned, self._count = path, planned, count
+    def __init__(
+        self, path: Path, planned: PlannedFile, count: Callable[[int], None], *, mode: int = 0o600, new: bool = False
+    ) -> None:
+        self.path, self.planned, self._count, self._mode, self._new = path, planned, count, mode, new
         self._next, self._lock, self._closing = 0, threading.Lock(), threading.Lock()
         self._header = planned.header()
         self._places, place = {}, len(self._header)
@@ -53,7 +57,9 @@ class TensorFile:
     def open(self) -> None:
         """Make the file in its full size, with its header."""
         with ExitStack() as failing:
-            self._file = failing.enter_context(WriteFile(self.path, direct=self.size >= LARGE))
+            self._file = failing.enter_context(
+                WriteFile(self.path, direct=self.size >= LARGE, mode=self._mode, new=self._new)
+            )
             if self._file.seek(0, 2) != self.size:
                 self._file.truncate(self.size)
             self._file.write_at(0, memoryview(self._header))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lorasurgery.cli import render
@@ -61,9 +62,10 @@ class Ending:
         if not ranks().first:  # the first one has the whole report
             return
         if self.plot and not report.dry_run:
+            from lorasurgery.checkpoint.modes import Modes
             from lorasurgery.plots import draw
 
-            draw(report, self.plot)
+            draw(report, self.plot, mode=Modes.of(report.inputs, Path(self.plot).parent).file)
         if self.push and not report.dry_run:
             try:
                 self._publish(report)

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from lorasurgery import __version__
+from lorasurgery._version import __version__
 from lorasurgery.cli.process import settle
 
 COMMANDS = {

@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from lorasurgery.checkpoint.dtypes import parse_dtype
+from lorasurgery.checkpoint.locate import exists
 from lorasurgery.checkpoint.plan import parse_size
 from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.linalg.rank import Budget, RankChoice
@@ -271,14 +272,14 @@ def command_line(context: click.Context) -> str:
             words.append(param.opts[-1])
         else:
             words += [word for value in values for word in (param.opts[-1], value)]
-    return shlex.join(words) + (" -o OUT" if "out" in context.params else "")
+    return shlex.join(words) + (" -o OUT" if context.params.get("out") else "")
 
 
 def _shown(value: Any) -> str:
     """A value as it may be published: of a path on this machine the last name."""
     text = str(value)
     path = Path(text)
-    return path.name if path.is_absolute() or text.startswith((".", "~")) or path.exists() else text
+    return path.name if path.is_absolute() or text.startswith((".", "~")) or exists(path) else text
 
 
 def _interrupted(*_: object) -> None:

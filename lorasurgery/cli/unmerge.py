@@ -25,9 +25,10 @@ from lorasurgery.cli.ending import Ending
 def command(merged: str, adapters: tuple[str, ...], out: str | None, dry_run: bool, **chosen: Any) -> None:
     """Take adapters out of a checkpoint again: to the bit where the merge left a record (merge --undo, --in-place).
 
-    Without a record it is W = round(W' − Σ weight·scale·B·A), the inverse of merge up to rounding; give the weights
-    that were merged. Tensors an adapter replaced whole (modules_to_save, biases) come back only from the record or
-    --base; without them they are named and left as they are.
+    Without a record it is W = round(W' − Σ weight·scale·B·A): what you name is subtracted, whether it was merged or
+    not, and a warning says so where lorasurgery.json does not know of it. Give the weights that were merged. Tensors an
+    adapter replaced whole (modules_to_save, biases) come back only from the record or --base; without them they are
+    named and left as they are.
 
     \b
     Examples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorasurgery import __version__
+from lorasurgery._version import __version__
 from lorasurgery.errors import SurgeryError
 from lorasurgery.hub.reference import Reference, explain
 

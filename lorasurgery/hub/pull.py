@@ -11,13 +11,17 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from glob import escape
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from lorasurgery import __version__
+from lorasurgery._version import __version__
 from lorasurgery.adapters.components import FOLDER_NAMES
 from lorasurgery.adapters.peft import WEIGHTS_NAME
-from lorasurgery.checkpoint.locate import INDEX_SUFFIX, locate
+from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.inside import is_commit, is_inside, to_write
+from lorasurgery.checkpoint.journal import new_token
+from lorasurgery.checkpoint.locate import INDEX_SUFFIX, load_bytes, locate
+from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.errors import FormatError
 from lorasurgery.hub.client import api, explained
 from lorasurgery.hub.reference import Reference, parse_reference
@@ -81,9 +85,7 @@ def fetch_headers(reference: Reference, folder: Path) -> Path:
         return beside / reference.inside
     home = folder / f"models--{reference.repo.replace('/', '--')}" / "snapshots" / commit
     for name in configs:
-        target = home / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((beside / name).read_bytes())
+        _lay_out(home, name, load_bytes(beside / name), reference)
     remote = Remote(reference, commit)
     with ThreadPoolExecutor(WORKERS, "headers") as pool:
         list(pool.map(lambda name: remote.stub(name, home / name), weights))
@@ -101,14 +103,19 @@ def _look(reference: Reference) -> tuple[str, list[str]] | Path:
     except (HfHubHTTPError, HFValidationError, RepositoryNotFoundError) as problem:
         raise explained(problem, reference) from None
     except Exception as problem:  # no connection: each version of the client has its own kinds for it
-        cached = _from_cache(reference)
+        cached = from_cache(reference)
         if cached is None:
             raise explained(_as_offline(problem), reference) from None
         return cached
-    return info.sha, [n for n in names if _is_plain(n) and _lies_in(n, reference.inside)]
+    if not is_commit(info.sha):
+        raise FormatError(
+            f"{reference}: the Hub names {show(repr(info.sha))} as the commit, which is not 40 hex digits"
+        )
+    return info.sha, [n for n in names if is_inside(n) and _lies_in(n, reference.inside)]
 
 
-def _from_cache(reference: Reference) -> Path | None:
+def from_cache(reference: Reference) -> Path | None:
+    """Where a reference lies in the Hub's cache, None where it does not; without a connection."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -127,12 +134,6 @@ def _as_offline(problem: Exception) -> Exception:
     missing = LocalEntryNotFoundError(str(problem))
     missing.__cause__ = problem
     return missing
-
-
-def _is_plain(name: str) -> bool:
-    """A server must not choose where we write: names stay inside the folder."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\x00" not in name
 
 
 def _lies_in(name: str, inside: str) -> bool:
@@ -156,21 +157,31 @@ def _weights(reference: Reference, names: Sequence[str], beside: Path) -> list[s
         return [f"{top}{WEIGHTS_NAME}"] if f"{top}{WEIGHTS_NAME}" in names else members
     with tempfile.TemporaryDirectory(prefix="lorasurgery-") as scratch:
         for name in names:
-            target = Path(scratch) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes((beside / name).read_bytes() if name.endswith(INDEX_SUFFIX) else b"")
+            data = load_bytes(beside / name) if name.endswith(INDEX_SUFFIX) else b""
+            _lay_out(Path(scratch), name, data, reference)
         try:
-            return [top + file for file in locate(Path(scratch) / reference.inside).files]
+            with Operation(writes=False):  # what lies here is no input of the one under way
+                return [top + file for file in locate(Path(scratch) / reference.inside).files]
         except FormatError as problem:
             raise type(problem)(
                 _several(reference, names, top, str(problem).replace(scratch, str(reference)))
             ) from None
 
 
+def _lay_out(folder: Path, name: str, data: bytes, reference: Reference) -> None:
+    """Write a file under a name that a server gave."""
+    target = to_write(folder, name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    except OSError as problem:  # a name that is too long, or that of a file and of a folder
+        raise FormatError(f"{reference}: {show(name)} can't be a file here ({problem.strerror})") from None
+
+
 def _several(reference: Reference, names: Sequence[str], top: str, says: str) -> str:
     """Where a repository holds several adapters, the next move is to name one of them."""
     files = [n for n in names if n.endswith(".safetensors") and n.rpartition("/")[0] == top.rstrip("/")]
-    if len(files) < 2:
+    if len(files) < 2 or any(n.endswith(INDEX_SUFFIX) for n in names if n.rpartition("/")[0] == top.rstrip("/")):
         return says
     at = f"@{reference.revision}" if reference.revision else ""
     return (
@@ -193,6 +204,8 @@ def _download(reference: Reference, commit: str, names: Sequence[str], progress:
         )
     except Exception as problem:  # many kinds, by version
         raise explained(problem, reference) from None
+    if Path(folder).name != commit:  # it asks the server once more
+        raise FormatError(f"{reference}: the Hub gave another commit for {commit} ({show(Path(folder).name)})")
     _keep_branch(reference, commit)
     return Path(folder)
 
@@ -204,10 +217,11 @@ def _keep_branch(reference: Reference, commit: str) -> None:
     name = reference.revision or "main"
     if name != commit:
         file = Path(constants.HF_HUB_CACHE) / f"models--{reference.repo.replace('/', '--')}" / "refs" / name
-        partial = file.with_name(f"{file.name}.lorasurgery-partial")
+        partial = file.with_name(f"{file.name}.{new_token()}.lorasurgery-partial")
         with suppress(OSError):  # a cache that can't be written is still a cache
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(commit)
+            with partial.open("x") as opened:
+                opened.write(commit)
             partial.replace(file)
 
 

@@ -63,7 +63,7 @@ def check_account(target: Target) -> None:
 
 
 def upload(
-    files: Mapping[str, Path], made: Mapping[str, bytes], target: Target, *, message: str, overwrite_card: bool
+    files: Mapping[str, Path | bytes], made: Mapping[str, bytes], target: Target, *, message: str, overwrite_card: bool
 ) -> dict[str, Any]:
     """Publish files in one commit; large ones that the Hub has already, from an upload that failed, are not sent again.
 
@@ -71,7 +71,7 @@ def upload(
     the same commit, for a reader would take them first.
 
     Args:
-        files: Name in the repository -> file here.
+        files: Name in the repository -> file here, or its bytes where they are others than here.
         made: Name -> bytes made for the purpose: the model card and its picture.
         overwrite_card: Replace the model card that the repository has.
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES
+from lorasurgery.checkpoint.inside import is_inside
 from lorasurgery.errors import SurgeryError, UsageError
 
 SCHEME = "hf://"
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _REFERENCE = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[^\s@/]+|refs/pr/\d+))?(?:/(?P<inside>[^@]+))?")
-_CACHED = re.compile(r"models--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
+_CACHED = re.compile(r"models--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})(?:[/\\](?P<inside>.+))?$")
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,23 @@ def parse_reference(text: str | Path) -> Reference | None:
         if named:
             raise UsageError(f"{words}: expected hf://org/name[@revision][/path/in/the/repository]")
         return None
-    return Reference(match["repo"], match["revision"], (match["inside"] or "").rstrip("/"))
+    found = Reference(match["repo"], match["revision"], (match["inside"] or "").rstrip("/"))
+    for part in filter(None, (found.revision, found.inside)):  # both become paths below the Hub's cache
+        if not is_inside(part):
+            raise UsageError(f"{words}: {part} is neither a revision nor a path in a repository")
+    return found
 
 
 def cached_reference(path: str | Path) -> Reference | None:
-    """The repository and commit that a path in the Hub's cache belongs to.
+    """The repository, commit and file that a path in the Hub's cache belongs to.
 
     >>> cached_reference("/cache/models--org--name/snapshots/" + "0" * 40 + "/model.safetensors").repo
     'org/name'
     """
     match = _CACHED.search(str(path))
-    return Reference(match["repo"].replace("--", "/"), match["commit"]) if match else None
+    if match is None:
+        return None
+    return Reference(match["repo"].replace("--", "/"), match["commit"], (match["inside"] or "").replace("\\", "/"))
 
 
 def explain(problem: Exception, what: Reference | str, *, token: str | None, endpoint: str) -> SurgeryError:

@@ -215,10 +215,11 @@ def _inverse(cosines: Tensor) -> Tensor:
     """The inverse; where rounding has made columns dependent, of the directions that are left."""
     lower, failed = torch.linalg.cholesky_ex(cosines)
     if not int(failed):
-        return torch.cholesky_solve(torch.eye(len(cosines)).to(cosines), lower)
+        solved: Tensor = torch.cholesky_solve(torch.eye(len(cosines)).to(cosines), lower)
+        return solved
     if not bool(torch.isfinite(cosines).all()):  # what does not fit the dtype is found out by what comes of it
         return torch.full_like(cosines, math.nan)
     values, vectors = torch.linalg.eigh(cosines)
     kept = torch.where(values > _DEPENDENT * values[-1], 1 / values, 0.0)
-    found: Tensor = (vectors * kept) @ vectors.mT
-    return found
+    inverse: Tensor = (vectors * kept) @ vectors.mT
+    return inverse

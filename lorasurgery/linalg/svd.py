@@ -173,11 +173,11 @@ def lapack_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     try:
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined,unused-ignore]
         wide = matrix.cpu() if matrix.device.type == "mps" else matrix
         try:
             u, s, vt = (x.to(matrix) for x in torch.linalg.svd(wide.to(torch.float64), full_matrices=False))
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined,unused-ignore]
             raise SurgeryError("LAPACK finds no singular values for it; --svd randomized needs none of it") from None
     return u, s, vt
 

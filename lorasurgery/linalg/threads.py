@@ -8,21 +8,36 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lorasurgery.process import use_threads, workers
+
 T = TypeVar("T")
 _own = threading.local()
-_team: ThreadPoolExecutor | None = None
+_loading = threading.Lock()
+
+
+class _Team:
+    """The threads of one call."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.pool = size, workers(size)
+
+
+_team: ContextVar[_Team | None] = ContextVar("team", default=None)  # the call's; Flow's threads have it from the call
 
 
 @contextmanager
 def team(size: int | None = None) -> Iterator[int]:
     """Give `each` its threads, as many as torch would use, and let every one of them compute alone.
+
+    They belong to the call: another call, in another thread, has its own.
 
     Example:
         with team() as threads:
@@ -31,21 +46,20 @@ def team(size: int | None = None) -> Iterator[int]:
     Args:
         size: Threads; None takes torch.get_num_threads(), which OMP_NUM_THREADS sets.
     """
-    global _team
-    if _team is not None:  # a team within a team is the same one
-        yield _team._max_workers
+    mine = _team.get()
+    if mine is not None:  # a team within a team is the same one
+        yield mine.size
         return
     before = torch.get_num_threads()
-    size = size or before
-    torch.set_num_threads(1)
-    # LAPACK learns how many threads it may use when torch is first asked for the number in its thread.
-    _team = ThreadPoolExecutor(size, "lorasurgery", torch.get_num_threads)
+    use_threads(1)
+    mine = _Team(size or before)
+    token = _team.set(mine)
     try:
-        yield size
+        yield mine.size
     finally:
-        _team.shutdown(cancel_futures=True)
-        _team = None
-        torch.set_num_threads(before)
+        _team.reset(token)
+        mine.pool.shutdown(cancel_futures=True)
+        use_threads(before)
 
 
 def each(work: Callable[[T], Any], pieces: Iterable[T]) -> None:
@@ -59,12 +73,12 @@ def each(work: Callable[[T], Any], pieces: Iterable[T]) -> None:
     Raises:
         Exception: the first that a piece raised, when all have ended.
     """
-    items = list(pieces)
-    if _team is None or _team._max_workers == 1 or len(items) < 2:
+    items, mine = list(pieces), _team.get()
+    if mine is None or mine.size == 1 or len(items) < 2:
         for item in items:
             work(item)
         return
-    futures = [_team.submit(_inferring, work, item) for item in items]
+    futures = [mine.pool.submit(_inferring, work, item) for item in items]
     wait(futures)
     for future in futures:
         future.result()
@@ -101,7 +115,8 @@ def load_solvers(device: torch.device) -> None:
     once", pytorch/pytorch#90613).
     """
     if device.type == "cuda":
-        torch.linalg.cholesky_ex(torch.eye(1, device=device))
+        with _loading:
+            torch.linalg.cholesky_ex(torch.eye(1, device=device))
 
 
 def scratch(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:

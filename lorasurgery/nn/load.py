@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.errors import MismatchError, UnsupportedError, nearest
 from lorasurgery.hub.pull import here
 from lorasurgery.nn.linear import LoRALayer, factored
@@ -36,20 +37,22 @@ def load_adapter(model: M, path: str | Path, name: str = "default", *, trainable
         The model.
 
     Raises:
-        FormatError: no adapter there. UsageError: the name is taken, or the model is merged.
-        UnsupportedError: a variant that is not held in memory. MismatchError: a module or a shape that the model
-            lacks. In each case the model is as it was.
+        FormatError: no adapter there, or one that was changed while it was read. UsageError: the name is taken, or the
+            model is merged. UnsupportedError: a variant that is not held in memory. MismatchError: a module or a shape
+            that the model lacks. In each case the model is as it was.
     """
     check_new(model, name)
-    adapter = open_adapter(here(path))
-    _refuse_variants(adapter)
-    modules = modules_of(model)
-    _check_names(adapter, modules)
-    for delta in adapter.deltas.values():
-        _check_delta(adapter, delta, modules)
-    places = _places(adapter, modules)
-    factors = {delta.path: adapter.load(delta) for delta in adapter.deltas.values()}
-    whole = {place: adapter.load_replaced(key) for place, key in places.items()}
+    with Operation(writes=False) as operation:
+        adapter = open_adapter(here(path))
+        _refuse_variants(adapter)
+        modules = modules_of(model)
+        _check_names(adapter, modules)
+        for delta in adapter.deltas.values():
+            _check_delta(adapter, delta, modules)
+        places = _places(adapter, modules)
+        factors = {delta.path: adapter.load(delta) for delta in adapter.deltas.values()}
+        whole = {place: adapter.load_replaced(key) for place, key in places.items()}
+        operation.inputs.check()
 
     freeze(modules)
     for where, update in factors.items():

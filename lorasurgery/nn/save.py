@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorasurgery.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from lorasurgery.adapters.peft_write import PeftLayout, factor_keys
 from lorasurgery.checkpoint.dtypes import dtype_name
+from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.clients.peft import saved_names, task_type
@@ -43,7 +44,12 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, o
     out = Path(path)
     if out.suffix == ".safetensors":
         raise UsageError(f"{out}: an adapter is a folder (config and weights); give a folder name")
-    check_output(out, [], overwrite)
+    with Operation("save_adapter", alone=True):
+        check_output(out, [], overwrite)
+        _save(model, layers, out, name, overwrite=overwrite)
+
+
+def _save(model: nn.Module, layers: Mapping[str, AdaptedModule], out: Path, name: str, *, overwrite: bool) -> None:
     layout = _layout(model)
     tensors: dict[str, Tensor] = {}
     saved: set[str] = set()

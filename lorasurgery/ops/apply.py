@@ -34,6 +34,7 @@ class Recipe:
         allow_nonfinite: Write NaN and infinity where they come up.
         undo: Keep what it takes to undo this to the bit: the record as far as it is known beforehand.
         restored: The record whose merge is taken back by this; `base` then reads as it was before.
+        carried: What else goes along into a new folder, as it was found at the beginning: name -> source.
         fallback: What was done where the device's memory did not suffice.
     """
 
@@ -55,6 +56,7 @@ class Recipe:
     restored: UndoRecord | None = None
     fallback: Fallback = field(default_factory=Fallback)
     files: list[PlannedFile] = field(default_factory=list)
+    carried: dict[str, Path] = field(default_factory=dict)
 
     @property
     def bytes_planned(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorasurgery.adapters.formats import is_adapter
+from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.ops.runtime import Clock
@@ -56,7 +57,7 @@ def run_each(
     if out:
         check_output(Path(out), [Path(folder)], overwrite)
         if not dry_run:
-            Path(out).mkdir(parents=True, exist_ok=True)
+            Path(out).mkdir(Modes.of([folder], Path(out)).folder, parents=True, exist_ok=True)
     report.adapters = [_one(command, item, targets[item], work) for item in items]
     for key in ("bytes_read", "bytes_written"):
         setattr(report, key, sum(getattr(r, key) for r in report.adapters))

@@ -17,6 +17,7 @@ from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.linalg.methods import ELEMENTWISE, METHODS, Method
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.block_weight import Blocks, weigh_joints
+from lorasurgery.ops.carry import not_followed
 from lorasurgery.ops.compose import Joint, Whole, base_models, join, whole_tensors
 from lorasurgery.ops.extract_report import rule_warning, total_error, worst
 from lorasurgery.ops.layout import check_name
@@ -131,6 +132,7 @@ def blend(
     check_name(out, loose=opened[0].format != "peft")
     check_output(out, [Path(a) for a in adapters], overwrite, resume=resume)
     report = Report(options.command, [str(a) for a in adapters], str(out), dry_run=dry_run)
+    report.warnings += [] if out.suffix == ".safetensors" else not_followed(None, opened)
     used = [(a, w) for a, w in zip(opened, strengths, strict=True) if w]
     if not used:
         raise UsageError("every weight is 0, so nothing is left to blend")
@@ -174,7 +176,7 @@ def _run(
         report.totals["budget"] = budget
     job = start_run(options.command, out, [a.path for a in sources], options, chosen, resume=resume, ranks=ranks())
     job.ranks.wait()  # until all have seen the output as it was
-    with Output(out, overwrite=overwrite, run=job) as output:
+    with Output(out, overwrite=overwrite, run=job, inputs=[a.path for a in sources]) as output:
         work = Composition(joints, options, draft, chosen)
         work.run(budget, progress, job)
         report.warnings += work.fallback.warnings

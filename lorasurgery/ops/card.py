@@ -2,53 +2,57 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.checkpoint.locate import load_object
+from lorasurgery.checkpoint.locate import exists, load_config
 from lorasurgery.errors import SurgeryError, UsageError
-from lorasurgery.hub.push import CARD
 from lorasurgery.ops import card_parts as parts
+from lorasurgery.ops.base_name import HUB_NAME
+from lorasurgery.ops.card_reader import CARD, is_licence, license_of
 from lorasurgery.ops.inspect_adapter import inspect_adapter
-from lorasurgery.ops.record import license_of, read_record
+from lorasurgery.ops.markdown import words
+from lorasurgery.ops.record import read_record
 from lorasurgery.report import Progress, Report
 
 PICTURE = "spectrum.png"
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification",
               "QUESTION_ANS": "question-answering", "FEATURE_EXTRACTION": "feature-extraction"}  # fmt: skip
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def make_card(
-    path: Path, adapter: Adapter | None, repo: str, warnings: list[str], progress: Progress | None = None
-) -> dict[str, bytes]:
+    path: Path, adapter: Adapter | None, repo: str, warnings: list[str], progress: Progress | None = None, *,
+    base: str | None = None,
+) -> dict[str, bytes]:  # fmt: skip
     """Write a model card for an adapter or a merged checkpoint, with its picture where there are singular values.
 
     Args:
         path: The folder or file; its record (lorasurgery.json) tells how it was made.
         repo: Where it will be published, for the lines that load it.
         warnings: Gets what keeps the card from being complete.
+        base: The base model's name on the Hub; None for what config and record say.
 
     Returns:
         Name in the repository -> bytes.
     """
-    record = read_record(path) if path.is_dir() else {}
+    record = read_record(path, warnings) if path.is_dir() else {}
     report = _inspected(path, progress) if adapter else None
     picture = _picture(report, warnings) if report else None
-    sources = [s for s in record.get("sources", []) if isinstance(s, dict)]
-    base = base_model(adapter, sources)
+    sources = record.get("sources", [])
+    base = base or base_model(adapter, sources)
     if base is None and (adapter or record):
-        mend = "base_model_name_or_path in adapter_config.json" if adapter else "base_model in its metadata"
-        warnings.append(f"the model card names no base model, for none is known by a name on the Hub; set {mend}")
-    metadata = _metadata(path, adapter, record, sources, base)
-    body = [f"# {repo.partition('/')[2]}", parts.opening(report, record, base)]
+        warnings.append(
+            "the model card names no base model, for none is known by a name on the Hub; "
+            "`lorasurgery push … --base-model ORG/NAME` names it"
+        )
+    metadata = _metadata(path, adapter, record, base, warnings)
+    body = [f"# {words(repo.partition('/')[2])}", parts.opening(report, record, base)]
     if picture:
         body.append(f"![singular values of each module, and error against rank and size]({PICTURE})")
     body += [parts.usage(path, adapter, repo, base), parts.history(record, sources), parts.modules(report, record)]
-    text = f"---\n{metadata}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n"
+    text = f"---\n{metadata}---\n\n" + "\n\n".join(part for part in body if part) + "\n"
     return {CARD: text.encode()} | ({PICTURE: picture} if picture else {})
 
 
@@ -59,35 +63,41 @@ def base_model(adapter: Adapter | None, sources: Sequence[dict[str, Any]]) -> st
     named += [adapter.config.get("base_model_name_or_path") if adapter else None]
     named += [s.get("base_model") for s in sources]
     for name in named:
-        if isinstance(name, str) and _ID.fullmatch(name) and not (Path(name).name in local or Path(name).exists()):
+        if isinstance(name, str) and HUB_NAME.fullmatch(name) and not (Path(name).name in local or exists(name)):
             return name
     return None
 
 
 def _metadata(
-    path: Path, adapter: Adapter | None, record: dict[str, Any], sources: Sequence[dict[str, Any]], base: str | None
+    path: Path, adapter: Adapter | None, record: dict[str, Any], base: str | None, warnings: list[str]
 ) -> str:
-    from huggingface_hub import ModelCardData
+    """The front matter, as YAML that means nothing but these words."""
+    import yaml  # type: ignore[import-untyped,unused-ignore]
 
     folder = path if path.is_dir() else path.parent
     image = adapter is not None and (adapter.format != "peft" or bool(adapter.members))
-    licenses = [s["license"] for s in sources if s.get("license")] or [license_of(folder)]
-    merged = record.get("command") in ("merge", "unmerge")
-    data = ModelCardData(
-        library_name=_library(folder, adapter, image=image),
-        base_model=base,
-        base_model_relation=("adapter" if adapter else "finetune" if merged else None) if base else None,
-        license=licenses[0],
-        tags=["lorasurgery", *(["lora"] if adapter or merged else []), *(["merge"] if _is_blend(record) else [])],
-        pipeline_tag=_PIPELINES.get(str(adapter.config.get("task_type"))) if adapter else None,
-    )
-    text: str = data.to_yaml()
+    merged = record.get("command") in ("merge", "unmerge", "switch")
+    found = {
+        "base_model": base,
+        "base_model_relation": ("adapter" if adapter else "finetune" if merged else None) if base else None,
+        "library_name": _library(folder, adapter, image=image),
+        "license": _licence(folder, record, warnings),
+        "pipeline_tag": _PIPELINES.get(str(adapter.config.get("task_type"))) if adapter else None,
+        "tags": ["lorasurgery", *(["lora"] if adapter or merged else []), *(["merge"] if _is_blend(record) else [])],
+    }
+    known = {key: value for key, value in found.items() if value is not None}
+    text: str = yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
     return text
 
 
+def _licence(folder: Path, record: dict[str, Any], warnings: list[str]) -> str | None:
+    """That of the first input that has one, or the folder's own; never something that is no identifier."""
+    named = [s.get("license") for s in record.get("sources", [])]
+    return next((name for name in named if name and is_licence(name)), None) or license_of(folder, warnings)
+
+
 def _is_blend(record: dict[str, Any]) -> bool:
-    kinds = [s.get("kind") for s in record.get("sources", []) if isinstance(s, dict)]
-    return kinds.count("adapter") > 1
+    return [s["kind"] for s in record.get("sources", [])].count("adapter") > 1
 
 
 def _library(folder: Path, adapter: Adapter | None, *, image: bool) -> str | None:
@@ -95,8 +105,7 @@ def _library(folder: Path, adapter: Adapter | None, *, image: bool) -> str | Non
         return "diffusers"
     if adapter:
         return "peft"
-    config = folder / "config.json"
-    return "transformers" if config.is_file() and load_object(config).get("model_type") else None
+    return "transformers" if load_config(folder / "config.json").get("model_type") else None
 
 
 def _inspected(path: Path, progress: Progress | None) -> Report:

@@ -1,7 +1,11 @@
-"""The sections of a model card, as Markdown. No network, no files but a config."""
+"""The sections of a model card, as Markdown. No network, no files but a config.
+
+What stands in a record, an adapter or a file's name goes through `words` or `block`, so that it is read as it stands.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,8 @@ from typing import Any
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.clients.finding import Setting
 from lorasurgery.clients.servers import findings
+from lorasurgery.ops.markdown import block, row, words
+from lorasurgery.ops.record_check import COLUMNS
 from lorasurgery.report import Report
 
 HOME = "lorasurgery"
@@ -20,15 +26,17 @@ _COLUMNS = {
 _OF = {"extract": "the fine-tune's update of these modules", "rerank": "the larger adapter's update",
        "blend": "the exact blend's update"}  # fmt: skip
 _RANKS = (16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank
+_MOST = 2000  # rows of a table; lorasurgery.json has all of them
 
 
 def opening(report: Report | None, record: dict[str, Any], base: str | None) -> str:
     """One paragraph: what this is, and for which model."""
-    link = f"[{base}](https://huggingface.co/{base})" if base and "/" in base else base or "a base model"
+    name = words(base or "a base model")
+    link = f"[{name}](https://huggingface.co/{base})" if base and "/" in base else name
     totals = record.get("totals", {})
     if report is None:
         lines = [f"LoRA adapters merged into the weights of {link}."] if record.get("command") == "merge" else []
-        if totals.get("retention") is not None:
+        if {"tensors_touched", "retention", "noise"} <= set(totals):
             lines.append(
                 f"{totals['tensors_touched']} tensors were changed; {totals['retention']:.2%} of the update is in the "
                 f"weights after rounding, with rounding noise of {totals['noise']:.2%} of its norm."
@@ -42,7 +50,7 @@ def opening(report: Report | None, record: dict[str, Any], base: str | None) -> 
     )
     if t["full"]:
         text += f" {t['full']} tensors (norms, biases and the like) are stored whole."
-    if totals.get("error") is not None and record.get("command") in ("extract", "rerank", "blend"):
+    if {"error", "energy"} <= set(totals) and record.get("command") in _OF:
         text += (
             f" The factors hold {totals['energy']:.2%} of the energy of {_OF[record['command']]}: the relative error "
             f"‖ΔW − BA‖/‖ΔW‖ is {totals['error']:.2%}, measured on the factors as they are written."
@@ -54,16 +62,15 @@ def usage(path: Path, adapter: Adapter | None, repo: str, base: str | None) -> s
     """How to load it, in code that can be pasted."""
     base = base or "BASE_MODEL"
     if adapter is None:
-        return _section(
-            "Use", f'```python\nfrom transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{repo}")\n```'
-        )
+        code = f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{repo}")'
+        return _section("Use", block(code, "python"))
     if adapter.format != "peft" or adapter.members:
-        name = f', weight_name="{path.name}"' if path.is_file() else ""
+        name = f", weight_name={json.dumps(path.name)}" if path.is_file() else ""
         code = (
             "from diffusers import DiffusionPipeline\n\n"
             f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{repo}"{name})'
         )
-        return _section("Use with diffusers", f"```python\n{code}\n```")
+        return _section("Use with diffusers", block(code, "python"))
     return (
         _section("Use with PEFT", _peft(adapter, repo, base))
         + "\n\n"
@@ -76,9 +83,10 @@ def _peft(adapter: Adapter, repo: str, base: str) -> str:
     auto = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
             "SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
             "QUESTION_ANS": "AutoModelForQuestionAnswering"}.get(task, "AutoModel")  # fmt: skip
-    return (
-        f"```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n\n"
-        f'model = {auto}.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(model, "{repo}")\n```'
+    return block(
+        f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+        f'model = {auto}.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(model, "{repo}")',
+        "python",
     )
 
 
@@ -87,13 +95,13 @@ def _vllm(adapter: Adapter, repo: str, base: str) -> str:
     rank = next((r for r in _RANKS if r >= top), _RANKS[-1])
     against = findings(adapter, "vllm", Setting(max_lora_rank=rank))
     if against:
-        says = "; ".join(f.what for f in against[:3])
-        merge = f"lorasurgery merge {base} {repo} -o merged\nvllm serve merged"
-        return f"vLLM does not serve it as an adapter ({says}). Merge it, and serve the model:\n\n```\n{merge}\n```"
+        says = words("; ".join(f.what for f in against[:3]))
+        merge = block(f"lorasurgery merge {base} {repo} -o merged\nvllm serve merged")
+        return f"vLLM does not serve it as an adapter ({says}). Merge it, and serve the model:\n\n{merge}"
     name = repo.partition("/")[2]
+    serve = block(f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={repo}")
     return (
-        f"```\nvllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={repo}\n```\n\n"
-        f"and ask for the model `{name}`. Or merge it once, which costs nothing at inference: "
+        f"{serve}\n\nand ask for the model `{name}`. Or merge it once, which costs nothing at inference: "
         f"`lorasurgery merge {base} {repo} -o merged`."
     )
 
@@ -102,22 +110,20 @@ def history(record: dict[str, Any], sources: Sequence[dict[str, Any]]) -> str:
     """How it was made: the command, the version, the inputs with revisions and hashes."""
     if not record:
         return ""
-    lines = [f"```\n{record.get('call')}\n```", f"with {HOME} {record.get('version')}, from:", ""]
+    lines = [block(record["call"]), f"with {HOME} {words(record['version'])}, from:", ""]
     lines += ["| input | kind | revision |", "|---|---|---|"]
-    lines += [f"| {s.get('name')} | {s.get('kind')} | {s.get('revision') or 'local files'} |" for s in sources]
-    rows = [
-        f"| {s.get('name')}/{f.get('name')} | {f.get('bytes', 0):,} | {_hash(f)} |"
-        for s in sources
-        for f in s.get("files", [])
-    ]
-    table = ["| file | bytes | SHA-256 |", "|---|---:|---|", *rows]
-    for warning in record.get("warnings", []):
-        lines += ["", f"> {warning}"]
+    lines += [row(words(text) for text in (s["name"], s["kind"], s.get("revision") or "local files")) for s in sources]
+    rows = [row(_file(s["name"], f)) for s in sources for f in s["files"]]
+    table = ["| file | bytes | SHA-256 |", "|---|---:|---|", *rows[:_MOST]]
+    for warning in record["warnings"][:_MOST]:
+        lines += ["", f"> {words(warning)}"]
     return _section("How it was made", "\n".join(lines) + "\n\n" + _folded("Hashes of the inputs", "\n".join(table)))
 
 
-def _hash(file: dict[str, Any]) -> str:
-    return f"`{file['sha256']}`" if "sha256" in file else f"`{file.get('header_sha256')}` (of the header)"
+def _file(source: str, file: dict[str, Any]) -> tuple[str, ...]:
+    whole, header = file.get("sha256"), file.get("header_sha256")
+    said = words(whole) if whole else f"{words(header)} (of the header)" if header else ""
+    return words(f"{source}/{file['name']}"), f"{file['bytes']:,}", said
 
 
 def modules(report: Report | None, record: dict[str, Any]) -> str:
@@ -125,13 +131,13 @@ def modules(report: Report | None, record: dict[str, Any]) -> str:
     rows = record.get("modules") or (report.to_dict()["modules"] if report else [])
     if not rows:
         return ""
-    used = [c for c in _COLUMNS if any(row.get(c) is not None for row in rows)]
-    head = "| module | shape | " + " | ".join(_COLUMNS[c][0] for c in used) + " |"
-    table = [head, "|---|---:|" + "---:|" * len(used)]
-    for row in rows:
-        cells = [_COLUMNS[c][1].format(row[c]) if row.get(c) is not None else "" for c in used]
-        table.append(f"| {row['name']} | {'×'.join(map(str, row['shape']))} | " + " | ".join(cells) + " |")
-    return _section("Modules", _folded(f"{len(rows)} modules", "\n".join(table)))
+    used = [c for c in COLUMNS if any(item.get(c) is not None for item in rows)]
+    table = [row(["module", "shape", *(_COLUMNS[c][0] for c in used)]), "|---|---:|" + "---:|" * len(used)]
+    for item in rows[:_MOST]:
+        cells = [_COLUMNS[c][1].format(item[c]) if item.get(c) is not None else "" for c in used]
+        table.append(row([words(item["name"]), "×".join(map(str, item["shape"])), *cells]))
+    more = f", of which {_MOST:,} are shown" if len(rows) > _MOST else ""
+    return _section("Modules", _folded(f"{len(rows):,} modules{more}", "\n".join(table)))
 
 
 def _section(title: str, text: str) -> str:

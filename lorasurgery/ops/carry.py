@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.inside import files_below, is_link, leads_out
 from lorasurgery.checkpoint.locate import load_object
+from lorasurgery.checkpoint.operation import note
+from lorasurgery.errors import some
 from lorasurgery.report import RECORD_NAME
 
 if TYPE_CHECKING:
     from lorasurgery.checkpoint.output import Output
+    from lorasurgery.checkpoint.reader import Checkpoint
 
 CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data",
@@ -20,7 +25,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
               "chat_template.json")  # fmt: skip
-_ABOUT = {("README.md",), (RECORD_NAME,)}  # they tell of another model
+_ABOUT = {"README.md", RECORD_NAME}  # they tell of another model
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
            "F8_E5M2": "float8_e5m2"}  # fmt: skip
 
@@ -36,13 +41,9 @@ def carried_files(folder: Path, adapters: Sequence[Adapter] = (), *, parts: Coll
             whatever it is.
     """
     rewritten = {file.rpartition("/")[0] for file in parts}
-    found: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*")):
-        inside = file.relative_to(folder).parts
-        hidden = any(p.startswith(".") for p in inside)
-        weights = file.name.endswith(_WEIGHTS) and (not rewritten or "/".join(inside[:-1]) in rewritten)
-        if file.is_file() and not hidden and not weights and inside not in _ABOUT:
-            found["/".join(inside)] = file
+    found = {name: file for name, file in files_below(folder)[0].items() if _goes_along(name, rewritten)}
+    for file in found.values():
+        note(file)
     own = tokenizer_files(adapters)
     if own:  # one tokenizer's files, never a mixture of two
         found = {n: f for n, f in found.items() if n not in _TOKENIZER} | own
@@ -50,12 +51,44 @@ def carried_files(folder: Path, adapters: Sequence[Adapter] = (), *, parts: Coll
 
 
 def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, Path]:
-    """The tokenizer of the last adapter that brings one: name -> source."""
+    """The tokenizer of the last adapter that brings one: name -> source. A part that leads elsewhere makes it none."""
     for adapter in reversed(adapters):
         own = {n: adapter.folder / n for n in _TOKENIZER if (adapter.folder / n).is_file()}
-        if own:
+        for file in own.values():
+            note(file)
+        if own and not _leading_out(adapter.folder):
             return own
     return {}
+
+
+def _goes_along(name: str, rewritten: Collection[str]) -> bool:
+    folder, _, last = name.rpartition("/")
+    hidden = name.startswith(".") or "/." in name
+    weights = last.endswith(_WEIGHTS) and (not rewritten or folder in rewritten)
+    return not hidden and not weights and name not in _ABOUT
+
+
+def _leading_out(folder: Path) -> list[str]:
+    return [n for n in _TOKENIZER if is_link(folder / n) and leads_out(folder / n, folder)]
+
+
+def not_followed(base: Checkpoint | None, adapters: Sequence[Adapter]) -> list[str]:
+    """Sentences on links that lead out of a folder whose files go along: what lies elsewhere is nobody's to hand on.
+
+    Args:
+        base: Whose files go along; None where none do.
+    """
+    places: dict[Path, list[str]] = {}
+    if base is not None and not base.is_file:
+        rewritten = {file.rpartition("/")[0] for file in base.parts}
+        places[base.folder] = [n for n in files_below(base.folder)[1] if _goes_along(n, rewritten)]
+    places |= {adapter.folder: _leading_out(adapter.folder) for adapter in adapters}
+    return [
+        f"{show(str(folder))}: not taken along: {some([show(n) for n in names])}; a link that leads out of its folder "
+        "is not followed, so put the file itself there"
+        for folder, names in places.items()
+        if names
+    ]
 
 
 def patched_config(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter
@@ -33,6 +34,7 @@ class Composed:
         weights: One strength for each source.
         blocks: Strengths by module, for the vectors that are added.
         cast: Whether tensors stored whole are written in that dtype too.
+        beside: Tokenizer files that go along: name -> source.
         dropped: modules without any direction: nothing is left of them, or the budget has no room.
     """
 
@@ -44,6 +46,10 @@ class Composed:
     cast: bool = False
     modules: list[tuple[Joint, Factored]] = field(default_factory=list)
     dropped: list[ModuleReport] = field(default_factory=list)
+    beside: dict[str, Path] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.beside = tokenizer_files(self.sources)  # as they are now, before hours of work
 
     def add(self, joint: Joint, found: Factored) -> None:
         """Keep one module, unless it vanished: then it is only reported."""
@@ -118,7 +124,7 @@ class Composed:
 
     def write(self, output: Output) -> None:
         """Write weights, tokenizer files and, last, what makes the folder complete."""
-        write_layout(self.layout(), output, tokenizer_files(self.sources))
+        write_layout(self.layout(), output, self.beside)
 
 
 def first_keys(sources: Sequence[Adapter]) -> dict[str, str]:

@@ -179,7 +179,7 @@ def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint 
         UnsupportedError: what the new format can't say, by name. MismatchError: a module the base does not have.
     """
     plan = Conversion(adapter, options, base=base)
-    plan.warnings += check_place(plan)
+    plan.warnings += check_place(base, options.to, adapter.path)
     check_sayable(plan)
     if adapter.format == "peft" and options.to == "peft":
         if base is not None:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Delta
-from lorasurgery.adapters.image_models import beside_denoiser, class_of, takes_adapters
+from lorasurgery.adapters.image_models import beside_denoiser, class_of, has_known_originals, takes_adapters
 from lorasurgery.adapters.translate import Target
+from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.client import CLIENTS
 from lorasurgery.errors import UnsupportedError
 
@@ -15,24 +16,40 @@ if TYPE_CHECKING:
     from lorasurgery.ops.convert import Conversion
 
 
-def check_place(plan: Conversion) -> list[str]:
+def check_place(
+    base: Checkpoint | None, to: str, adapter: str, instead: str = "merge the adapter into its base instead"
+) -> list[str]:
     """Refuse a base that no client loads an adapter of this format into; what comes back is a warning.
 
+    Args:
+        base: The adapter's model, if one is given. to: The format. adapter: What the message begins with.
+        instead: The next move that it ends with.
+
     Raises:
-        UnsupportedError: a VAE or a ControlNet for ComfyUI and kohya; a class that has no load_lora_adapter.
+        UnsupportedError: a VAE or a ControlNet for ComfyUI and kohya, or a denoiser of which those programs' names are
+            not known; a class that has no load_lora_adapter.
     """
-    name, to = class_of(plan.base.config) if plan.base else "", plan.options.to
+    name = _denoiser(base)
     if not name or to == "peft":
         return []
-    beside, merge = beside_denoiser(name), "merge the adapter into its base instead"
-    where = f"{plan.adapter.path}: its base is {name}"
+    beside, where = beside_denoiser(name), f"{adapter}: its base is {name}"
     if to != "diffusers" and beside:
-        raise UnsupportedError(f"{where}, {beside}, which no file of the {to} format has a place for; {merge}")
+        raise UnsupportedError(f"{where}, {beside}, which no file of the {to} format has a place for; {instead}")
+    if to != "diffusers" and not has_known_originals(name):
+        raise UnsupportedError(f"{where}, whose names in the {to} format are not known here; {instead}")
     if to == "diffusers" and not takes_adapters(name):
-        raise UnsupportedError(f"{where}, which diffusers loads no adapter into (no load_lora_adapter); {merge}")
+        raise UnsupportedError(f"{where}, which diffusers loads no adapter into (no load_lora_adapter); {instead}")
     if beside:
         return [f"{name} is {beside}: load the file by its own load_lora_adapter; a pipeline puts it elsewhere"]
     return []
+
+
+def _denoiser(base: Checkpoint | None) -> str:
+    """The diffusers class of a base, or of a pipeline's denoiser; empty where no config names one."""
+    if base is None:
+        return ""
+    parts = {prefix.removesuffix(".") for prefix in base.parts.values()} & {"unet", "transformer"}
+    return class_of(base.config_of(min(parts)) if parts else base.config)
 
 
 def check_sayable(plan: Conversion) -> None:

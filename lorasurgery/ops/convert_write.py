@@ -19,7 +19,7 @@ from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.norms import row_squares
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.blend import BlendOptions, factor_dtype
-from lorasurgery.ops.carry import tokenizer_files
+from lorasurgery.ops.carry import not_followed, tokenizer_files
 from lorasurgery.ops.compose import Joint, Term
 from lorasurgery.ops.compose_write import Composed
 from lorasurgery.ops.composition import Composition
@@ -35,11 +35,12 @@ from lorasurgery.report import ModuleReport, Progress, Report
 @torch.inference_mode()
 def carry_out(plan: Conversion, report: Report, out: Path, overwrite: bool, progress: Progress | None) -> None:
     """Do what was planned and fill in the report."""
+    copies = tokenizer_files([plan.adapter]) if plan.options.to == "peft" else {}
     modules, report.modules = _modules(plan, torch.device(report.device), progress)
     layout, unseen = _layout(plan, modules)
-    copies = tokenizer_files([plan.adapter]) if plan.options.to == "peft" else {}
+    report.warnings += not_followed(None, [plan.adapter] if plan.options.to == "peft" else [])
     check_name(out, loose=layout.loose)
-    with Output(out, overwrite=overwrite) as output:
+    with Output(out, overwrite=overwrite, inputs=[plan.adapter.path]) as output:
         write_layout(layout, output, copies)
     report.bytes_written = output.bytes_written
     report.bytes_read = plan.adapter.weights.bytes_read

@@ -14,6 +14,7 @@ from lorasurgery.clients.client import client_named
 from lorasurgery.clients.host import Host
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.ops.convert_limits import check_place
 from lorasurgery.ops.expert_pairs import group_experts
 from lorasurgery.ops.extract_for import narrowed, reservations, staged, to_file
 from lorasurgery.ops.extract_report import add_excluded, plan_report, rule_warning, summarise, warning_of
@@ -47,8 +48,6 @@ class ExtractOptions:
         svd: `exact` for LAPACK/cuSOLVER, `randomized`, or `auto` by the matrix's size.
         dtype: safetensors name for what is written; None takes the tuned weights' own.
         allow_nonfinite: Store tensors whole of which a value is NaN or infinite, instead of stopping at them.
-        client: What the adapter is for: peft, vllm, sglang (a PEFT folder of what they take), diffusers, comfyui or
-            kohya (their one file).
         client: The program it is for: peft, vllm, sglang or llama.cpp (a folder), diffusers, comfyui or kohya (a file).
         keep_rounding: Take tensors too that differ by no more than the rounding of one side's dtype, instead of
             counting them and leaving them out.
@@ -146,10 +145,13 @@ def _to_folder(
     check_device_name(device)
     check_memory_limit(memory_limit)
     first, second = Checkpoint.open(base), Checkpoint.open(tuned)
+    client = client_named(options.client)
+    if client.file:
+        check_place(first, client.file, str(tuned), "extract --for peft instead")
     matched = match_pairs(first, second, options.selection)
     host = host_of(first, second, matched.pairs, ask=not dry_run)
     fitted = fit_pairs(matched.pairs, host, options.selection)
-    fitted = narrowed(fitted, client_named(options.client))
+    fitted = narrowed(fitted, client)
     pairs = group_experts(fitted, first.config | second.config)
     report = plan_report(first, second, out, pairs, options.choice, dry_run)
     report.warnings += matched.notes
@@ -188,7 +190,7 @@ def _carry_out(
 
     job = Extraction(base, tuned, host, options, device, run, limit)
     run.ranks.wait()  # until all have seen the output as it was
-    with Output(out, overwrite=overwrite, run=run) as output:
+    with Output(out, overwrite=overwrite, run=run, inputs=[base.path, tuned.path]) as output:
         draft = job.run(pairs, progress)
         if run.ranks.first:
             problems = write_adapter(draft, tuned, output)

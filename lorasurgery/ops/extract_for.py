@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.checkpoint.inside import refuse_link
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.client import Client
 from lorasurgery.clients.finding import Setting
@@ -35,8 +36,14 @@ def _called(pair: Pair) -> str:
 
 
 def staged(out: Path) -> Path:
-    """Where the PEFT folder lies that an image tool's file is made from; the same for a run that is resumed."""
-    return out.with_name(f".{out.name}.lorasurgery-peft")
+    """Where the PEFT folder lies that an image tool's file is made from; the same for a run that is resumed.
+
+    Raises:
+        OutputError: a link lies there.
+    """
+    folder = out.with_name(f".{out.name}.lorasurgery-peft")
+    refuse_link(folder)
+    return folder
 
 
 def to_file(

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorasurgery.checkpoint.inside import leads_out
 from lorasurgery.checkpoint.locate import PIPELINE
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import index_json
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rounding import Survival
 from lorasurgery.ops.apply import Recipe
-from lorasurgery.ops.carry import CONFIG, carried_files, patched_config, write_carried
+from lorasurgery.ops.carry import CONFIG, patched_config, write_carried
 from lorasurgery.ops.edits import Edit
 from lorasurgery.ops.quantized import is_narrow
 from lorasurgery.ops.recorder import kept
@@ -93,11 +94,12 @@ def finish(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
             config = patched_config(
                 source.config, untied=recipe.edits.untied, vocab_size=recipe.edits.vocab_size, dtype=dtype
             )
-            carried = carried_files(source.folder, recipe.adapters, parts=source.parts)
+            carried = dict(recipe.carried)
             _put_back(recipe, output, carried)
             write_carried(output, carried, source.config, config, dtype)
         elif recipe.edits.untied:
-            config = patched_config(source.config, untied=True)
+            own = {} if leads_out(source.folder / CONFIG, source.folder) else source.config
+            config = patched_config(own, untied=True)
             output.write_bytes(CONFIG, json.dumps(config, indent=2).encode())
         last = _write_indexes(recipe, output) or last
     output.commit(last=last)

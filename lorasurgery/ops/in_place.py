@@ -55,7 +55,10 @@ def run_in_place(
         SurgeryError: as merge and unmerge; nothing was changed then, unless the message says so.
     """
     check_in_place(recipe)
-    with Surgery(recipe.base.path, about, resume=resume) as surgery, team(min(TEAM, torch.get_num_threads())):
+    with (
+        Surgery(recipe.base.path, about, resume=resume, inputs=report.inputs) as surgery,
+        team(min(TEAM, torch.get_num_threads())),
+    ):
         work = _Work(recipe, surgery, device, progress)
         if not surgery.checked:
             notes = work.rehearse()
@@ -189,5 +192,5 @@ def _files_before(recipe: Recipe) -> dict[str, bytes | None]:
 
 def _stage(record: UndoRecord, surgery: Surgery) -> None:
     planned, about, places = planned_record(record, _RECORD)
-    with TensorFile(surgery.staged(_RECORD), planned, lambda _: None) as file:
+    with TensorFile(surgery.staged(_RECORD), planned, lambda _: None, mode=surgery.modes.file) as file:
         write_planned(file, about, places, surgery.folder)

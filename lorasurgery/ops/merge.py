@@ -14,6 +14,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UsageError, some
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
+from lorasurgery.ops.carry import carried_files, not_followed
 from lorasurgery.ops.record import describe
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
@@ -123,7 +124,7 @@ def _inside(
     """Merge inside the base's own files."""
     from lorasurgery.ops.in_place import run_in_place  # imports torch
 
-    report.sources = [source for path in report.inputs for source in describe(path)]
+    report.sources = [source for path in report.inputs for source in describe(path, report.warnings)]
     files = files_in_place(recipe)
     if recipe.undo is not None:
         recipe.undo.files |= before_in_place(recipe.base, list(files))
@@ -143,6 +144,9 @@ def carry_out(
     """
     from lorasurgery.ops.stream import run  # imports torch
 
+    source = recipe.config_from or recipe.base
+    if recipe.out.suffix != ".safetensors" and not source.is_file:
+        recipe.carried = carried_files(source.folder, recipe.adapters, parts=source.parts)
     options |= {name: getattr(recipe, name) for name in ("dtype", "rounding", "seed")}
     options["weights"] = report.totals["weights"]
     job = start_run(report.command, recipe.out, report.inputs, options, device, resume=resume, ranks=ranks())
@@ -183,6 +187,8 @@ def start_report(command: str, recipe: Recipe, inputs: list[str], weights: list[
         "untied": edits.untied,
         "vocab_size": edits.vocab_size,
     }
+    new_folder = recipe.out != recipe.base.path and recipe.out.suffix != ".safetensors"
+    report.warnings += not_followed((recipe.config_from or recipe.base) if new_folder else None, recipe.adapters)
     if edits.untied:
         report.warnings.append(
             "lm_head no longer equals the input embedding: it is written as its own tensor and "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,15 @@ from typing import Any
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, show
+from lorasurgery.checkpoint.inside import files_below, is_link, leads_out
 from lorasurgery.checkpoint.journal import PARTIAL
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import FormatError, OutputError, SurgeryError, UsageError, some
 from lorasurgery.hub import push as hub
-from lorasurgery.hub.reference import cached_reference
+from lorasurgery.ops.base_name import check_base_model, local_bases, with_base_model
 from lorasurgery.ops.batch import find_adapters
 from lorasurgery.ops.card import make_card
+from lorasurgery.ops.card_reader import check_card
 from lorasurgery.ops.runtime import Clock
 from lorasurgery.report import Progress, Report
 
@@ -50,6 +52,7 @@ def push(
     target: Target,
     *,
     message: str | None = None,
+    base_model: str | None = None,
     overwrite_card: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -62,6 +65,8 @@ def push(
     Args:
         path: Folder or .safetensors file; checked from its headers to be whole before anything is sent.
         message: Of the commit; None says what was uploaded.
+        base_model: The base as the Hub knows it, for the adapter's config and the model card as they are sent; the
+            local files stay as they are.
         overwrite_card: Write a new model card though the repository or the folder has one.
         dry_run: Check, and say what would be sent; the Hub is not asked.
 
@@ -71,32 +76,44 @@ def push(
     """
     clock = Clock()
     target.check()
+    check_base_model(base_model)
     parcel = pack(Path(path))
+    sent = parcel.files | with_base_model(parcel.files, base_model)
     report = Report("push", [str(path)], "", dry_run=dry_run)
     report.totals = {"files": sorted(parcel.files), "bytes": parcel.nbytes, "left_out": parcel.left_out}
     if parcel.left_out:
         report.warnings.append(f"not published: {some(parcel.left_out)} (pickles, other weights, other folders)")
+    report.warnings += [] if base_model else local_bases(parcel.files)
     own_card = hub.CARD in parcel.files and not overwrite_card
+    if own_card:
+        check_card(parcel.files[hub.CARD])
     card = "" if own_card else " and a model card"
     report.summary = f"{len(parcel.files)} files{card}, {parcel.nbytes / 1e6:,.2f} MB, to {target.repo}"
     if not dry_run:
-        made = {} if own_card else make_card(parcel.path, parcel.adapter, target.repo, report.warnings, progress)
+        made: dict[str, bytes] = {}
+        if not own_card:
+            made = make_card(parcel.path, parcel.adapter, target.repo, report.warnings, progress, base=base_model)
         what = "adapter" if parcel.adapter else "checkpoint"
-        pushed = _send(parcel, made, target, message or f"Upload {what} with lorasurgery", overwrite_card)
+        message = message or f"Upload {what} with lorasurgery"
+        pushed = _send(parcel, sent, made, target, message, base_model, overwrite_card=overwrite_card)
         report.pushed, report.output, report.bytes_written = pushed, pushed["url"], pushed["bytes"]
         report.summary = _summary(pushed)
     return clock.stamp(report)
 
 
-def _send(parcel: Parcel, made: dict[str, bytes], target: Target, message: str, overwrite_card: bool) -> dict[str, Any]:
+def _send(
+    parcel: Parcel, sent: Mapping[str, Path | bytes], made: dict[str, bytes], target: Target, message: str,
+    base_model: str | None, *, overwrite_card: bool,
+) -> dict[str, Any]:  # fmt: skip
     try:
-        return hub.upload(parcel.files, made, target, message=message, overwrite_card=overwrite_card)
+        return hub.upload(sent, made, target, message=message, overwrite_card=overwrite_card)
     except OutputError:  # the same command would be refused again
         raise
     except SurgeryError as problem:
         options = " --private" if target.private else ""
         options += f" --revision {target.revision}" if target.revision else ""
         options += " --create-pr" if target.create_pr else ""
+        options += f" --base-model {base_model}" if base_model else ""
         options += " --overwrite-card" if overwrite_card else ""
         raise type(problem)(
             f"{problem}; nothing was published and {show(str(parcel.path))} is whole: repeat the upload alone with "
@@ -148,12 +165,16 @@ def _choose(parcel: Parcel, weights: set[str], *, everywhere: bool) -> None:
             continue
         other = file.suffix == ".safetensors" and name not in weights
         home = name.rpartition("/")[0]
-        text = file.name.endswith(_TEXTS) and not _holds_weights(file.parent)
-        elsewhere = not (everywhere or home in homes or text)
+        if file.is_dir():  # a link to one elsewhere
+            beside = any(w.startswith(f"{name}/") for w in weights)
+        else:
+            beside = home in homes or (file.name.endswith(_TEXTS) and not _holds_weights(file.parent))
+        elsewhere = not (everywhere or beside)
         if other or elsewhere or file.name.endswith(PICKLE_SUFFIXES):
             parcel.left_out.append(name)
+        elif is_link(file) and leads_out(file, parcel.path):  # it could publish what nobody meant to
+            raise FormatError(f"{show(str(file))}: is a link that leads out of the folder; put the file itself there")
         else:
-            _check_link(file, parcel.path)
             parcel.files[name] = file
 
 
@@ -163,12 +184,6 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def _visible(folder: Path) -> Iterable[tuple[Path, str]]:
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            yield file, file.relative_to(folder).as_posix()
-
-
-def _check_link(file: Path, folder: Path) -> None:
-    """A link could publish a file of the user's that nobody meant to publish."""
-    if not file.resolve().is_relative_to(folder.resolve()) and not cached_reference(folder.absolute()):
-        raise FormatError(f"{show(str(file))}: is a link that leads out of the folder; put the file itself there")
+    """Files by their names, and links that lead out."""
+    files, outside = files_below(folder)
+    yield from sorted((file, name) for name, file in (files | {name: folder / name for name in outside}).items())

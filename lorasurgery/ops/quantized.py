@@ -6,14 +6,15 @@ Facts: ComfyUI's QUANTIZATION.md for `_quantization_metadata` and `.weight_scale
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 from lorasurgery.adapters.config_values import endings
 from lorasurgery.adapters.naming import module_of
 from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.checkpoint.json_text import parse_object
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import FormatError
 
 KEY, MARKER = "_quantization_metadata", "scaled_fp8"
 _BESIDE = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "scale_weight", "scale_input",
@@ -79,8 +80,7 @@ def _layers(text: str | None) -> frozenset[str] | None:
     if text is None:
         return None
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        layers = parse_object(text.encode(), KEY).get("layers")
+    except FormatError:
         return frozenset()
-    layers = found.get("layers") if isinstance(found, dict) else None
     return frozenset(layers) if isinstance(layers, dict) else frozenset()

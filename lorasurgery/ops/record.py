@@ -7,46 +7,54 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lorasurgery import __version__
-from lorasurgery.adapters.adapter import Adapter
+from lorasurgery._version import __version__
 from lorasurgery.adapters.formats import is_adapter, open_adapter
+from lorasurgery.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, is_peft
+from lorasurgery.adapters.peft_config import read_config
 from lorasurgery.checkpoint.files import WriteFile, sync_folder
-from lorasurgery.checkpoint.journal import partial_of
+from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.journal import new_token, partial_of
 from lorasurgery.checkpoint.locate import load_object, locate
-from lorasurgery.errors import OutputError, SurgeryError
+from lorasurgery.checkpoint.modes import Modes
+from lorasurgery.errors import FormatError, OutputError, SurgeryError
 from lorasurgery.hub.reference import cached_reference
+from lorasurgery.ops.base_name import is_local
+from lorasurgery.ops.card_reader import license_of
+from lorasurgery.ops.record_check import check_record
 from lorasurgery.report import RECORD_NAME, Report, Source
 
 _HASHED_WHOLE = 256 * 10**6  # bytes of one input: more would cost a large operation a second reading
 _KEPT = ("totals", "modules", "full", "left_out", "warnings")
 
 
-def describe(given: Any) -> list[Source]:
+def describe(given: Any, warnings: list[str]) -> list[Source]:
     """Say what inputs are, for whoever finds the result later.
 
     Args:
         given: A path, several, or None; references on the Hub are given as the folders they were fetched to.
+        warnings: Gets what of them can't be read.
     """
     if given is None:
         return []
     if isinstance(given, Sequence) and not isinstance(given, str):
-        return [source for item in given for source in describe(item)]
+        return [source for item in given for source in describe(item, warnings)]
     path = Path(given)
     with suppress(SurgeryError, OSError):
-        return [_source(path)]
+        return [_source(path, warnings)]
     return []
 
 
-def _source(path: Path) -> Source:
-    adapter = open_adapter(path) if is_adapter(path) else None
+def _source(path: Path, warnings: list[str]) -> Source:
+    adapter = _adapter_at(path)
     if adapter:
-        folder, names = adapter.weights.folder, list(adapter.weights.files)
+        folder, names = adapter.folder, adapter.files
     else:
         located = locate(path)
         folder, names = located.folder, located.files
@@ -55,17 +63,39 @@ def _source(path: Path) -> Source:
         hub.repo if hub else path.absolute().name,
         "adapter" if adapter else "checkpoint",
         revision=hub.revision if hub else None,
-        base_model=_base_of(adapter) if adapter else hub.repo if hub else None,
-        license=license_of(adapter.folder if adapter else folder),
+        base_model=_base_of(adapter.config) if adapter else hub.repo if hub else None,
+        license=license_of(adapter.home if adapter else folder, warnings),
     )
     whole = sum((folder / name).stat().st_size for name in names) <= _HASHED_WHOLE
     source.files = [_file(folder / name, name, whole=whole) for name in names]
     return source
 
 
-def _base_of(adapter: Adapter) -> str | None:
-    name = adapter.config.get("base_model_name_or_path")
-    return without_folders(name) if isinstance(name, str) else None
+class _Found(NamedTuple):
+    """An adapter's weight files, the folder they lie in, its config, and the folder that is its home."""
+
+    folder: Path
+    files: list[str]
+    config: Mapping[str, Any]
+    home: Path
+
+
+def _adapter_at(path: Path) -> _Found | None:
+    """What is known of an adapter without its tensors' names: the operation has looked at them all already."""
+    if is_peft(path):
+        folder = path if path.is_dir() else path.parent
+        return _Found(folder, [WEIGHTS_NAME], read_config(folder / CONFIG_NAME).raw, folder)
+    if not is_adapter(path):
+        return None
+    adapter = open_adapter(path)
+    return _Found(adapter.weights.folder, list(adapter.weights.files), adapter.config, adapter.folder)
+
+
+def _base_of(config: Mapping[str, Any]) -> str | None:
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str):
+        return None
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_local(name) else name
 
 
 def without_folders(text: str) -> str:
@@ -75,20 +105,6 @@ def without_folders(text: str) -> str:
     'llama, see https://host/a/b and org/name'
     """
     return re.sub(r"(?<![\w:/.])/(?:[^\s/,;:()]+/)+", "", text)
-
-
-def license_of(folder: Path) -> str | None:
-    """The licence that a folder's model card names in its metadata."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    from huggingface_hub import metadata_load
-
-    try:
-        found = (metadata_load(card) or {}).get("license")
-    except Exception:  # a card is prose: whatever is wrong with it is no reason to stop
-        return None
-    return found if isinstance(found, str) else None
 
 
 def _file(path: Path, name: str, *, whole: bool) -> dict[str, Any]:
@@ -124,9 +140,9 @@ def record(report: Report, call: str) -> None:
     if not out.is_dir():
         return
     data = record_bytes(report, call)
-    partial = partial_of(out / RECORD_NAME)
+    partial = partial_of(out / RECORD_NAME, new_token())
     try:
-        with WriteFile(partial) as file:
+        with WriteFile(partial, mode=Modes.of([out], out).file, new=True) as file:
             file.write_at(0, memoryview(data))
             file.truncate(len(data))
             file.sync()
@@ -145,17 +161,36 @@ def record_bytes(report: Report, call: str) -> bytes:
     """The record of an operation as it is written."""
     found = report.to_dict()
     kept = {key: found[key] for key in _KEPT if key in found}
-    kept["warnings"] = [without_folders(text) for text in report.warnings]
+    kept["warnings"] = [without_folders(_by_last_names(text, report.inputs)) for text in report.warnings]
     sources = [source.to_dict() for source in report.sources or ()]
     table = {"command": report.command, "call": call, "version": __version__, "sources": sources, **kept}
     return (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record beside a result; {} where there is none.
+def _by_last_names(text: str, inputs: Sequence[str]) -> str:
+    """The same with inputs and their folders called by their last names, relative ones too."""
+    paths = {p for i in inputs if Path(i).exists() for p in (Path(i), Path(i).parent) if len(p.parts) > 1}
+    for path in sorted(paths, key=lambda p: -len(str(p))):
+        text = text.replace(str(path), path.name)
+    return text
 
-    Raises:
-        FormatError: it is there but is no JSON object.
+
+def read_record(folder: Path, warnings: list[str]) -> dict[str, Any]:
+    """The record beside a result; {} where there is none, or one that this program can't have written.
+
+    Args:
+        warnings: Gets a line where it counts as none.
     """
     file = folder / RECORD_NAME
-    return load_object(file) if file.is_file() else {}
+    if not os.path.lexists(file):
+        return {}
+    try:
+        found = load_object(file, strict=True)
+        try:
+            check_record(found)
+        except FormatError as problem:
+            raise FormatError(f"{show(str(file))}: {problem}") from None
+    except FormatError as problem:
+        warnings.append(f"{problem}; the record counts as none, so how this was made is not known")
+        return {}
+    return found

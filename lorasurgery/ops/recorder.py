@@ -38,7 +38,7 @@ class Recorder:
     def __init__(self, heap: Heap, base: Checkpoint, device: torch.device, fallback: Fallback) -> None:
         self.heap, self.base, self.fallback, cpu = heap, base, fallback, torch.device("cpu")
         self.devices = (cpu if device.type == "mps" else device, cpu)
-        self._undoing: dict[tuple[str, int, str], Undoing] = {}
+        self._undoing: dict[str, dict[tuple[int, str], Undoing]] = {}  # tensor -> expert and device
         self._lock = threading.Lock()
 
     def rows(
@@ -78,8 +78,7 @@ class Recorder:
     def forget(self, tensor: str) -> None:
         """Let go of a tensor's factors."""
         with self._lock:
-            for key in [k for k in self._undoing if k[0] == tensor]:
-                del self._undoing[key]
+            self._undoing.pop(tensor, None)
 
     def _corrections(
         self, device: torch.device, edit: Edit, expert: int, first: int, old: Tensor, new: Tensor
@@ -90,10 +89,10 @@ class Recorder:
 
     def _of(self, edit: Edit, expert: int, dtype: torch.dtype, device: torch.device) -> Undoing:
         with self._lock:
-            key = edit.tensor, expert, device.type
-            if key not in self._undoing:
-                self._undoing[key] = undoing_of(edit, expert, dtype, device)
-            return self._undoing[key]
+            of_tensor, key = self._undoing.setdefault(edit.tensor, {}), (expert, device.type)
+            if key not in of_tensor:
+                of_tensor[key] = undoing_of(edit, expert, dtype, device)
+            return of_tensor[key]
 
     def _stretch(self, start: int, before: memoryview, after: memoryview | None, packed: bytes, how: str) -> list[Any]:
         old, new = (hashlib.sha256(b).hexdigest() if b is not None else "" for b in (before, after))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lorasurgery.checkpoint.locate import exists
+from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.errors import SurgeryError
 from lorasurgery.hub.reference import parse_reference
 from lorasurgery.ops.record import describe, record
@@ -37,24 +39,45 @@ def on_references(*parameters: str, headers_only: Callable[[dict[str, Any]], boo
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             given = bound.arguments
-            with _Fetched(wanted(given), given.get("progress")) as fetched:
+            call = COMMAND_LINE.get() or _call(operation.__name__, given)
+            with (
+                Operation(call, writes=not given.get("dry_run")) as under_way,
+                _Fetched(wanted(given), given.get("progress")) as fetched,
+            ):
                 for name in parameters:
                     given[name] = fetched.local(given[name])
                 try:
                     report = operation(*bound.args, **bound.kwargs)
+                    if not report.output or report.dry_run:  # whatever is written is checked before it gets its name
+                        under_way.inputs.check()
                 except SurgeryError as problem:
+                    cause = under_way.inputs.cause()
+                    if cause and not str(problem).startswith(cause):
+                        problem.args = (f"{cause}; what came of it: {problem}",)
                     problem.args = tuple(fetched.named(a) if isinstance(a, str) else a for a in problem.args)
                     raise
+                made = report.output and not report.dry_run and report.adapters is None and report.sources is None
+                if made:
+                    report.sources = [s for name in parameters for s in describe(given[name], report.warnings)]
                 fetched.rename(report)
-                if report.output and not report.dry_run and report.adapters is None and report.sources is None:
-                    report.sources = [s for name in parameters for s in describe(given[name])]
-                    if ranks().first:
-                        record(report, COMMAND_LINE.get() or _call(operation.__name__, given))
+                if made and ranks().first and _is_as_described(report, under_way):
+                    record(report, call)
             return report
 
         return wrapper  # type: ignore[return-value]
 
     return decorate
+
+
+def _is_as_described(report: Report, under_way: Operation) -> bool:
+    """Whether the inputs, which were described when the result had its name already, are still those it was made of."""
+    try:
+        under_way.inputs.check()
+    except SurgeryError as problem:
+        report.sources = []
+        report.warnings.append(f"{problem}: {report.output} was whole before, but its record is left out")
+        return False
+    return True
 
 
 class _Fetched:
@@ -68,7 +91,7 @@ class _Fetched:
     def local(self, value: Any) -> Any:
         """The same with every reference fetched."""
         if isinstance(value, str):
-            return value if Path(value).exists() else self._fetch(value)
+            return value if exists(value) else self._fetch(value)
         if isinstance(value, Sequence):
             return [self.local(item) for item in value]
         return value
@@ -122,7 +145,7 @@ def _call(name: str, given: dict[str, Any]) -> str:
 
     def short(value: Any) -> Any:
         if isinstance(value, (str, Path)):
-            return Path(value).name if Path(value).is_absolute() or Path(value).exists() else str(value)
+            return Path(value).name if Path(value).is_absolute() or exists(value) else str(value)
         return [short(item) for item in value] if isinstance(value, list) else value
 
     said = {key: short(value) for key, value in given.items() if key not in _UNSAID and value is not None}

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery import __version__
+from lorasurgery._version import __version__
 from lorasurgery.checkpoint.journal import Run
 from lorasurgery.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
 
+_KINDS = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
 _SMALL = 64 << 20  # bytes of a JSON file that are hashed whole
 
 
@@ -24,34 +25,37 @@ def start_run(
     """The run of an operation, which `--resume` can go on with.
 
     Args:
-        inputs: Local paths; of each the sizes, times of change and hashed headers of its files are noted.
+        inputs: Local paths; of each the sizes, times and hashed headers of its files are noted.
         options: Whatever decides the result; noted as its repr.
     """
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.version.cuda
-    about = {
+    about: dict[str, Any] = {
         "command": command,
         "version": f"lorasurgery {__version__}, torch {torch.__version__} ({capability})",
         "device": device.type,
         "options": repr(options),
-        **{f"input {Path(path).name}": _identity(Path(path)) for path in inputs},
     }
+    for path in map(Path, inputs):
+        about.setdefault(f"input {path.name}", []).append(_identity(path))
     return Run(out, about, resume=resume, ranks=ranks)
 
 
 def _identity(path: Path) -> list[list[Any]]:
-    """[name, bytes, nanoseconds of the last change, SHA-256 of the header] of each file that can matter."""
+    """[name, bytes, times of change, SHA-256 of the header] of each file that can matter.
+
+    Devices and inodes are left out: a restart of the machine may number them anew.
+    """
     if path.is_file():
         return [_file(path, path.name)]
-    kinds = (".safetensors", ".json")
-    files = sorted(f for f in path.rglob("*") if f.suffix in kinds and f.is_file() and not f.name.startswith("."))
+    files = sorted(f for f in path.rglob("*") if f.suffix in _KINDS and f.is_file() and not f.name.startswith("."))
     return [_file(f, str(f.relative_to(path))) for f in files]
 
 
 def _file(path: Path, name: str) -> list[Any]:
     found = path.stat()
-    return [name, found.st_size, found.st_mtime_ns, _header_hash(path)]
+    return [name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, _header_hash(path)]
 
 
 def _header_hash(path: Path) -> str:

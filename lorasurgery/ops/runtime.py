@@ -84,7 +84,7 @@ class Clock:
 
     def stamp(self, report: Report) -> Report:
         """Fill in the measured fields and the version; returns the report."""
-        from lorasurgery import __version__
+        from lorasurgery._version import __version__
 
         report.version = __version__
         report.seconds = time.monotonic() - self._start

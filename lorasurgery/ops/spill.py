@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.files import ReadFile, WriteFile
-from lorasurgery.checkpoint.journal import FACTORS, Run, journals
+from lorasurgery.checkpoint.inside import to_read
+from lorasurgery.checkpoint.journal import FACTORS, Run
 from lorasurgery.checkpoint.writer import as_bytes
 from lorasurgery.errors import FormatError
 from lorasurgery.lowrank import LowRank
@@ -31,9 +32,8 @@ class Spill:
     """
 
     def __init__(self, run: Run) -> None:
-        older = len(journals(run.out, FACTORS))
-        self._path = run.path(f"{run.ranks.rank}-{older}", FACTORS)
-        self._file = WriteFile(self._path)
+        self._path = run.new_path(FACTORS)
+        self._file = WriteFile(self._path, new=True)
         self._place, self._lock = 0, threading.Lock()
 
     def put(self, found: Factored) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Spill:
         name, place, dtype, shape, wanted = where
         tensor = torch.empty(shape, dtype=torch_dtype(dtype))
         view = as_bytes(tensor)
-        path, got = self._path.with_name(name), -1
+        path, got = to_read(self._path.parent, name, odd=True), -1
         with suppress(FileNotFoundError), ReadFile(path) as file:
             got = file.read_all(place, view)
         if got != len(view) or zlib.crc32(view) != wanted:

@@ -10,7 +10,7 @@ import torch
 from lorasurgery.checkpoint.buffers import Buffers
 from lorasurgery.checkpoint.flow import Flow, Job
 from lorasurgery.checkpoint.heap import Heap
-from lorasurgery.checkpoint.journal import UNDO, Run, journals
+from lorasurgery.checkpoint.journal import UNDO, Run
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.writer import TensorFile
@@ -33,7 +33,7 @@ def run(recipe: Recipe, journal: Run, report: Report, device: torch.device, prog
     """Stream the checkpoint through the recipe into the output, which appears whole or not at all."""
     _check_limit(recipe)
     journal.ranks.wait()  # until all have seen the output as it was
-    with Output(recipe.out, overwrite=recipe.overwrite, run=journal) as output:
+    with Output(recipe.out, overwrite=recipe.overwrite, run=journal, inputs=report.inputs) as output:
         work = _Work(recipe, journal, output, device, progress)
         try:
             with team(min(TEAM, torch.get_num_threads())):
@@ -75,8 +75,7 @@ class _Work:
         self._heap: Heap | None = None
         self.recorder: Recorder | None = None
         if recipe.undo is not None:
-            older = len(journals(journal.out, UNDO))
-            self._heap = Heap(journal.path(f"{journal.ranks.rank}-{older}", UNDO))
+            self._heap = Heap(journal.new_path(UNDO), new=True)
             self.recorder = Recorder(self._heap, recipe.base, device, recipe.fallback)
 
     def jobs(self) -> Iterator[Job]:

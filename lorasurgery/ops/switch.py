@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.errors import MismatchError, UsageError, some
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.merge import check_weights, judge_retention, start_report
+from lorasurgery.ops.on_record import merged_names
+from lorasurgery.ops.rebased import Rebased
 from lorasurgery.ops.record import describe
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
@@ -17,15 +24,20 @@ from lorasurgery.ops.targets import check_in_place, in_place_call, is_settled, r
 from lorasurgery.ops.undo import about, adapters_of, before_in_place, begin_record, files_in_place, record_to_undo
 from lorasurgery.ops.undo_record import top_record
 from lorasurgery.ops.undone import Undone
-from lorasurgery.report import Progress, Report
+from lorasurgery.report import RECORD_NAME, Progress, Report
+
+if TYPE_CHECKING:
+    import torch
 
 
-@on_references("to", "from_")
+@on_references("to", "from_", "base")
 def switch(
     checkpoint: str | Path,
     to: Sequence[str | Path],
     *,
     from_: Sequence[str | Path] = (),
+    add: bool = False,
+    base: str | Path | None = None,
     weights: Sequence[float] = (),
     block_weights: Sequence[str] = (),
     rounding: Rounding = "nearest",
@@ -44,53 +56,96 @@ def switch(
         switch("llama", ["topic"])
 
     Args:
-        checkpoint: A folder or file that `merge --in-place` or `merge --undo` left with a record; without one this is
-            `merge --in-place`.
+        checkpoint: A folder or file that `merge --in-place` or `merge --undo` left with a record.
         to: The adapters to be merged now, with `weights` and `block_weights` as for merge.
-        from_: Where the adapters that were merged last are, if no longer where they were then.
+        from_: Where the adapters that were merged last are, unless they lie beside the checkpoint or the new ones, in
+            the current folder, or in the Hub's cache.
+        add: Take nothing out: put `to` on top of whatever is there, as `merge --in-place` does.
+        base: Begin from this checkpoint instead of a record: every tensor that differs from it is put back.
 
     Raises:
+        MismatchError: no record says what is to come out, and neither `add` nor `base` was given.
         SurgeryError: as merge and unmerge do.
     """
     clock, path = Clock(), Path(checkpoint)
     strengths = check_weights(weights, len(to))
     check_device_name(device)
     check_memory_limit(memory_limit)
+    _check_ways(from_, add=add, base=base)
     if is_settled(path, resume=resume, dry_run=dry_run):
         return clock.stamp(settled("switch", str(path)))
     merged, opened = Checkpoint.open(path, unfinished=True), [open_adapter(a) for a in to]
-    last = top_record(path)
-    old = [open_adapter(a) for a in adapters_of(last, from_)] if last else []
+    last = None if add else top_record(path)
+    if last is not None and base is not None:
+        raise UsageError(f"--base: an undo record takes {last.names} out to the bit; leave --base away")
+    if last is None and not add and base is None:
+        raise MismatchError(_nothing_to_take_out(path, to))
+    places = [path.absolute().parent, *(Path(a).absolute().parent for a in to), Path.cwd()]
+    old = [open_adapter(a) for a in adapters_of(last, from_, places)] if last else []
     found = record_to_undo(path, old, None, (), ()) if last else None
     chosen = None if dry_run else resolve_device(device)
-    base: Checkpoint = Undone(merged, *found, chosen) if found else merged
+    start: Checkpoint = Undone(merged, *found, chosen) if found else merged
+    start = Rebased(merged, Checkpoint.open(base)) if base is not None else start
     recipe = Recipe(
-        base, [a for a, w in zip(opened, strengths, strict=True) if w],
-        weighed_plan(base, opened, strengths, block_weights), path, rounding=rounding, seed=seed,
+        start, [a for a, w in zip(opened, strengths, strict=True) if w],
+        weighed_plan(start, opened, strengths, block_weights), path, rounding=rounding, seed=seed,
         allow_loss=allow_loss, allow_nonfinite=allow_nonfinite, memory_limit=memory_limit,
         restored=found[0] if found else None,
         undo=begin_record(opened, [str(a) for a in to], strengths, block_weights),
     )  # fmt: skip
-    recipe.fallback = base.fallback if isinstance(base, Undone) else recipe.fallback
+    recipe.fallback = start.fallback if isinstance(start, Undone) else recipe.fallback
+    if isinstance(start, Rebased) and not dry_run:
+        start.put_back(recipe.edits)
     plan_files(recipe)
-    report = start_report("switch", recipe, [str(checkpoint), *map(str, to)], strengths, dry_run)
+    inputs = [str(checkpoint), *([str(base)] if base is not None else []), *map(str, to)]
+    report = start_report("switch", recipe, inputs, strengths, dry_run)
     report.totals["from"] = [a.name for a in last.adapters] if last else []
     check_in_place(recipe)
     if chosen is not None:
-        from lorasurgery.ops.in_place import run_in_place  # imports torch
+        report.device = str(chosen)
+        options = {"weights": strengths, "blocks": list(block_weights), "rounding": rounding, "seed": seed}
+        _carry_out(recipe, report, [*old, *opened], options, chosen, progress, add=add, resume=resume)
+        report.bytes_read += merged.bytes_read if start is not merged else 0
+        judge_retention(report, recipe)
+        what = f"{last.names} is out" if last else f"begun from {base}" if base is not None else "nothing is taken out"
+        report.summary = f"{what}; {report.summary}"
+    return clock.stamp(report)
 
-        report.device, files = str(chosen), files_in_place(recipe)
-        report.sources = [source for item in report.inputs for source in describe(item)]
-        assert recipe.undo is not None
+
+def _check_ways(from_: Sequence[str | Path], *, add: bool, base: str | Path | None) -> None:
+    given = [name for name, there in (("--add", add), ("--base", base is not None), ("--from", bool(from_))) if there]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: say one way to begin, not {len(given)}")
+
+
+def _carry_out(
+    recipe: Recipe, report: Report, given: Sequence[Adapter], options: dict[str, object], device: torch.device,
+    progress: Progress | None, *, add: bool, resume: bool,
+) -> None:  # fmt: skip
+    """Change the files, and keep what undoing it needs."""
+    from lorasurgery.ops.in_place import run_in_place  # imports torch
+
+    report.sources = [source for item in report.inputs for source in describe(item, report.warnings)]
+    assert recipe.undo is not None
+    call = f"{in_place_call(report)}{' --add' if add else ''}"
+    if isinstance(recipe.base, Rebased):
+        files, recipe.undo.files = recipe.base.small_files(recipe.adapters)
+        options["base"] = report.sources[1].to_dict()
+    else:
+        files = files_in_place(recipe)
         before = recipe.restored.files if recipe.restored else {}
         recipe.undo.files = before_in_place(recipe.base, list(files)) | before
-        identity = about(
-            in_place_call(report), [*old, *opened], chosen.type, weights=strengths, blocks=list(block_weights),
-            rounding=rounding, seed=seed,
-        )  # fmt: skip
-        run_in_place(recipe, identity, lambda: files | record_file(report), report, chosen, progress, resume=resume)
-        report.bytes_read += merged.bytes_read if found else 0
-        judge_retention(report, recipe)
-        if last:
-            report.summary = f"{last.names} is out; {report.summary}"
-    return clock.stamp(report)
+    identity = about(call, given, device.type, **options)
+    run_in_place(recipe, identity, lambda: files | record_file(report), report, device, progress, resume=resume)
+
+
+def _nothing_to_take_out(path: Path, to: Sequence[str | Path]) -> str:
+    """A plain base, or a merge without --undo: which of them no file can tell for sure."""
+    new, old = (some([shlex.quote(show(name)) for name in names]) for names in (map(str, to), merged_names(path)))
+    where = shlex.quote(show(str(path)))
+    told = f"; {RECORD_NAME} says that {old} was merged, but without --undo" if old else ""
+    return (
+        f"{show(str(path))}: no undo record says which adapter is in it, so none can be taken out{told}. --add puts "
+        f"{new} on top of what is there, --base BASE begins from the base again, and `lorasurgery unmerge {where} "
+        f"{old or 'OLD'} -o OUT` subtracts the old one first"
+    )

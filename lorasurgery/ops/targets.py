@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.inside import is_link, link_on_the_way, refuse_link, to_replace
+from lorasurgery.checkpoint.journal_lines import check_line, file_of
+from lorasurgery.checkpoint.operation import current
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import refuse_unfinished, settle_first, unfinished
-from lorasurgery.errors import MismatchError, OutputError, UsageError
+from lorasurgery.checkpoint.settle import (
+    FOLDER,
+    cannot_write,
+    refuse_unfinished,
+    settle_first,
+    surgery_folder,
+    unfinished,
+)
+from lorasurgery.errors import MismatchError, OutputError, UsageError, some
 from lorasurgery.ops.apply import Recipe
+from lorasurgery.ops.rebased import Rebased
 from lorasurgery.ops.record import record_bytes
-from lorasurgery.ops.undo_record import top_record
+from lorasurgery.ops.undo_record import top_record, undo_folder
 from lorasurgery.ops.undone import Undone
 from lorasurgery.ranks import ranks
 from lorasurgery.report import COMMAND_LINE, RECORD_NAME, Report
+
+_ONE_PROCESS = "--in-place: is the work of one process; start it without torchrun"
 
 
 def check_target(
@@ -36,7 +50,7 @@ def check_target(
 
 
 def is_settled(checkpoint: Path, *, resume: bool, dry_run: bool) -> bool:
-    """Before an operation in place: finish what an interrupted one had ready; whether nothing of it is left to do.
+    """Before an operation in place: lock, and finish what an interrupted one had ready; whether nothing is left to do.
 
     A dry run finishes nothing, and is refused where something is unfinished.
 
@@ -47,6 +61,9 @@ def is_settled(checkpoint: Path, *, resume: bool, dry_run: bool) -> bool:
     if dry_run:
         refuse_unfinished(checkpoint)
         return False
+    if ranks().size > 1:
+        raise UsageError(_ONE_PROCESS)
+    hold_in_place(checkpoint)
     began = unfinished(checkpoint) is not None
     done = settle_first(checkpoint, resume=resume)
     if resume and not began:
@@ -57,6 +74,22 @@ def is_settled(checkpoint: Path, *, resume: bool, dry_run: bool) -> bool:
             f"complete or never began; {merged}, and without --resume the command does all of it"
         )
     return done
+
+
+def hold_in_place(checkpoint: Path) -> None:
+    """Keep others away from a checkpoint before anything of it is read that a plan rests on.
+
+    Raises:
+        OutputError: another command is at work there, or the system refuses the lock.
+    """
+    operation = current()
+    home = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if operation is None or not checkpoint.exists() or not os.access(home, os.W_OK):  # which others say better
+        return
+    try:
+        operation.hold(checkpoint)
+    except OSError as problem:
+        raise cannot_write(checkpoint, problem, "nothing was changed") from None
 
 
 def settled(command: str, checkpoint: str) -> Report:
@@ -89,8 +122,8 @@ def check_in_place(recipe: Recipe) -> None:
     """
     base = recipe.base
     if ranks().size > 1:
-        raise UsageError("--in-place: is the work of one process; start it without torchrun")
-    if base.path.is_file() and base.path.is_symlink():
+        raise UsageError(_ONE_PROCESS)
+    if base.path.is_file() and is_link(base.path):
         raise OutputError(f"{show(str(base.path))}: is a link; name the file itself")
     touched = {t.name: t for f in recipe.files for t in f.tensors if is_touched(recipe, t.name)}
     for name, tensor in touched.items():
@@ -101,12 +134,41 @@ def check_in_place(recipe: Recipe) -> None:
                 "has no place in the files as they are; write a new checkpoint with -o OUT"
             )
     for file in sorted({base.file_of[name] for name in touched}):
-        _check_file(base.folder / file)
+        _check_file(base.folder, file)
+    _check_others(recipe, base.path)
+    _check_names(base, touched)
 
 
-def _check_file(path: Path) -> None:
+def _check_others(recipe: Recipe, checkpoint: Path) -> None:
+    """What changes beside the weights: records, and the files that a record names."""
+    records = undo_folder(checkpoint)
+    refuse_link(records)
+    restored = recipe.restored
+    if restored is not None and restored.files and not checkpoint.is_dir():
+        raise MismatchError(
+            f"{show(str(restored.path))}: also puts back files of a folder ({some(list(restored.files))}), and "
+            f"{show(str(checkpoint))} is a file; name its folder, or write a new checkpoint with -o OUT"
+        )
+    if checkpoint.is_dir():
+        for name in [RECORD_NAME, *(restored.files if restored else ())]:
+            to_replace(checkpoint, name)
+            check_line({"ending": {"0": name}, "removed": []}, checkpoint, "")
+
+
+def _check_names(base: Checkpoint, touched: Collection[str]) -> None:
+    """Refuse at once what a journal would not be believed: names that no record of this program has."""
+    place = surgery_folder(base.path)
+    file_name = file_of(place, FOLDER)
+    weights = sorted({base.file_of[name] for name in touched})
+    record = f"{undo_folder(base.path).name}/0001.safetensors"
+    check_line({"ready": [[name, 0, 0, 0, 0] for name in weights], "done": {}}, place.parent, file_name)
+    check_line({"ending": {"0": record}, "removed": []}, place.parent, file_name)
+
+
+def _check_file(folder: Path, name: str) -> None:
+    path = link_on_the_way(folder, name) or folder / name
     where = show(str(path))
-    if path.is_symlink() or path.stat().st_nlink > 1:
+    if is_link(path) or path.stat().st_nlink > 1:
         raise OutputError(
             f"{where}: is a link, so others would be changed too (the Hub's cache keeps files this way); "
             "copy the checkpoint first, or write a new one with -o OUT"
@@ -121,5 +183,5 @@ def is_touched(recipe: Recipe, name: str) -> bool:
 
 
 def on_disk(base: Checkpoint) -> Checkpoint:
-    """The checkpoint as it lies there, of one that is read as it was before its last merge."""
-    return base.merged if isinstance(base, Undone) else base
+    """The checkpoint as it lies there, of one that is read as it was before its last merge, or as its base is."""
+    return base.merged if isinstance(base, (Undone, Rebased)) else base

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.inside import is_inside, leads_out, to_read
+from lorasurgery.checkpoint.locate import load_bytes
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, SurgeryError, UsageError
+from lorasurgery.hub.reference import SCHEME, parse_reference
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.carry import CONFIG, carried_files, patched_config, tokenizer_files
-from lorasurgery.ops.undo_record import UndoRecord, digest, merged_adapter, read_record, stack
+from lorasurgery.ops.undo_record import Merged, UndoRecord, digest, merged_adapter, read_record, stack
 from lorasurgery.report import RECORD_NAME
 
 NO_UNDO = "--no-undo subtracts and rounds instead"
@@ -37,7 +42,8 @@ def files_changed(recipe: Recipe) -> dict[str, bytes | None]:
     before = carried_files(base.folder, parts=base.parts)
     after = carried_files(base.folder, recipe.adapters, parts=base.parts)
     found = {n: _bytes(before.get(n)) for n in {**before, **after} if before.get(n) != after.get(n)}
-    found[RECORD_NAME] = _bytes(base.folder / RECORD_NAME)
+    about = base.folder / RECORD_NAME
+    found[RECORD_NAME] = None if leads_out(about, base.folder) else _bytes(about)
     edits = recipe.edits
     if patched_config(base.config, untied=edits.untied, vocab_size=edits.vocab_size) != base.config:
         found[CONFIG] = _bytes(before.get(CONFIG))
@@ -49,17 +55,21 @@ def files_in_place(recipe: Recipe) -> dict[str, bytes]:
     base = recipe.base
     if base.is_file:
         return {}
-    new = {name: source.read_bytes() for name, source in tokenizer_files(recipe.adapters).items()}
-    return {name: data for name, data in new.items() if _bytes(base.folder / name) != data}
+    new = {name: load_bytes(source) for name, source in tokenizer_files(recipe.adapters).items()}
+    return {name: data for name, data in new.items() if _bytes(to_read(base.folder, name)) != data}
 
 
 def before_in_place(base: Checkpoint, names: Sequence[str]) -> dict[str, bytes | None]:
-    """What files of a checkpoint hold now, to be put back by the undoing."""
-    return {} if base.is_file else {name: _bytes(base.folder / name) for name in (*names, RECORD_NAME)}
+    """What files of a checkpoint hold now, to be put back by the undoing.
+
+    Raises:
+        FormatError: one is a link that leads out of the folder: what it leads to would become part of the record.
+    """
+    return {} if base.is_file else {name: _bytes(to_read(base.folder, name)) for name in (*names, RECORD_NAME)}
 
 
 def _bytes(path: Path | None) -> bytes | None:
-    return path.read_bytes() if path is not None and path.is_file() else None
+    return load_bytes(path) if path is not None and path.is_file() else None
 
 
 def record_to_undo(
@@ -146,18 +156,41 @@ def _check_strengths(
         raise UsageError("--block-weight: differs from what was merged, which the undo record knows; leave it away")
 
 
-def adapters_of(record: UndoRecord, elsewhere: Sequence[str | Path]) -> list[str | Path]:
-    """Where the adapters of a record are: where they are said to be, or where they were when they were merged.
+def adapters_of(record: UndoRecord, elsewhere: Sequence[str | Path], places: Sequence[Path]) -> list[str | Path]:
+    """Where the adapters of a record are: where they are said to be, in the Hub's cache, or by name in some folders.
+
+    A record says nothing of where they lay, and what is found must have the content that was merged.
 
     Raises:
         SurgeryError: they are not there.
     """
-    if elsewhere:
-        return list(elsewhere)
-    for merged in record.adapters:
-        if not Path(merged.path).exists():
-            raise SurgeryError(f"{merged.name}: was merged from {merged.path}, where it is no more; --from says where")
-    return [merged.path for merged in record.adapters]
+    return list(elsewhere) or [_lies_at(merged, places) for merged in record.adapters]
+
+
+def _lies_at(merged: Merged, places: Sequence[Path]) -> Path:
+    named = is_inside(merged.name) and "/" not in merged.name
+    found = [place / merged.name for place in places if named and (place / merged.name).exists()]
+    found = [*_cached(merged), *found]
+    for path in found:
+        with suppress(SurgeryError, OSError):
+            if digest(open_adapter(path)) == merged.sha256:
+                return path
+    if found:  # what is wrong with it is said where it is compared
+        return found[0]
+    where = " or ".join(dict.fromkeys(show(str(place)) for place in places))
+    raise SurgeryError(f"{show(merged.name)}: was merged, and is not in {where}; --from says where it is")
+
+
+def _cached(merged: Merged) -> list[Path]:
+    if not merged.hub:
+        return []
+    from lorasurgery.hub.pull import from_cache
+
+    with suppress(SurgeryError):
+        reference = parse_reference(SCHEME + merged.hub.removeprefix(SCHEME))
+        path = from_cache(reference) if reference else None
+        return [path] if path else []
+    return []
 
 
 def about(call: str, given: Sequence[Adapter], device: str, **options: object) -> dict[str, object]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from math import prod
 from typing import Any
 
 from lorasurgery.checkpoint.header import DTYPE_BITS
-from lorasurgery.checkpoint.json_text import is_shallow
-from lorasurgery.checkpoint.locate import is_inside
+from lorasurgery.checkpoint.inside import is_inside
+from lorasurgery.checkpoint.json_text import parse_object
+from lorasurgery.errors import FormatError
 
 _LARGEST = 1 << 30  # bytes of one stretch; those that are written have some megabytes
 _KINDS = {"changed", "resized", "added"}
@@ -25,15 +25,16 @@ def parsed(raw: bytes, version: int, room: int) -> dict[str, Any]:
     Raises:
         ValueError, KeyError, TypeError, AttributeError, RecursionError: it is damaged.
     """
-    about: dict[str, Any] = json.loads(raw)
-    if not is_shallow(about):
-        raise ValueError
+    try:
+        about = parse_object(raw, "about", strict=True)
+    except FormatError as problem:
+        raise ValueError from problem
     if about["format"] != version:
         return about  # which the caller says by its number
     if not about["adapters"]:
         raise ValueError
     for adapter in about["adapters"]:
-        _all_text(adapter["name"], adapter["path"], adapter["sha256"])
+        _all_text(adapter["name"], adapter["sha256"], adapter.get("hub", ""))
         if type(adapter["weight"]) not in (int, float) or not math.isfinite(adapter["weight"]):
             raise ValueError
     _all_text(*about["block_weights"])
@@ -47,7 +48,7 @@ def parsed(raw: bytes, version: int, room: int) -> dict[str, Any]:
 def _check_file(name: str, data: Any) -> None:
     """A file that undoing writes: below the checkpoint's folder, none of its weights and nothing hidden."""
     hidden = any(part.startswith(".") for part in name.split("/"))
-    if not is_inside(name) or hidden or name.endswith(".safetensors"):
+    if not is_inside(name) or hidden or name.lower().endswith(".safetensors"):
         raise ValueError
     if data is not None:
         _all_text(data)

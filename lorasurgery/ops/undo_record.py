@@ -9,21 +9,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lorasurgery import __version__
+from lorasurgery._version import __version__
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.heap import Place, read_back
+from lorasurgery.checkpoint.inside import LEADS_OUT, leads_out
 from lorasurgery.checkpoint.journal import UNDO_FOLDER
 from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.errors import FormatError
+from lorasurgery.hub.reference import cached_reference
 from lorasurgery.ops.record import sha256_of
 from lorasurgery.ops.undo_check import parsed
 
@@ -73,12 +76,21 @@ class Kept:
 
 @dataclass(frozen=True)
 class Merged:
-    """An adapter that was merged: its last name, where it lay, the SHA-256 of what it is, and its strength."""
+    """An adapter that was merged, without a word on where it lay: records travel with their checkpoints.
+
+    Args:
+        name: The last one of its path. sha256: Of what it is. weight: Its strength.
+        hub: `org/name@commit` of one that came from the Hub.
+    """
 
     name: str
-    path: str
     sha256: str
     weight: float
+    hub: str = ""
+
+    def listed(self) -> dict[str, Any]:
+        """As JSON."""
+        return {key: value for key, value in vars(self).items() if value != ""}
 
 
 @dataclass
@@ -130,9 +142,17 @@ def is_file(checkpoint: Path) -> bool:
 
 
 def stack(checkpoint: Path) -> list[Path]:
-    """The records of a checkpoint, the first merge first."""
+    """The records of a checkpoint, the first merge first.
+
+    Raises:
+        FormatError: one is a link that leads out of the checkpoint's folder, or all of them lie behind one.
+    """
     folder = undo_folder(checkpoint)
-    return sorted(folder.glob("[0-9]*.safetensors")) if folder.is_dir() else []
+    found = sorted(folder.glob("[0-9]*.safetensors")) if folder.is_dir() else []
+    for record in found:
+        if leads_out(record, folder.parent):
+            raise FormatError(f"{show(str(record))}: {LEADS_OUT}; put the record itself beside its checkpoint")
+    return found
 
 
 def next_name(existing: int) -> str:
@@ -160,7 +180,7 @@ def read_record(path: Path) -> UndoRecord:
         if about["format"] != _FORMAT:
             raise FormatError(f"{where}: is of format {about['format']!r}, which this version does not know")
         record = UndoRecord(
-            [Merged(**a) for a in about["adapters"]], list(about["block_weights"]),
+            [_merged(a) for a in about["adapters"]], list(about["block_weights"]),
             {n: _kept(k) for n, k in about["tensors"].items()},
             {n: None if v is None else base64.b64decode(v) for n, v in about["files"].items()}, path,
             weights,
@@ -168,6 +188,10 @@ def read_record(path: Path) -> UndoRecord:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise FormatError(f"{where}: is a damaged undo record") from None
     return record
+
+
+def _merged(raw: dict[str, Any]) -> Merged:
+    return Merged(raw["name"], raw["sha256"], raw["weight"], raw.get("hub", ""))
 
 
 def _kept(raw: dict[str, Any]) -> Kept:
@@ -190,7 +214,7 @@ def planned_record(record: UndoRecord, name: str) -> tuple[PlannedFile, bytes, l
             "kind": kept.kind, "dtype": kept.dtype, "shape": list(kept.shape), "after": kept.after, "stretches": listed,
         }  # fmt: skip
     about = {
-        "format": _FORMAT, "version": __version__, "adapters": [vars(a) for a in record.adapters],
+        "format": _FORMAT, "version": __version__, "adapters": [a.listed() for a in record.adapters],
         "block_weights": record.block_weights, "tensors": table,
         "files": {n: None if v is None else base64.b64encode(v).decode() for n, v in record.files.items()},
     }  # fmt: skip
@@ -212,8 +236,8 @@ def write_planned(file: TensorFile, about: bytes, places: Sequence[Place], heaps
 
 def merged_adapter(adapter: Adapter, given: str, weight: float) -> Merged:
     """An adapter as a record names it."""
-    path = Path(given)
-    return Merged(path.name, str(path.absolute()), digest(adapter), weight)
+    path = os.path.abspath(given)  # noqa: PTH100 — without `.` and `..`, and links as they were given
+    return Merged(Path(path).name, digest(adapter), weight, str(cached_reference(path) or ""))
 
 
 def digest(adapter: Adapter) -> str:

@@ -15,6 +15,7 @@ from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.merge import carry_out, check_weights, start_report
+from lorasurgery.ops.on_record import merged_weights
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.ops.targets import check_target, is_settled, settled
@@ -48,7 +49,7 @@ def unmerge(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Take adapters out of a checkpoint again: to the bit where the merge left a record, else up to rounding.
+    """Take adapters out of a checkpoint again: to the bit where the merge left a record, else subtracted and rounded.
 
     Example:
         unmerge("merged", ["style"], "restored", weights=[0.7], base="llama")
@@ -57,7 +58,8 @@ def unmerge(
     Args:
         merged: Checkpoint the adapters were merged into, with the same weights as given here.
         out: Where the restored checkpoint goes; None with `in_place`, which needs a record.
-        undo: False subtracts and rounds though there is a record.
+        undo: False subtracts and rounds though there is a record. What no record says was merged is subtracted too,
+            and named in `totals["unrecorded"]` and the first warning.
         undo_file: The record; None is that of the last merge, beside the checkpoint.
         block_weights: As they were merged.
         base: Where replaced tensors (modules_to_save, biases) are restored from; without it they stay as
@@ -108,6 +110,7 @@ def unmerge(
     )  # fmt: skip
     plan_files(recipe)
     report = start_report("unmerge", recipe, inputs, strengths, dry_run)
+    _compare(report, Path(merged), opened, strengths)
     _name_unrestored(report, checkpoint, plan)
     if not dry_run:
         chosen = resolve_device(device)
@@ -160,9 +163,34 @@ def _name_unrestored(report: Report, merged: Checkpoint, plan: EditPlan) -> None
         )
 
 
+def _compare(report: Report, merged: Path, adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
+    """Say what is subtracted without a record of its merge, before all else, or with another strength than recorded."""
+    notes: list[str] = []
+    recorded = merged_weights(merged, adapters, notes)
+    report.totals["unrecorded"] = [Path(a.path).name for a, w in zip(adapters, recorded, strict=True) if w is None]
+    names = ", ".join(report.totals["unrecorded"])
+    if names:
+        report.summary = f"{report.totals['tensors_touched']} tensors to subtract from, no record of the merge"
+        notes.insert(
+            0,
+            f"no record says that {names} was ever merged into {merged}: the update is subtracted all the same, and "
+            "where it was not in there, the result is no model that anybody had",
+        )
+    notes += [
+        f"{Path(a.path).name} was merged with weight {then:g}, as the record beside {merged} says, but weight {now:g} "
+        f"is subtracted; -w {then:g} takes all of it out"
+        for a, now, then in zip(adapters, weights, recorded, strict=True)
+        if then is not None and now != then
+    ]
+    report.warnings[:0] = notes
+
+
 def _summarise(report: Report) -> None:
     totals = report.totals
+    unknown = bool(totals["unrecorded"])
+    done = "tensors had the update subtracted, rounded" if unknown else "tensors restored up to rounding"
+    left = "left as they are" if unknown else "not restored"
     report.summary = (
-        f"{totals['tensors_touched']} tensors restored up to rounding (noise {totals['noise']:.1%} of the update), "
-        f"{totals['tensors_replaced']} copied from the base, {len(report.left_out)} not restored"
+        f"{totals['tensors_touched']} {done} (noise {totals['noise']:.1%} of the update), "
+        f"{totals['tensors_replaced']} copied from the base, {len(report.left_out)} {left}"
     )

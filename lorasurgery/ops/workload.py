@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined,unused-ignore]
 
 from lorasurgery.checkpoint.flow import Flow
 from lorasurgery.checkpoint.journal import Run
@@ -157,7 +157,7 @@ def named(name: str, *others: str) -> Iterator[None]:
     except SurgeryError as problem:
         text = str(problem)
         raise type(problem)(text if any(n in text for n in (name, *others)) else f"{name}: {text}") from None
-    except (ArithmeticError, torch.linalg.LinAlgError) as problem:  # type: ignore[attr-defined]
+    except (ArithmeticError, LinAlgError) as problem:
         raise SurgeryError(
             f"{name}: its numbers can't be computed with: they are too large, too small or too nearly dependent"
         ) from problem

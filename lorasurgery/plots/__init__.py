@@ -11,7 +11,7 @@ from lorasurgery.report import Report
 FORMATS = ("svg", "png")
 
 
-def draw(report: Report, file: str | Path) -> None:
+def draw(report: Report, file: str | Path, *, mode: int = 0o666) -> None:
     """Draw what a report holds: heat maps over layers and modules, and curves where there are singular values.
 
     Example:
@@ -20,6 +20,7 @@ def draw(report: Report, file: str | Path) -> None:
     Args:
         report: Of diff, extract, rerank, blend, merge, or inspect with `spectrum`.
         file: A name that ends in .svg or .png; an older file of that name is replaced, whole or not at all.
+        mode: Who may read it, as far as the umask allows.
 
     Raises:
         UsageError: another ending, no such folder, no matplotlib, or a report with nothing to draw.
@@ -32,7 +33,7 @@ def draw(report: Report, file: str | Path) -> None:
 
     with house_style():
         picture = render(sheet(report), format_of(file), title=f"lorasurgery {report.command}")
-    write_whole(Path(file), picture)
+    write_whole(Path(file), picture, mode)
 
 
 def card_picture(report: Report) -> bytes:

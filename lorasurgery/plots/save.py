@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,15 +44,15 @@ def _settle(figure: Figure) -> None:
         ax.set_in_layout(True)
 
 
-def write_whole(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes, mode: int = 0o666) -> None:
     """Write beside the final name, sync, and rename, so that a failure leaves what was there before.
 
     Raises:
         OutputError: the folder is missing or can't be written to.
     """
-    partial = file.with_name(f".{file.name}{_PARTIAL}")
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}{_PARTIAL}")
     try:
-        with partial.open("wb") as out:
+        with open(partial, "xb", opener=lambda path, flags: os.open(path, flags, mode)) as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lorasurgery.process import own_settings
+
 WIDTH = 9.0
 """Inches; at 100 pixels an inch this is the width of a README, where the smallest type (7.5 points) is 10 pixels."""
 
@@ -44,7 +46,7 @@ def house_style() -> Iterator[None]:
     """matplotlib's defaults and ours on top, whatever a user's matplotlibrc says, until the block ends."""
     import matplotlib.style
 
-    with matplotlib.style.context(["default", _SETTINGS]), warnings.catch_warnings():
+    with own_settings(), matplotlib.style.context(["default", _SETTINGS]):
         # A name in a script that the font lacks is drawn as boxes, which tells as much as a warning.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield

@@ -149,3 +149,15 @@ def test_the_family_is_told_alike_by_either_set_of_names() -> None:
             family_of({split_leaf(k)[0] for k in weights}) for weights in (model.state_dict(), images.original(model))
         ]
         assert named[0] == named[1] == ("unet" if kind.startswith("sd") and kind != "sd3" else kind)
+
+
+@pytest.mark.parametrize(
+    ("said", "layers"),
+    [(1, 1), (2, 2), (8, 8), (9, None), (0, None), (-1, None), (2.0, None), ("2", None), (None, None)],
+)
+def test_resnets_a_level_are_what_the_config_says(said: object, layers: int | None) -> None:
+    """layers_per_block numbers a U-Net's blocks; what no U-Net has, as a stranger's file may say, counts as not told."""
+    name = "unet.down_blocks.0.resnets.0.conv1.weight"
+    tensors = {name: TensorInfo(name, "F32", (4, 4, 3, 3), 0, 576)}
+    found = Dictionary(tensors, pipeline=True, config=lambda _: {"layers_per_block": said})
+    assert found.sides["denoiser"].names is dialect("unet", layers)

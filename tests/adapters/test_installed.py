@@ -24,7 +24,9 @@ LLAMA = {
     "change",
     [{"num_hidden_layers": 10**9}, {"vocab_size": 10**13}, {"architectures": ["os"]}, {"architectures": ["nothing"]},
      {"architectures": [7]}, {"architectures": []}, {"hidden_size": "wide"}, {"_class_name": "os"},
-     {"text_config": {"num_layers": 10**8}}, {"hidden_size": -4}],
+     {"text_config": {"num_layers": 10**8}}, {"hidden_size": -4}, {"num_labels": 20_000_000}, {"depths": [2000] * 4},
+     {"num_hidden_layers": 1000, "num_experts": 1000}, {"rope_theta": {"__float__": "x"}},
+     {"rope_theta": {"__float__": [1]}}],
     ids=str,
 )  # fmt: skip
 def test_a_config_that_no_model_has_is_not_built(change: dict[str, Any]) -> None:

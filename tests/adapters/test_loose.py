@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -83,6 +84,19 @@ def test_alpha_in_the_header(config: dict[str, object], alpha: float, scale: flo
     assert (delta.alpha, delta.scale) == (alpha, scale)
 
 
+@pytest.mark.parametrize("more", [0, 20_000])
+def test_an_anchored_pattern_is_of_one_module(more: int, tmp_path: Path) -> None:
+    """diffusers writes ^PATH for each module, which PEFT reads as that path from its first letter on; many are looked up."""
+    said = {"^proj_out": 2, "^blocks.0.to_q": 3}
+    patterns = said | {f"^blocks.{i}.to_q": 4 for i in range(1, more)}
+    paths = ["proj_out", "blocks.0.proj_out", "blocks.0.to_q"]
+    weights = {f"unet.{p}.lora_{side}.weight": DOWN if side == "A" else UP for p in paths for side in "AB"}
+    config = {"unet.r": 4, "unet.lora_alpha": 1, "unet.alpha_pattern": patterns}
+    found = read_loose(write(tmp_path, weights, {KEY: json.dumps(config)})).deltas
+    for path in paths:
+        assert found[f"unet.{path}"].alpha == said.get(get_pattern_key(said.keys(), path), 1), path
+
+
 def test_an_alpha_tensor_goes_before_the_header(tmp_path: Path) -> None:
     """Who reads tensors and who reads headers must agree; where they don't, the module's own word counts."""
     name = STYLES["kohya"][0]
@@ -92,23 +106,30 @@ def test_an_alpha_tensor_goes_before_the_header(tmp_path: Path) -> None:
     assert read_loose(write(tmp_path, tensors, {"alpha": "2"})).deltas[name].scale == 0.25
 
 
-@pytest.mark.parametrize("words", [
-    {KEY: "{"}, {KEY: "[]"}, {KEY: '{"unet.lora_alpha": "many"}'}, {KEY: '{"unet.r": true}'},
-    {KEY: '{"unet.alpha_pattern": {"to_q": NaN}}'}, {"alpha": "inf"},
+@pytest.mark.parametrize(("words", "said"), [
+    ({KEY: "{"}, "lora_adapter_metadata in the header: not JSON"),
+    ({KEY: "[]"}, "lora_adapter_metadata in the header: expected a JSON object, found list"),
+    ({KEY: '{"unet.lora_alpha": "many"}'}, "unet.lora_alpha in lora_adapter_metadata is 'many'; expected a finite number"),
+    ({KEY: '{"unet.r": true}'}, "unet.r in lora_adapter_metadata is True; expected a finite number"),
+    ({KEY: '{"unet.alpha_pattern": {"to_q": NaN}}'}, r"unet.alpha_pattern in lora_adapter_metadata\['to_q'\] is nan"),
+    ({"alpha": "inf"}, "the header's alpha is 'inf'; expected a finite number"),
 ])  # fmt: skip
-def test_broken_headers(words: dict[str, str], tmp_path: Path) -> None:
+def test_broken_headers(words: dict[str, str], said: str, tmp_path: Path) -> None:
     """A header that promises a number and has none is an error of one line, never a scale of 1."""
     file = write(tmp_path, {f"{DIFFUSERS}.lora_A.weight": DOWN, f"{DIFFUSERS}.lora_B.weight": UP}, words)
-    with pytest.raises(FormatError) as problem:
+    with pytest.raises(FormatError, match=said) as problem:
         read_loose(file)
     assert "\n" not in str(problem.value)
     assert str(file) in str(problem.value)
 
 
-@pytest.mark.parametrize("config", [{"use_dora": True, "peft_type": "LOHA"}, {"init_lora_weights": "pissa"}])
-def test_variants_in_the_header(config: dict[str, object], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("config", "said"), [
+    ({"use_dora": True, "peft_type": "LOHA"}, "peft_type LOHA is not LORA"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa': the factors belong to a base"),
+])  # fmt: skip
+def test_variants_in_the_header(config: dict[str, object], said: str, tmp_path: Path) -> None:
     """What PEFT's folder would be refused for, a header is too."""
-    with pytest.raises(UnsupportedError):
+    with pytest.raises(UnsupportedError, match=said):
         read_loose(diffusers_file(tmp_path, {"r": 4} | config))
 
 

@@ -75,15 +75,57 @@ BROKEN: dict[str, bytes] = {
     "a GGUF file": b"GGUF" + b"\0" * 64,
     "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
 }  # fmt: skip
+SAID = {
+    "empty": "has 0 bytes, too few",
+    "seven bytes": "has 7 bytes, too few",
+    "length beyond the file": "claims a header of 1000 bytes but the file has 10",
+    "length beyond all bounds": "claims a header of 9223372036854775808 bytes (at most 100000000)",
+    "header of no bytes": "does not begin with '{'",
+    "not JSON": "the header is not JSON (Expecting property name",
+    "an array": "does not begin with '{'",
+    "a string": "does not begin with '{'",
+    "not UTF-8": "the header is not UTF-8",
+    "NaN": "NaN is no JSON",
+    "nested for ever": "nested too deeply",
+    "entry is no object": "w: expected an object with dtype, shape and data_offsets",
+    "entry lacks dtype": "w: expected an object with dtype, shape and data_offsets",
+    "entry has more": "w: expected an object with dtype, shape and data_offsets",
+    "unknown dtype": "w: unknown dtype F7",
+    "dtype no string": "w: unknown dtype 5",
+    "shape negative": "w: shape must be a list of at most 64 whole numbers, found [-2, -2]",
+    "shape a float": "w: shape must be a list of at most 64 whole numbers, found [2.0, 2]",
+    "shape a bool": "w: shape must be a list of at most 64 whole numbers, found [True, 4]",
+    "shape huge": "w: F32 of shape [4611686018427387904, 4611686018427387904, 4611686018427387904] takes",
+    "shape of huge digits": "the header is not JSON (Exceeds the limit",
+    "shape times dtype": "w: F32 of shape [2, 3] takes 24 bytes but its offsets span 16",
+    "offsets reversed": "w: data_offsets must be two rising whole numbers, found [16, 0]",
+    "offsets three": "w: data_offsets must be two rising whole numbers, found [0, 8, 16]",
+    "offsets negative": "w: data_offsets must be two rising whole numbers, found [-16, 0]",
+    "offsets beyond": "w: the tensors end at byte 137 but the file has 89",
+    "overlap": "b: begins at byte 143 but 151 was expected; it overlaps",
+    "gap": "b: begins at byte 139 but 135 was expected; it leaves a gap of 4 bytes",
+    "gap at the start": "b: begins at byte 78 but 70 was expected; it leaves a gap of 8 bytes",
+    "bytes left over": "4 bytes follow the last tensor",
+    "twice the same name": "w stands twice",
+    "metadata no object": "__metadata__ must be an object of strings",
+    "metadata of numbers": "__metadata__ must be an object of strings",
+    "half a character": "'\\ud800' is no valid Unicode text",
+    "half a byte": "w: F4 of shape [3] takes 1.5 bytes but its offsets span 2",
+    "a zip": "is a zip archive",
+    "a pickle": "is a pickle",
+    "a GGUF file": "is a GGUF file",
+    "a git-lfs pointer": "is a git-lfs pointer",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_headers_are_refused_in_one_line(case: str, tmp_path: Path) -> None:
-    """Every broken file is a FormatError of one line that names the file; safetensors agrees that it is broken."""
+    """Every broken file is a FormatError of one line that names file and flaw; safetensors agrees that it is broken."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(BROKEN[case])
     with pytest.raises(FormatError) as caught:
         Checkpoint.open(path)
+    assert SAID[case] in str(caught.value).removeprefix(f"{path}: ")
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     lenient = {"twice the same name", "entry has more", "half a character"}  # here we are stricter
@@ -178,7 +220,7 @@ def test_a_file_cut_while_in_use_is_an_error(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1000)}, path)
     found = Checkpoint.open(path)
     os.truncate(path, path.stat().st_size - 100)
-    with pytest.raises(FormatError, match="changed its size"):
+    with pytest.raises(FormatError, match=r"was changed while it was read \(it had 4,072 bytes and has 3,972\)"):
         found.read("w")
 
 
@@ -196,8 +238,9 @@ def test_odd_names_are_shown_in_one_line(tmp_path: Path) -> None:
     """A tensor's name with a newline does not break the one-line promise."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(file_bytes({"a\nb": entry("F7")}))
-    with pytest.raises(FormatError) as caught:
+    with pytest.raises(FormatError, match="unknown dtype F7") as caught:
         read_header(path)
+    assert r"'a\nb'" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -60,17 +60,50 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "broken shard": lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b"\0" * 20),
     "nothing": lambda f: [p.unlink() for p in f.iterdir()],
 }
+SAID = {
+    "parent": "shard ../outside.safetensors points outside",
+    "absolute": "shard /etc/passwd points outside",
+    "backslash": "shard ..\\outside.safetensors points outside",
+    "symlink out": "shard model-00002-of-00002.safetensors is a link that leads outside",
+    "missing shard": "shard model-00002-of-00002.safetensors is missing",
+    "missing tensor": "model-00001-of-00002.safetensors: has no ghost",
+    "pickled shard": "a.bin: a pickle file",
+    "shard no string": "expected a weight_map",
+    "no weight_map": "expected a weight_map",
+    "empty weight_map": "its weight_map is empty",
+    "no object": "expected a JSON object, found list",
+    "no JSON": "not JSON (Expecting property name",
+    "empty index": "not JSON (Expecting value",
+    "twice": "w0 stands twice",
+    "two indexes": "has 2 indexes",
+    "no index": "has 2 safetensors files and no index",
+    "broken shard": "model-00001-of-00002.safetensors: the header does not begin with '{'",
+    "nothing": "no safetensors files here",
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_indexes_are_refused_in_one_line(case: str, tmp_path: Path) -> None:
-    """Every index that lies or points outside its folder is refused, naming the file, before any tensor is read."""
+    """Every index that lies or points outside its folder is refused, naming file and flaw, before any tensor is read."""
     folder = sharded(tmp_path / "model")
     BROKEN[case](folder)
     with pytest.raises(SurgeryError) as caught:
         Checkpoint.open(folder)
-    assert "model" in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert SAID[case] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_index_decides_between_two_of_a_name(tmp_path: Path) -> None:
+    """A tensor that lies in two shards is read from the one that the index names; those after it are read all the same."""
+    folder = sharded(tmp_path / "model")
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    save_file({"a": torch.ones(2), "w1": torch.full((2, 2), 7.0), "z": torch.zeros(2)}, folder / first)
+    edit(folder, lambda m: (m.pop("w0"), m.pop("b0"), m.update(a=first, z=first)))
+    found = Checkpoint.open(folder)
+    assert set(found.tensors) == {"a", "z", "w1", "b1"}
+    assert found.file_of == {"a": first, "z": first, "w1": second, "b1": second}
+    assert torch.equal(found.read("w1"), torch.ones(2, 2))
 
 
 def test_shards_read_as_one(tmp_path: Path) -> None:

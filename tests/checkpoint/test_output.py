@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorasurgery.checkpoint.lock import LOCK
 from lorasurgery.checkpoint.output import PARTIAL, Output, check_output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor, index_json, parse_size, split_shards
 from lorasurgery.checkpoint.reader import Checkpoint
@@ -97,14 +98,18 @@ def test_output_is_checked_against_inputs(tmp_path: Path) -> None:
     """Equal to an input, inside one, around one, or there already: refused, --overwrite or not where it must be."""
     base = tmp_path / "base"
     write_one(base)
-    for out in (base, base / "inner", tmp_path):
-        with pytest.raises(OutputError):
+    for out, said in (
+        (base, "is the input .*base, or"),
+        (base / "inner", "or lies inside it"),
+        (tmp_path, "holds the input .*base, which"),
+    ):
+        with pytest.raises(OutputError, match=said):
             check_output(out, [base], overwrite=True)
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match=r"holds the input .*model.safetensors, which"):
         check_output(base, [base / "model.safetensors"], overwrite=True)
     link = tmp_path / "link"
     link.symlink_to(base)
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match=r"link: is the input .*base, or"):
         check_output(link, [base], overwrite=True)
     full = tmp_path / "full"
     write_one(full)
@@ -119,7 +124,8 @@ def test_the_last_file_comes_last(tmp_path: Path) -> None:
     with Output(tmp_path / "o", overwrite=False) as output:
         with output.tensor_file(ONE) as file:
             file.write("w", torch.zeros(2))
-        assert [p.name for p in (tmp_path / "o").iterdir()] == [f".model.safetensors{PARTIAL}"]
+        lock, partial = sorted(p.name for p in (tmp_path / "o").iterdir())
+        assert (lock, partial[:19], partial[-len(PARTIAL) :]) == (LOCK, ".model.safetensors.", PARTIAL)
         output.commit(last="model.safetensors")
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["model.safetensors"]
 
@@ -135,10 +141,25 @@ def test_shards_and_index() -> None:
     assert set(index["weight_map"]) == {t.name for t in tensors}
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1", "5 apples", "0", "1e9", "0.1B"])
+SIZES = {
+    "": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4, "K": 1000, "M": 1000**2, "G": 1000**3,
+    "T": 1000**4, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4, "Ki": 1024, "Mi": 1024**2, "Gi": 1024**3,
+    "Ti": 1024**4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", SIZES)
+def test_every_unit_of_size(unit: str) -> None:
+    """Decimal units count in thousands and binary ones in 1024s, in capitals or not, with a space or not."""
+    for spelt in (unit, unit.lower(), unit.upper(), f" {unit}"):
+        assert parse_size(f"3{spelt}") == 3 * SIZES[unit]
+        assert parse_size(f"2.5{spelt}") == int(2.5 * SIZES[unit])
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "5 apples", "0", "1e9", "0.1B", "5i", "5iB", "5PB", "5BB"])
 def test_senseless_sizes(text: str) -> None:
     """A size that means nothing is a usage error."""
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=f"^size '{text}': expected a number with KB, MB, GB"):
         parse_size(text)
 
 
@@ -155,7 +176,7 @@ with Output(Path({str(tmp_path / "out")!r}), overwrite=False) as output:
         with output.tensor_file(f) as file:
             file.write("w", torch.zeros(2))
     print("half", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -164,8 +185,8 @@ with Output(Path({str(tmp_path / "out")!r}), overwrite=False) as output:
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    names = [p.name for p in (tmp_path / "out").iterdir()]
-    assert names
+    names = [p.name for p in (tmp_path / "out").iterdir() if p.name != LOCK]
+    assert len(names) == 2
     assert all(n.endswith(PARTIAL) for n in names)
     with pytest.raises(OutputError, match="interrupted"):
         check_output(tmp_path / "out", [], overwrite=False)

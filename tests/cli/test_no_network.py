@@ -51,7 +51,7 @@ COMMANDS = {
     "diff": "diff base tuned --plot OUT.svg",
     "diff adapters": "diff adapter adapter",
     "plan": "plan base --rank 8",
-    "switch": "switch model --to adapter",
+    "switch": "switch model --to adapter --add",
     "verify": "verify base --against base",
     "push": "push adapter me/adapter --dry-run",
     "a dry run": "merge base adapter -o OUT --dry-run",
@@ -61,7 +61,7 @@ COMMANDS = {
 def run(words: list[str], cwd: Path, code: str = NO_SOCKETS) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}  # nothing says offline
     return subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, env=environment, capture_output=True, text=True,
-                          timeout=120)  # fmt: skip
+                          timeout=1200)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from unittest.mock import patch
@@ -79,6 +80,16 @@ def test_stopped_again_while_it_goes_on(world: World) -> None:
     assert len(names) == 3
     for again in (Stop(3), Stop(6, seed=1)):
         assert check(world, "merge", Stop(names[1]), again)
+
+
+def test_killed_while_the_old_output_is_taken_away(world: World) -> None:
+    """Whoever goes on still knows the old shards, for the index that names them goes after them: none of them stays."""
+    calls = calls_of("merge --overwrite", world)
+    gone = [i for i, call in enumerate(calls, 1) if re.match(r"unlink out/(model|lorasurgery\.json)", call)]
+    shards = [i for i in gone if "-of-" in calls[i - 1]]
+    assert len(shards) == 4
+    assert len(gone) - len(shards) >= 2, "too few to prove anything"
+    assert all(check(world, "merge --overwrite", Stop(number + 1)) for number in gone)
 
 
 @pytest.mark.slow

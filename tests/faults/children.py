@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+_PATIENCE = 600  # seconds, after which something counts as hanging
 _PRELOADED = ["lorasurgery.cli.main", "lorasurgery.ops.stream", "lorasurgery.ops.extraction", "lorasurgery.ops.in_place",
               "lorasurgery.ops.composition", "children"]  # fmt: skip
 
@@ -45,17 +45,23 @@ class Child:
         """Send a signal and wait for the end: the exit status, negative for a signal."""
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
-        time.sleep(0.3)  # until it was heard; an interruption waits for the write under way
+        with suppress(EOFError):
+            self._told.recv()  # until it was heard, or the process is gone
         return self.end()
 
     def end(self) -> int:
         """Let it go on, and wait for the end."""
         with suppress(OSError):
             self._told.send("go on")
-        self._process.join(60)
+        self._process.join(_PATIENCE)
         assert self._process.exitcode is not None
         self._told.close()
         return self._process.exitcode
+
+    @property
+    def number(self) -> int | None:
+        """Its process id."""
+        return self._process.pid
 
     @property
     def line(self) -> str:
@@ -72,8 +78,19 @@ def _work(words: list[str], log: Path, write: int, batch: int, told: Any) -> Non
     def write_at(self: Any, place: int, view: memoryview) -> None:
         if next(numbers) == write:
             told.send("here")
-            told.poll(60)
+            told.poll(_PATIENCE)
         plain(self, place, view)
+
+    handle = signal.signal
+
+    def heard(number: int, handler: Any) -> Any:
+        def announced(*given: Any) -> None:
+            told.send("heard")
+            handler(*given)
+
+        return handle(number, announced if callable(handler) else handler)
+
+    signal.signal = heard  # type: ignore[assignment]
 
     files.WriteFile.write_at = write_at  # type: ignore[method-assign]
     surgery.BATCH = batch

@@ -95,6 +95,9 @@ def test_an_old_output_at_every_call(
         done = run(*operation.words(small, out), "--overwrite", fails=True)
         if not faults.end():
             break
+        if done.status == 0:  # the disk refused no more than to remove the lock
+            assert state(out) == whole[name]
+            continue
         assert done.status == 1
         if done.line.endswith(OUTCOMES["absent"]):
             assert state(out) == state(small / old)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,11 @@ from operations import INSIDE, OPERATIONS, OUTSIDE, run, state
 from people import mounted
 
 SHARD = "model-00001-of-00003.safetensors"
+CALLS = {
+    "merge --in-place": "lorasurgery merge out style --in-place",
+    "unmerge --in-place": "lorasurgery unmerge out style --in-place",
+    "switch": "lorasurgery switch out --to topic --from style",
+}
 NAMES = ["with two  spaces", "ünïcødé 模型 🦙", "line\nbreak", "quo'te\"s", "percent%20", "a[b]*?"]
 
 
@@ -108,10 +114,12 @@ def test_two_writers_at_once(name: str, small: Path, whole: dict[str, dict[str, 
     out = OPERATIONS[name].prepare(small, tmp_path / "out")
     child = Child(OPERATIONS[name].words(small, out), tmp_path / "log", 1)
     assert child.wait()
+    call = CALLS[name]
     for second in (OPERATIONS[name].words(small, out), [*OPERATIONS[name].words(small, out), "--resume"]):
         done = run(*second, fails=True)
         assert (done.status, done.line) == (
-            1, f"lorasurgery: {out}: another command is changing it at this moment; wait until it is done",
+            1, f"lorasurgery: {out}: another command is changing it at this moment (process {child.number} on "
+            f"{socket.gethostname()}: {call}); wait until it is done",
         )  # fmt: skip
     assert child.end() == 0
     assert state(out) == whole[name]

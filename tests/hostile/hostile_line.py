@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from click.testing import CliRunner
-from fuzz import watched
+from fuzz import timed, watched
 
 from lorasurgery.cli.main import main
 
@@ -17,13 +16,9 @@ SECONDS = 10.0
 
 @contextmanager
 def within(seconds: float = SECONDS) -> Iterator[None]:
-    """Stop what takes longer: it would take for ever."""
-    with watched():
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+    """Stop what takes more of the processor's time: it would take for ever."""
+    with watched(), timed(seconds):
+        yield
 
 
 def refused(words: Sequence[str | Path], folder: Path) -> str:

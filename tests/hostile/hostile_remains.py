@@ -14,7 +14,7 @@ import zstandard
 from hostile_files import Files, Work, bytes_of, data_of, header_of, laid_out
 
 from lorasurgery.adapters.formats import open_adapter
-from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, Run
+from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, Run, new_token
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.settle import settle_first, unfinished
 from lorasurgery.errors import FormatError
@@ -107,7 +107,7 @@ def record(files: Files, rng: random.Random, folder: Path) -> Work:
     """lorasurgery.json."""
     found = json.loads((files.merged / "lorasurgery.json").read_bytes())
     (folder / "lorasurgery.json").write_bytes(mutate.text(mutate.tree(found, rng), rng))
-    return lambda: read_record(folder)
+    return lambda: read_record(folder, [])
 
 
 def resume(files: Files, rng: random.Random, folder: Path) -> Work:
@@ -121,7 +121,7 @@ def resume(files: Files, rng: random.Random, folder: Path) -> Work:
     place = rng.randrange(len(lines))
     lines[place] = mutate.tree(lines[place], rng)
     raw = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-    (out / f"{JOURNAL}0{PARTIAL}").write_bytes(mutate.bytes_(raw, rng) if rng.random() < 0.3 else raw)
+    (out / f"{JOURNAL}{new_token()}-0{PARTIAL}").write_bytes(mutate.bytes_(raw, rng) if rng.random() < 0.3 else raw)
     shutil.copy(files.loose / "kohya.safetensors", folder)
     (folder / ".kohya.safetensors.header-only").write_bytes(mutate.text(mutate.tree(["a", "b"], rng), rng))
 

@@ -141,7 +141,7 @@ def test_configs_in_headers(case: str, files: Files, tmp_path: Path) -> None:
     assert "lora.safetensors" in line
 
 
-def test_a_hundred_thousand_patterns_take_seconds(files: Files, tmp_path: Path) -> None:
+def test_a_hundred_thousand_patterns_take_seconds_of_the_processor(files: Files, tmp_path: Path) -> None:
     """rank_pattern of 10⁵ names, target_modules and modules_to_save as long: read and checked in no time."""
     adapter = Path(shutil.copytree(files.adapter, tmp_path / "adapter"))
     names = [f"model.layers.{i}.mlp.experts.{i}.up_proj" for i in range(100_000)]

@@ -84,8 +84,12 @@ def test_headers_in_bounded_time() -> None:
     """A name that stands twice among 2·10⁵, and objects nested for ever, are told at once."""
     entry = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     many = b",".join(b'"%d":%b' % (i, entry) for i in range(200_000))
-    for raw in (b"{" + many + b',"7":' + entry + b"}", b'{"a":' * 500_000, b'{"a":' + b"[" * 10**6):
-        with within(), pytest.raises(FormatError):
+    for raw, said in (
+        (b"{" + many + b',"7":' + entry + b"}", "7 stands twice"),
+        (b'{"a":' * 500_000, "nested too deeply"),
+        (b'{"a":' + b"[" * 10**6, "nested too deeply"),
+    ):
+        with within(), pytest.raises(FormatError, match=said):
             parse_header(raw, 8 + len(raw), "w")
 
 

@@ -74,6 +74,15 @@ def test_tables_mean_what_peft_says(keys: list[str], paths: list[str]) -> None:
         assert table.first(path, -1) == wanted
 
 
+@pytest.mark.parametrize(
+    "pattern", [r"(?a)x\b.", r"x\b.", r"(?a)x\B.", r"x\B.", r"(?a)\bé.*", r"\bé.*", r"(?a)\w+", r"\w+"]
+)
+def test_letters_of_other_alphabets(pattern: str) -> None:
+    """Whether é is a letter, and so where a word ends, depends on the flag for ASCII as it does in re."""
+    for text in ("xé", "xy", "x.", "é", "éx", ".é"):
+        assert PathRegex(pattern).fullmatch(PathText(text)) == bool(re.fullmatch(pattern, text)), text
+
+
 ENDLESS = ["(a+)+b", "(a*)*b", "(a|a)*b", "(a|aa)+b", "(.*a){30}b", "((((a*)*)*)*)*b", "(a{1,1000}){1,1000}b",
            ".*.*.*.*.*.*.*.*b", "(?:a?){500}a{500}b", "(?=(a+)+b)a", "(x+x+)+y|(a+a+)+b"]  # fmt: skip
 
@@ -107,10 +116,15 @@ def test_expressions_of_real_adapters(pattern: str) -> None:
     assert not chosen.means(misses)
 
 
-@pytest.mark.parametrize("pattern", [r"(a)\1", "(?P<n>a)(?P=n)", "(?(1)a|b)(c)", "(", "[", "*", "(?<=a+)b", "a{2,1}"])
-def test_expressions_that_are_refused(pattern: str) -> None:
+@pytest.mark.parametrize(("pattern", "said"), [
+    (r"(a)\1", r"is not matched here \(groupref\)"), ("(?P<n>a)(?P=n)", r"is not matched here \(groupref\)"),
+    ("(?(1)a|b)(c)", r"is not matched here \(groupref exists\)"), ("(", "missing \\), unterminated subpattern"),
+    ("[", "unterminated character set"), ("*", "nothing to repeat"), ("(?<=a+)b", "look-behind requires fixed-width"),
+    ("a{2,1}", "min repeat greater than max repeat"),
+])  # fmt: skip
+def test_expressions_that_are_refused(pattern: str, said: str) -> None:
     """Groups that refer back, and what is no expression, are refused by name."""
-    with pytest.raises(PatternError):
+    with pytest.raises(PatternError, match=said):
         PathRegex(pattern)
     with pytest.raises(FormatError, match="target_modules"):
         Selection({"target_modules": pattern}, "adapter")

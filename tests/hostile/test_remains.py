@@ -165,7 +165,6 @@ def test_forged_journals_are_refused(case: str, files: Files, tmp_path: Path) ->
     (base / ".lorasurgery-surgery/journal").write_bytes(
         b"".join(json.dumps(x).encode() + b"\n" for x in JOURNALS[case])
     )
-    (base / ".lorasurgery-lock").touch()  # which stays when a command was there
     in_place = ["merge", base, files.adapter, "--in-place"]
     for words in (in_place, [*in_place, "--resume"], ["merge", base, files.adapter, "-o", tmp_path / "out"]):
         line = refused(words, tmp_path)

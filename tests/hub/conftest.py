@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 from local_hub import LocalHub
 
 # The client waits up to 23 s for a server that has died; a test has no time for that.
@@ -48,7 +45,7 @@ class Client:
     def run(self, *command: str | Path, token: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the hub's environment, and with more variables if given."""
         environment = os.environ | self.hub.environment(self.home, token) | variables
-        return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=600)
 
     def python(self, code: str, *words: str | Path, token: str | None = None, **variables: str) -> Any:
         """Run Python with `words` as sys.argv[1:]; what it assigns to `answer` comes back, by way of JSON."""

@@ -85,7 +85,9 @@ def test_branches_messages_and_pull_requests(hub: LocalHub, client: Client, made
     pull = report(client, "push", made / "merged", "me/a", "--create-pr")
     assert "/me/a/discussions/" in pull["pushed"]["pull_request"]
     assert hub.commits("me/a")[0].id == main
-    assert client.cli("push", made / "merged", "me/a", "--create-pr", "--revision", "v2").returncode == 2
+    both = client.cli("push", made / "merged", "me/a", "--create-pr", "--revision", "v2")
+    assert both.returncode == 2
+    assert "--create-pr: a pull request goes to main; leave --revision out" in both.stderr
 
 
 def test_a_server_that_dies_halfway(hub: LocalHub, client: Client, tmp_path: Path) -> None:
@@ -128,6 +130,7 @@ def test_a_failed_upload_leaves_the_result(hub: LocalHub, client: Client, made: 
     words = ["extract", made / "base", made / "tuned", "-o", tmp_path / "a", "--rank", "4"]
     done = client.cli(*words, "--push", "me/a", "--json")
     assert done.returncode == 1
+    assert "me/a" in done.stderr
     told = json.loads(done.stdout)
     assert "repeat the upload alone" in told["error"]
     assert told["totals"]["modules"] > 0
@@ -144,7 +147,9 @@ def test_no_token_is_found_out_before_the_work(hub: LocalHub, client: Client, ma
     words = ["extract", made / "base", made / "tuned", "-o", tmp_path / "a", "--push"]
     assert "HF_TOKEN" in line(client, *words, "me/a", token="")
     assert "does not accept this token" in line(client, *words, "me/a", token="hf_wrong")
-    assert client.cli(*words, "not-a-repo").returncode == 2
+    refused = client.cli(*words, "not-a-repo")
+    assert refused.returncode == 2
+    assert "not-a-repo: expected a repository on the Hub as org/name" in refused.stderr
     assert "may not" in line(client, "push", made / "adapter", "you/not-mine")
     assert not (tmp_path / "a").exists()
     assert "HF_HUB_OFFLINE" in line(client, *words, "me/a", HF_HUB_OFFLINE="1")

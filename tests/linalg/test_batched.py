@@ -113,7 +113,7 @@ def test_not_finite_is_named(bad: float) -> None:
     """NaN and infinity anywhere in the batch stop it, in the words of truncated_svd."""
     deltas = stack(20, 30)
     deltas[2, 3, 4] = bad
-    with pytest.raises(SurgeryError) as alone:
+    with pytest.raises(SurgeryError, match="holds NaN or infinity") as alone:
         truncated_svd(deltas[2], RankChoice(rank=2))
     with pytest.raises(SurgeryError, match=str(alone.value)):
         batched_svd(deltas, RankChoice(rank=2))

@@ -201,14 +201,29 @@ def test_residual_is_measured_from_stored_factors() -> None:
     assert expected > 1e-3 * float(delta.norm())
 
 
+@pytest.mark.parametrize("spectrum", ["slow decay", "power law", "flat"])
+def test_passes_do_not_depend_on_the_scale(spectrum: str) -> None:
+    """A power of two before ΔW changes no bit of what follows from it, and so not when the iteration stops."""
+    delta = known(SPECTRA[spectrum], 600, 500)
+    found = [
+        randomized_svd(delta * 2.0**n, RankChoice(rank=16), squared_norm(delta * 2.0**n)) for n in (-30, -3, 0, 3, 30)
+    ]
+    passes = {one.passes for one in found if one}
+    assert None not in found
+    assert len(passes) == 1
+    assert passes.pop() <= 6, "far from all that there could be"
+
+
 @pytest.mark.parametrize(
-    "bad",
-    [{}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}, {"energy": math.nan},
-     {"tolerance": 1.0}, {"tolerance": -0.1}, {"tolerance": math.nan}, {"rank": 4, "max_rank": 0}],
+    ("bad", "said"),
+    [({}, "give exactly one of"), ({"rank": 1, "energy": 0.5}, "give exactly one of"), ({"rank": 0}, "--rank 0"),
+     ({"energy": 0.0}, "--energy 0.0"), ({"energy": 1.5}, "--energy 1.5"), ({"energy": math.nan}, "--energy nan"),
+     ({"tolerance": 1.0}, "--tolerance 1.0"), ({"tolerance": -0.1}, "--tolerance -0.1"), ({"tolerance": math.nan}, "--tolerance nan"),
+     ({"rank": 4, "max_rank": 0}, "--max-rank 0")],
 )  # fmt: skip
-def test_senseless_choices_are_usage_errors(bad: dict[str, float]) -> None:
+def test_senseless_choices_are_usage_errors(bad: dict[str, float], said: str) -> None:
     """No rule, two rules or a value out of range is refused before any work."""
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=f"^{said}"):
         RankChoice(**bad)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from lorasurgery.checkpoint.flow import Flow
 from lorasurgery.linalg.threads import each, team
+
+PATIENCE = 60  # seconds after which something counts as hanging
 
 
 class Decompose:
@@ -45,3 +49,49 @@ def test_the_first_call_of_a_thread_has_the_bits_of_one_thread(way: Callable[[li
     with team(2):
         way(jobs)
     assert all(torch.equal(job.found, expected) for job in jobs)
+
+
+def test_the_end_of_one_team_leaves_the_work_of_another() -> None:
+    """Pieces that wait for a thread when another call ends are done all the same."""
+    queued, ended = threading.Event(), threading.Event()
+    done: list[int] = []
+
+    def brief() -> None:
+        with team(2):
+            assert queued.wait(PATIENCE)
+        ended.set()
+
+    def work(piece: int) -> None:
+        queued.set()
+        assert ended.wait(PATIENCE)
+        done.append(piece)
+
+    def long() -> None:
+        with team(2):
+            each(work, range(8))
+
+    with ThreadPoolExecutor(2) as callers:
+        calls = [callers.submit(brief), callers.submit(long)]
+        for call in calls:
+            call.result(2 * PATIENCE)
+    assert sorted(done) == list(range(8))
+
+
+def test_a_team_changes_its_own_threads_alone() -> None:
+    """Inside, one thread each; a thread that asks torch for the first time meanwhile is told what the user set."""
+
+    def number(_: object = None) -> None:
+        seen.append(torch.get_num_threads())
+
+    torch.set_num_threads(3)
+    try:
+        seen: list[int] = []
+        with team(2):
+            number()
+            each(number, range(4))
+            assert seen == [1] * 5
+            with ThreadPoolExecutor(1) as other:
+                assert other.submit(torch.get_num_threads).result() == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)

@@ -70,6 +70,22 @@ def test_rules(server: str, config: dict[str, Any], said: list[str], tmp_path: P
         assert check(tmp_path / "mended", server).totals["serves"]
 
 
+def test_what_the_summary_says(tmp_path: Path) -> None:
+    """Served or not, and how much of it the base has where one is given; of what is amiss each verdict and its mend."""
+    path, other = adapter(tmp_path / "adapter"), adapter(tmp_path / "other", r=24)
+    base = models.save(models.make("llama"), tmp_path / "base")
+    assert check(path, "vllm").summary == "vllm serves it as it is"
+    assert check(path, "vllm", base=base).summary == "vllm serves it as it is; all of it matches the base (8 tensors)"
+    found = check(other, "vllm", base=base)
+    (one,) = found.totals["findings"]
+    assert found.summary.splitlines() == [
+        "vllm would not serve it as it is meant; all of it matches the base (8 tensors):",
+        f"  {one['verdict']}: {one['what']}",
+        f"    {one['mend']}",
+    ]
+    assert check(other, "vllm").summary.startswith("vllm would not serve it as it is meant:\n  ")
+
+
 def test_vllm_ranks(tmp_path: Path) -> None:
     """Any rank up to the limit serves, r and rank_pattern counting as well; the nearest setting that would do is named."""
     path = adapter(tmp_path / "adapter", r=20)
@@ -179,5 +195,5 @@ def test_the_base_is_matched(tmp_path: Path) -> None:
     other = models.save(models.make("gpt2"), tmp_path / "other")
     with pytest.raises(MismatchError, match="8 of 8 modules match no tensor"):
         check(path, "peft", base=other)
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="--for ollama: expected one of peft"):
         check(path, "ollama")

@@ -207,7 +207,7 @@ def test_an_adapter_beside_its_base(pair: tuple[Path, Path], tmp_path: Path) -> 
     assert t["matched"] == t["modules"]
     assert any("alpha is 0" in s for s in t["odd"])
     models.peft_adapter("gpt2", tmp_path / "g", r=2, target_modules=["c_attn"])
-    with pytest.raises(MismatchError):
+    with pytest.raises(MismatchError, match="2 of 2 modules match no tensor"):
         inspect(tmp_path / "g", base=pair[0])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import warnings
 from pathlib import Path
 
@@ -333,10 +334,41 @@ def test_refused_by_name(case: int, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "comfyui"])
+def test_lycoris_own_prefix_names_no_part(single: bool, to: str, bases: Path, tmp_path: Path) -> None:
+    """`lycoris_` stands before U-Net and text encoder alike; the base tells which is which, and every bit is kept."""
+    base = bases / ("sd1.safetensors" if single else "sd1")
+    source = loose.kohya("sd1", tmp_path / "in.safetensors")
+    weights = load_file(source)
+    renamed = {re.sub("^lora_(unet|te)_", "lycoris_", key): tensor for key, tensor in weights.items()}
+    assert len(renamed) == len(weights)
+    save_file(renamed, tmp_path / "lycoris.safetensors")
+    assert any(key.startswith("lycoris_text_model_") for key in renamed)
+    for name in ("in", "lycoris"):
+        convert(tmp_path / f"{name}.safetensors", tmp_path / f"{name}-out.safetensors", ConvertOptions(to), base=base)
+    assert same(updates(tmp_path / "lycoris-out.safetensors"), updates(tmp_path / "in-out.safetensors"))
+    if to == "kohya":
+        assert {n for n in updates(tmp_path / "lycoris-out.safetensors") if n.startswith("lora_te_")} == {
+            n for n in updates(source) if n.startswith("lora_te_")
+        }
+
+
+def test_lycoris_text_modules_need_a_base(tmp_path: Path) -> None:
+    """Without a base the prefix means the denoiser, whose names no text encoder has: the line asks for one."""
+    save_file({re.sub("^lora_te_", "lycoris_", k): t for k, t in loose.text_part("lora_te_", images.text_encoder()).items()},
+              tmp_path / "in.safetensors")  # fmt: skip
+    with pytest.raises(UnsupportedError, match=r"lycoris_text_model_.* has underscores where .*give --base"):
+        convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", ConvertOptions("diffusers"))
+
+
 def test_another_base_is_refused(bases: Path, tmp_path: Path) -> None:
     """With --base every module must be one of the base's, in its shape."""
     source = loose.kohya("sdxl", tmp_path / "in.safetensors")
-    with pytest.raises(MismatchError):
+    with pytest.raises(
+        MismatchError,
+        match=r"173 of 325 modules match no tensor in .*: lora_unet_input_blocks_4_1_transformer_blocks_1",
+    ):
         convert(source, tmp_path / "out", ConvertOptions("peft"), base=bases / "sd1")
     save_file(loose.text_part("lora_te1_", images.text_encoder()), tmp_path / "text.safetensors")
     with pytest.raises(MismatchError, match="is for nothing else; leave --base out"):

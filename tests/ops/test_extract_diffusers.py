@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from lorasurgery.adapters.dialects import dialect
 from lorasurgery.adapters.image_models import takes_adapters
 from lorasurgery.errors import UnsupportedError
 from lorasurgery.linalg.rank import RankChoice
@@ -104,7 +106,7 @@ def test_a_class_that_loads_no_adapter_is_refused(name: str, tmp_path: Path) -> 
     with pytest.raises(UnsupportedError, match=f"its base is {name}, which diffusers loads no adapter into"):
         convert(tmp_path / "x", tmp_path / "d.safetensors", ConvertOptions("diffusers"), base=tmp_path / "base")
     findings = check(tmp_path / "x", "diffusers", base=tmp_path / "base").totals["findings"]
-    assert [f for f in findings if name in f["what"] and "merge" in f["mend"]]
+    assert [f for f in findings if f["verdict"] == "rejected" and name in f["what"] and "merge" in f["mend"]]
 
 
 @pytest.mark.parametrize("to", ["kohya", "comfyui"])
@@ -121,9 +123,9 @@ def test_what_stands_beside_a_denoiser_has_no_place_elsewhere(to: str, tmp_path:
 
 
 @pytest.mark.parametrize("to", ["kohya", "comfyui"])
-@pytest.mark.parametrize("name", ["UNet2DConditionModel", "FluxTransformer2DModel", "SanaTransformer2DModel"])
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "FluxTransformer2DModel", "QwenImageTransformer2DModel"])
 def test_what_is_stored_whole_becomes_a_difference(name: str, to: str, tmp_path: Path) -> None:
-    """Norms, biases and depthwise convolutions go along to kohya's and ComfyUI's files; merge has the tuned model."""
+    """Norms and biases go along to kohya's and ComfyUI's files; merge has the tuned model."""
     small.save_pair(name, tmp_path)
     model, generator = small.load(name, tmp_path / "tuned"), torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -137,6 +139,44 @@ def test_what_is_stored_whole_becomes_a_difference(name: str, to: str, tmp_path:
     convert(tmp_path / "x", tmp_path / "k.safetensors", ConvertOptions(to), base=tmp_path / "base")  # type: ignore[arg-type]
     merge(tmp_path / "base", [tmp_path / "k.safetensors"], tmp_path / "m", device="cpu", allow_loss=True)
     assert_tuned(small.load(name, tmp_path / "m").state_dict(), small.load(name, tmp_path / "tuned").state_dict())
+
+
+@pytest.mark.parametrize("to", ["kohya", "comfyui"])
+def test_names_that_are_not_known_are_not_written(to: str, tmp_path: Path) -> None:
+    """A denoiser whose names in ComfyUI and kohya stand in no table is refused: as a folder, a pipeline, by extract."""
+    small.save_pair("SanaTransformer2DModel", tmp_path)
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "x", RANK_16, device="cpu")
+    said = f"SanaTransformer2DModel, whose names in the {to} format are not known here"
+    with pytest.raises(UnsupportedError, match=said):
+        convert(tmp_path / "x", tmp_path / "k.safetensors", ConvertOptions(to), base=tmp_path / "base")  # type: ignore[arg-type]
+    options = ExtractOptions(RankChoice(rank=16), client=to)
+    with pytest.raises(UnsupportedError, match=said):
+        extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "e.safetensors", options, device="cpu")
+    assert not (tmp_path / "e.safetensors").exists()
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(tmp_path / "base", pipeline / "transformer")
+    (pipeline / "model_index.json").write_text(
+        json.dumps({"_class_name": "SanaPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]})
+    )
+    with pytest.raises(UnsupportedError, match=said):
+        convert(tmp_path / "x", tmp_path / "k.safetensors", ConvertOptions(to), base=pipeline)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "same"),
+    [("UNet2DConditionModel", "unet", set()), ("FluxTransformer2DModel", "flux", set()),
+     ("HunyuanVideoTransformer3DModel", "hunyuan", set()), ("SD3Transformer2DModel", "sd3", {"context_embedder"}),
+     ("WanTransformer3DModel", "wan", {"patch_embedding"})],
+)  # fmt: skip
+def test_every_name_for_comfyui_stands_in_a_table(name: str, family: str, same: set[str], tmp_path: Path) -> None:
+    """extract --for comfyui writes no name but those of the family's table, and what both sets call the same."""
+    small.save_pair(name, tmp_path)
+    options = ExtractOptions(RankChoice(rank=4), client="comfyui")
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "x.safetensors", options, device="cpu")
+    keys = [k for k in load_file(tmp_path / "x.safetensors") if ".lora_" in k]
+    paths = {k.removeprefix("diffusion_model.").partition(".lora_")[0] for k in keys}
+    assert paths
+    assert {p for p in paths if dialect(family, 2).row(p) is None} == same  # type: ignore[arg-type]
 
 
 def test_classes_without_adapters_are_diffusers_own() -> None:

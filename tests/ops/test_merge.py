@@ -41,6 +41,15 @@ def test_weight_zero_changes_no_byte(tmp_path: Path) -> None:
     assert (tmp_path / "merged/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
+def test_bytes_read_are_those_of_base_and_adapter(tmp_path: Path) -> None:
+    """The report counts the tensors of both, each once, and little beside them."""
+    base, adapter = llama(tmp_path)
+    report = merge(base, [adapter], tmp_path / "merged")
+    files = [base / "model.safetensors", adapter / "adapter_model.safetensors"]
+    tensors = sum(t.nbytes for file in files for t in load_file(file).values())
+    assert tensors <= report.bytes_read <= sum(file.stat().st_size for file in files)
+
+
 def test_layout_files_and_metadata_are_kept(tmp_path: Path) -> None:
     """Shards, index and all other files come along; untouched shards are the same bytes; no weights in disguise do."""
     base, adapter = llama(tmp_path)
@@ -150,7 +159,8 @@ def test_mutated_names_never_pass_in_silence(tmp_path: Path, data: st.DataObject
     (bad / "adapter_config.json").write_text((root / "adapter/adapter_config.json").read_text())
     if _stripped(changed) == _stripped(key):
         return  # the same module by a prefix that people do use, or another adapter's name in the key
-    with pytest.raises(SurgeryError):
+    said = r"lora_[AB] is missing; the adapter is incomplete|is a kind of LoRA tensor that lorasurgery does not know"
+    with pytest.raises(SurgeryError, match=said):
         merge(root / "base", [bad], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -159,6 +169,35 @@ def _stripped(key: str) -> str:
     """The module and side that a key means, whatever adapter name stands in it."""
     name = re.sub(r"\.(lora_[AB])\..*weight$", r".\1", key.removeprefix("base_model.model."))
     return name.removeprefix("model.")
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_base_in_float64_is_merged_in_float64(rounding: str, tmp_path: Path) -> None:
+    """W + Δ of float64 weights is that of numpy in float64, far nearer than float32 could be, and nothing is drawn."""
+    base, adapter = llama(tmp_path, torch.float64, lora_alpha=8)
+    report = merge(base, [adapter], tmp_path / "merged", rounding=rounding)
+    old, new = (load_file(p / "model.safetensors") for p in (base, tmp_path / "merged"))
+    factors = load_file(adapter / "adapter_model.safetensors")
+    for name in (n for n in old if "q_proj" in n):
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        a, b = (factors[f"{key}{side}.weight"].double().numpy() for side in "AB")
+        truth = old[name].numpy() + 8 / 4 * (b @ a)
+        assert new[name].dtype == torch.float64
+        assert abs(new[name].numpy() - truth).max() < 1e-15
+    assert report.totals["retention"] == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_merging_to_float64(dtype: torch.dtype, rounding: str, tmp_path: Path) -> None:
+    """A narrower base written as float64 holds the sum in float32 as it is: a wider dtype has nothing to round."""
+    base, adapter = llama(tmp_path, dtype)
+    report = merge(base, [adapter], tmp_path / "wide", dtype="F64", rounding=rounding)
+    merge(base, [adapter], tmp_path / "plain", dtype="F32")
+    wide, plain = (load_file(tmp_path / n / "model.safetensors") for n in ("wide", "plain"))
+    assert all(wide[name].dtype == torch.float64 for name in plain)
+    assert all(torch.equal(wide[name], plain[name].double()) for name in plain)
+    assert report.totals["retention"] == pytest.approx(1, abs=1e-5)
 
 
 def test_stochastic_rounding_is_seeded(tmp_path: Path) -> None:
@@ -272,10 +311,13 @@ def test_wrong_base_is_said_with_both_shapes(tmp_path: Path) -> None:
         merge(base, [adapter], tmp_path / "merged")
 
 
-@pytest.mark.parametrize("weights", [[float("nan")], [float("inf")], [1.0, 2.0]])
-def test_senseless_weights(weights: list[float], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weights", "said"), [
+    ([float("nan")], "weight nan is not a finite number"), ([float("inf")], "weight inf is not a finite number"),
+    ([1.0, 2.0], "2 weights for 1 adapters"),
+])  # fmt: skip
+def test_senseless_weights(weights: list[float], said: str, tmp_path: Path) -> None:
     """NaN, infinite or surplus weights are wrong usage."""
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=said):
         merge(tmp_path, [tmp_path], tmp_path / "o", weights=weights)
 
 
@@ -322,16 +364,17 @@ def test_kill_in_the_middle_leaves_nothing_finished(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lorasurgery", "merge", str(base), str(adapter), "-o", str(out)]
     command += ["--max-shard-size", "100MB", "-q"]
     process = subprocess.Popen(command)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob(".*"))) < 4 and time.monotonic() < deadline and process.poll() is None:
+    while len(list(out.glob(".*-partial"))) < 4 and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     process.wait()
-    left = [p.name for p in out.iterdir()]
+    left = [p.name for p in out.iterdir() if p.name != ".lorasurgery-lock"]
     assert left, "killed too early to prove anything"
     assert all(n.endswith(".lorasurgery-partial") for n in left)
     assert hashes(base) | hashes(adapter) == before
-    assert subprocess.run(command, capture_output=True).returncode == 1
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "holds only the remains of an interrupted run; --resume goes on with it" in again.stderr
     subprocess.run([*command, "--overwrite"], check=True)
     assert not list(out.glob(".*"))
     assert (out / "model.safetensors.index.json").exists()

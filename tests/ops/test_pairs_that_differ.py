@@ -188,6 +188,7 @@ def test_a_reshaped_layer_is_left_out_by_a_name_of_its_own(tmp_path: Path) -> No
     b = write(tmp_path / "tuned", moved(common) | {"0.0.weight": torch.randn(8, 9, 3, 3)})
     code, text = take(a, b, tmp_path / "out")
     assert code == 1
+    assert "0.0.weight is 8×9×3×3 but the base has 8×4×3×3" in text
     assert take(a, b, tmp_path / "out", *advice(text))[0] == 0
     assert {"blocks.1.to_out.0", "time_embed.0", "x.0.0"} <= in_adapter(tmp_path / "out")
 

@@ -133,7 +133,7 @@ def test_sglang(tmp_path: Path) -> None:
     for name, path in folders(tmp_path).items():
         found = check(path, "sglang").totals["findings"]
         if name == "no targets":
-            with pytest.raises(KeyError):
+            with pytest.raises(KeyError, match="target_modules"):
                 config(str(path))
             continue
         theirs = config(str(path))

@@ -22,6 +22,7 @@ from lorasurgery.cli.main import main
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.undo_record import read_record
 from lorasurgery.ops.verify import verify
+from lorasurgery.report import Checked
 
 FIRST, INDEX = "model-00001-of-00003.safetensors", "model.safetensors.index.json"
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -123,8 +124,11 @@ def test_what_is_broken_is_named(spoil: Callable[[Path], None], made: Path, tmp_
     assert not report.totals["holds"]
     (sentence,) = report.totals["findings"]
     assert BROKEN[spoil] in sentence
-    done = CliRunner().invoke(main, ["verify", str(tmp_path / "base"), "-q"])
+    done = CliRunner().invoke(main, ["verify", str(tmp_path / "base")])
     assert done.exit_code == 1
+    assert BROKEN[spoil] in done.output
+    quiet = CliRunner().invoke(main, ["verify", str(tmp_path / "base"), "-q"])
+    assert (quiet.exit_code, quiet.output) == (1, "")
 
 
 @pytest.mark.parametrize("spoil", [one_value, an_untouched_value], ids=lambda f: f.__name__)
@@ -137,6 +141,43 @@ def test_a_single_value_is_found(spoil: Callable[[Path], None], made: Path, tmp_
     assert report.totals["equal"] == "no"
     (line,) = [m for m in report.modules if m.state == "differs"]  # type: ignore[attr-defined]
     assert line.name == (NAME if spoil is one_value else "model.norm.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_how_many_values_differ(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The share is of the tensor's values, touched or not, and the steps are those of the value furthest away."""
+    base = models.save(models.make("llama", dtype), tmp_path / "base")
+    models.peft_adapter("llama", tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    merge(base, [tmp_path / "adapter"], tmp_path / "merged")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    values = weights[name].view(-1)
+    for moved, steps, state in (
+        (1, 1, "rounding"),
+        (3, 1, "rounding"),
+        (7, 64, "differs"),
+        (values.numel(), 64, "differs"),
+    ):
+        changed = weights | {name: stepped(values, moved, steps).view(weights[name].shape)}
+        save_file(changed, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+        report = verify(tmp_path / "merged", against=base, adapters=[tmp_path / "adapter"])
+        (line,) = report.modules
+        assert isinstance(line, Checked)
+        assert (line.name, line.state, line.share) == (name, state, moved / values.numel())
+        assert line.steps == (0 if dtype == torch.float64 else steps)
+        assert report.totals["equal"] == ("rounding" if state == "rounding" else "no")
+
+
+def stepped(values: torch.Tensor, count: int, steps: int) -> torch.Tensor:
+    """The largest values, so many of them, each some steps further from 0 than before; of float64 a share of 1e-13 a step."""
+    chosen = values.abs().argsort(descending=True)[:count]
+    found = values.clone()
+    if values.dtype == torch.float64:
+        found[chosen] *= 1 + 1e-13 * steps
+    else:
+        bits = found.view({4: torch.int32, 2: torch.int16}[values.element_size()])
+        bits[chosen] += steps
+    return found
 
 
 def test_a_changed_record_is_found(made: Path, tmp_path: Path) -> None:
@@ -192,4 +233,6 @@ def test_without_adapters_every_byte_counts(made: Path) -> None:
 
 def test_adapters_need_a_base() -> None:
     """--adapter without --against is wrong usage."""
-    assert CliRunner().invoke(main, ["verify", "x", "--adapter", "y"]).exit_code == 2
+    done = CliRunner().invoke(main, ["verify", "x", "--adapter", "y"])
+    assert done.exit_code == 2
+    assert "--adapter: needs --against BASE" in done.stderr

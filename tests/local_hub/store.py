@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
 
-from local_hub_card import card_errors
+from local_hub.card import card_errors
 
 LARGE = 10 * 1024 * 1024
 LFS_SUFFIXES = tuple(

@@ -1,6 +1,6 @@
 """The connections of a local Hub: keep-alive HTTP/1.1, byte ranges, a log of requests, and dying on demand.
 
-Two servers speak it, as at the real one: the Hub itself (local_hub_routes.py) and, here, the storage of large files,
+Two servers speak it, as at the real one: the Hub itself (routes.py) and, here, the storage of large files,
 which has another address, takes no tokens, and serves whoever holds a signed link.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from local_hub_store import RefusedError
+from local_hub.store import RefusedError
 
 if TYPE_CHECKING:
     from local_hub import LocalHub

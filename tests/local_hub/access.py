@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from local_hub_http import Connection
-from local_hub_store import RefusedError, Repo
+from local_hub.protocol import Connection
+from local_hub.store import RefusedError, Repo
 
 
 class Guarded(Connection):

@@ -1,6 +1,6 @@
 """A Hugging Face Hub on this machine: small, but real enough for an unmodified huggingface_hub to push and pull.
 
-    python examples/local_hub.py --folder /tmp/hub --port 8123
+    python tests/local_hub --folder /tmp/hub --port 8123
 
 It prints two lines to paste into another shell; everything that uses huggingface_hub there then talks to this server.
 Models only, over plain HTTP and LFS: no datasets, no Spaces, no xet, no pages to look at. It listens on 127.0.0.1 and
@@ -19,18 +19,15 @@ import contextlib
 import hmac
 import secrets
 import signal
-import sys
 import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import urlencode
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from local_hub_http import Outage, Request, Server, Storage
-from local_hub_routes import Api
-from local_hub_store import Commit, Store, is_large
+from local_hub.protocol import Outage, Request, Server, Storage
+from local_hub.routes import Api
+from local_hub.store import Commit, Store, is_large
 
 TOKENS = {"hf_local": "me"}
 
@@ -174,7 +171,3 @@ def main() -> None:
         print(f"export HF_ENDPOINT={told['HF_ENDPOINT']} HF_TOKEN={told['HF_TOKEN']}")
         print(f"export HF_HOME={told['HF_HOME']} HF_HUB_DISABLE_XET=1", flush=True)
         threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main()

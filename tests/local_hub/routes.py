@@ -1,6 +1,6 @@
 """What the Hub's addresses answer, in the shape the client expects.
 
-The store (local_hub_store.py) knows what there is; here are only the words of the protocol, as huggingface_hub 2.4
+The store (store.py) knows what there is; here are only the words of the protocol, as huggingface_hub 2.4
 and its forebears since 0.30 speak it.
 """
 
@@ -15,9 +15,9 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from local_hub_access import Guarded
-from local_hub_card import card_errors, card_warnings, metadata
-from local_hub_store import Commit, File, RefusedError, is_large, pointer
+from local_hub.access import Guarded
+from local_hub.card import card_errors, card_warnings, metadata
+from local_hub.store import Commit, File, RefusedError, is_large, pointer
 
 ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Any]]] = []
 PARTS = {
