@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,10 +124,11 @@ def test_a_star_import_gives_the_public_names_alone() -> None:
 
 
 def test_no_two_files_of_tests_bear_one_name() -> None:
-    """They are imported by their names alone, as helpers of one another."""
+    """They are imported by their names alone, as helpers of one another; a conftest.py, of which many are, never is."""
     alone = [p for p in (ROOT / "tests").rglob("*.py") if not (p.parent / "__init__.py").exists()]
     names = [p.name for p in alone if p.name != "conftest.py"]
     assert sorted(set(names)) == sorted(names)
+    assert not [p for p in alone if re.search(r"^\s*(from|import) conftest\b", p.read_text(), re.M)]
 
 
 def test_several_folders_of_tests_are_collected_together(tmp_path: Path) -> None:

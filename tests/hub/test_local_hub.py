@@ -22,7 +22,7 @@ from local_hub.protocol import Request, span
 from local_hub.store import RefusedError
 
 if TYPE_CHECKING:
-    from conftest import Client
+    from hub_client import Client
 
 ROOT = Path(__file__).parents[2]
 CARD = b"---\nlicense: mit\nbase_model: some/base\nbase_model_relation: adapter\ntags: [lora]\n---\n# An adapter\n"

@@ -10,7 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from conftest import Client
+from hub_client import Client
 from local_hub import LocalHub
 from safetensors.torch import load_file, save_file
 

@@ -11,7 +11,7 @@ import models
 import pytest
 import torch
 import yaml
-from conftest import Client
+from hub_client import Client
 from local_hub import LocalHub
 from safetensors.torch import load_file, save_file
 from test_pull import contents, line, report
