@@ -1,0 +1,37 @@
+"""Small jobs go from thread to thread together, and never more of them than the room is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorasurgery.checkpoint import flow
+from lorasurgery.checkpoint.flow import Flow
+
+
+@dataclass
+class Step:
+    """A job that does nothing."""
+
+    cost: int
+
+    def read(self) -> None: ...
+    def compute(self) -> None: ...
+    def write(self) -> None: ...
+
+
+@given(st.lists(st.one_of(st.integers(0, 100), st.integers(0, 3 << 20)), max_size=300), st.integers(1, 1 << 30))
+def test_neighbours_go_together_up_to_a_bound(costs: list[int], room: int) -> None:
+    """All jobs in their order; several together cost no more than a 64th of the room, and no neighbour had fitted in."""
+    jobs = [Step(cost) for cost in costs]
+    found = list(Flow(room)._together(jobs))
+    assert [job for few in found for job in few.jobs] == jobs
+    limit, least = min(flow._TOGETHER, room // 64), min(flow._LEAST, room // 64)
+    for few in found:
+        assert few.cost == sum(max(1, job.cost, least) for job in few.jobs)
+        assert len(few.jobs) == 1 or few.cost <= limit
+    for few, following in pairwise(found):
+        assert few.cost + max(1, following.jobs[0].cost, least) > limit
