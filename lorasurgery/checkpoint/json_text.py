@@ -51,7 +51,8 @@ def parse(raw: bytes, where: str, *, strict: bool = False) -> Any:
     except _TwiceError as problem:
         raise FormatError(f"{where}: {problem} stands twice") from None
     except ValueError as problem:
-        why = "a number of thousands of digits" if "digits" in str(problem) else problem  # Python's own words are advice
+        # Python's own words about such a number are advice to programmers
+        why = "a number of thousands of digits" if "digits" in str(problem) else problem
         raise FormatError(f"{where}: not JSON ({why})") from None
     return found
 
