@@ -197,7 +197,8 @@ class Run:
         scratch.unlink(missing_ok=True)  # a kill may have left one, and then those that it is made from are there too
         lines = [{"about": self.about, "boot": _boot()}]
         lines += [{"done": key, "record": record} for key, record in self.done.items()]
-        with open(scratch, "x", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as text:
+        make(scratch)
+        with scratch.open("w", encoding="utf-8") as text:
             text.writelines(json.dumps(line) + "\n" for line in [*lines, {"synced": len(self.done)}])
             text.flush()
             os.fsync(text.fileno())

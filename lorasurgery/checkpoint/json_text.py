@@ -51,7 +51,9 @@ def parse(raw: bytes, where: str, *, strict: bool = False) -> Any:
     except _TwiceError as problem:
         raise FormatError(f"{where}: {problem} stands twice") from None
     except ValueError as problem:
-        raise FormatError(f"{where}: not JSON ({problem})") from None
+        # Python's own words about such a number are advice to programmers
+        why = "a number of thousands of digits" if "digits" in str(problem) else problem
+        raise FormatError(f"{where}: not JSON ({why})") from None
     return found
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lorasurgery.checkpoint.files import ReadFile, WriteFile, clone, sync_folder
-from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.header import MAX_HEADER, show
 from lorasurgery.checkpoint.inside import refuse_folder_links, refuse_link
 from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, UNDO_FOLDER, Run, journals, new_token, partial_of, partials
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, PIPELINE
@@ -304,6 +304,8 @@ def _cannot_write(place: Path, problem: OSError, left: str) -> OutputError:
 
 def _indexed(index: Path) -> Iterable[str]:
     try:
+        if not index.is_file() or index.stat().st_size > MAX_HEADER:  # no index of ours, and what it names stays
+            return []
         weight_map = json.loads(index.read_bytes())["weight_map"]
         return [str(v) for v in weight_map.values()]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):

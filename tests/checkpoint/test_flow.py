@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,3 +36,26 @@ def test_neighbours_go_together_up_to_a_bound(costs: list[int], room: int) -> No
         assert len(few.jobs) == 1 or few.cost <= limit
     for few, following in pairwise(found):
         assert few.cost + max(1, following.jobs[0].cost, least) > limit
+
+
+def test_jobs_under_way_keep_to_the_room() -> None:
+    """The costs of all that has been read and not yet written are never above the room, save those of one job alone."""
+    held, most, lock = [0], [0], threading.Lock()
+
+    @dataclass
+    class Holding(Step):
+        def read(self) -> None:
+            with lock:
+                held[0] += self.cost
+                most[0] = max(most[0], held[0])
+
+        def write(self) -> None:
+            with lock:
+                held[0] -= self.cost
+
+    room = 10 << 20
+    Flow(room, threads=(2, 2, 2)).run(Holding(cost) for cost in [3 << 20] * 40)
+    assert held == [0]
+    assert 0 < most[0] <= room
+    Flow(room, threads=(2, 2, 2)).run(Holding(cost) for cost in [2 * room, room // 2, 2 * room])
+    assert most[0] == 2 * room

@@ -223,14 +223,14 @@ def test_a_change_after_the_end(world: Path, tmp_path: Path, monkeypatch: pytest
     from lorasurgery.ops import references
 
     plain, late = references.describe, changing(world / STYLE[0], "rewritten")
-    monkeypatch.setattr(references, "describe", lambda given: (late(), plain(given))[1])
+    monkeypatch.setattr(references, "describe", lambda *given: (late(), plain(*given))[1])
     report = merge(world / "base", [world / "style"], tmp_path / "out")
     assert report.sources == []
     assert report.warnings[-1].endswith(f"{tmp_path / 'out'} was whole before, but its record is left out")
-    assert not read_record(tmp_path / "out")
+    assert not read_record(tmp_path / "out", [])
     monkeypatch.undo()
     merge(world / "base", [world / "topic"], tmp_path / "other")
-    assert read_record(tmp_path / "other")
+    assert read_record(tmp_path / "other", [])
     Checkpoint.open(tmp_path / "out")
 
 
