@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -112,7 +112,7 @@ class Lock:
 
     def _introduce(self, call: str) -> None:
         """Say in the file who holds it; where that can't be written, nobody needs it."""
-        words = f"process {os.getpid()} on {socket.gethostname()}" + (f": {call}" if call else "")
+        words = f"process {os.getpid()} on {platform.node()}" + (f": {call}" if call else "")
         with suppress(OSError):
             if os.fstat(self._descriptor).st_size:  # of one who was killed
                 os.ftruncate(self._descriptor, 0)
