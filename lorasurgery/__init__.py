@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from lorasurgery.linalg.rank import Budget as Budget
     from lorasurgery.linalg.rank import RankChoice as RankChoice
     from lorasurgery.lowrank import LowRank as LowRank
-    from lorasurgery.ops.blend import BlendOptions as BlendOptions
     from lorasurgery.ops.blend import blend as blend
+    from lorasurgery.ops.blend import rerank as rerank
+    from lorasurgery.ops.blend_options import BlendOptions as BlendOptions
     from lorasurgery.ops.check import check as check
-    from lorasurgery.ops.convert import ConvertOptions as ConvertOptions
     from lorasurgery.ops.convert import convert as convert
+    from lorasurgery.ops.convert_options import ConvertOptions as ConvertOptions
     from lorasurgery.ops.diff import diff as diff
-    from lorasurgery.ops.extract import ExtractOptions as ExtractOptions
     from lorasurgery.ops.extract import extract as extract
+    from lorasurgery.ops.extract_options import ExtractOptions as ExtractOptions
+    from lorasurgery.ops.extract_options import Selection as Selection
     from lorasurgery.ops.inspect import inspect as inspect
     from lorasurgery.ops.merge import merge as merge
-    from lorasurgery.ops.pairs import Selection as Selection
     from lorasurgery.ops.plan import plan as plan
     from lorasurgery.ops.push import Target as Target
     from lorasurgery.ops.push import push as push
-    from lorasurgery.ops.rerank import rerank as rerank
     from lorasurgery.ops.switch import switch as switch
     from lorasurgery.ops.unmerge import unmerge as unmerge
     from lorasurgery.ops.verify import verify as verify

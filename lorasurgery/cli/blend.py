@@ -49,7 +49,8 @@ def command(
       lorasurgery blend a b c --method ties --density 0.2 --rank 64 -o abc
       lorasurgery blend a b c --normalize --budget 100MB -o mean
     """
-    from lorasurgery.ops.blend import BlendOptions, blend
+    from lorasurgery.ops.blend import blend
+    from lorasurgery.ops.blend_options import BlendOptions
 
     ending = Ending.take(chosen, dry_run=dry_run)
     choice = options.rank_choice(chosen)

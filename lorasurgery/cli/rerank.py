@@ -34,7 +34,7 @@ def command(adapter: str, out: str, dry_run: bool, **chosen: Any) -> None:
       lorasurgery rerank adapter -o smaller --sv-fro 0.9 --max-rank 64
       lorasurgery rerank adapter -o portable --uniform-rank   # zero-padded, for servers that take one rank
     """
-    from lorasurgery.ops.rerank import rerank
+    from lorasurgery.ops.blend import rerank
 
     ending = Ending.take(chosen, dry_run=dry_run)
     choice = options.rank_choice(chosen)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +12,15 @@ from lorasurgery.checkpoint.dtypes import typed_name
 from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
-from lorasurgery.linalg.methods import ELEMENTWISE, METHODS, Method
+from lorasurgery.linalg.methods import ELEMENTWISE
 from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.ops.batch import find_adapters, run_each
+from lorasurgery.ops.blend_options import BlendOptions
 from lorasurgery.ops.block_weight import Blocks, weigh_joints
 from lorasurgery.ops.carry import not_followed
 from lorasurgery.ops.compose import Joint, Whole, base_models, join, whole_tensors
 from lorasurgery.ops.extract_report import rule_warning, total_error, worst
 from lorasurgery.ops.layout import check_name
-from lorasurgery.ops.merge import check_weights
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
 from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
@@ -31,70 +30,7 @@ from lorasurgery.report import ModuleReport, Progress, Report
 if TYPE_CHECKING:
     from lorasurgery.ops.compose_write import Composed
 
-DENSITY = 0.5
 _WORTH_SAYING = 1e-4  # below this error, where it lies is of no use to anyone
-
-
-@dataclass(frozen=True)
-class BlendOptions:
-    """How adapters are brought together and at which rank the result is kept.
-
-    Args:
-        method: `linear` is the exact weighted sum, `cat` the same with all factors kept side by side; the others
-            are defined in docs/maths.md.
-        choice: Rank by number, energy, tolerance or budget (a share is of the inputs' bytes). None keeps everything:
-            the minimal exact rank; for methods with a dense result, the highest rank of the inputs.
-        weights: One strength per adapter, the rest are 1.
-        block_weights: `[N:]PATTERN=W`, an LBW preset or list: strengths by module, for all adapters or the N-th.
-        normalize: Divide the weights by their sum.
-        density: Share of entries kept by TIES, DARE and pruning; None stands for 0.5.
-        seed: Of DARE's masks and of the randomized SVD.
-        uniform_rank: Zero-pad all factors to one rank.
-        dtype: safetensors name of what factors are written in; None takes the inputs' widest, and at least float32
-            for a blend that is to be exact.
-        average_replaced: Take the weighted mean of tensors that several adapters store whole.
-    """
-
-    method: Method = "linear"
-    choice: RankChoice | None = None
-    weights: Sequence[float] = ()
-    block_weights: Sequence[str] = ()
-    normalize: bool = False
-    density: float | None = None
-    seed: int = 0
-    uniform_rank: bool = False
-    dtype: str | None = None
-    average_replaced: bool = False
-    command: str = field(default="blend", repr=False)
-
-    @property
-    def share(self) -> float:
-        """The density in force."""
-        return DENSITY if self.density is None else self.density
-
-    def check(self) -> None:
-        """Raise UsageError for options that contradict each other or have no meaning."""
-        if self.method not in METHODS:
-            raise UsageError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
-        if self.density is not None and self.method in ("linear", "cat"):
-            raise UsageError(f"--density: {self.method} keeps every entry; it belongs to the other methods")
-        if not 0 < self.share <= 1:
-            raise UsageError(f"--density {self.share}: expected a share above 0 and up to 1")
-        if self.method == "cat" and self.choice is not None:
-            raise UsageError("--method cat keeps every direction; --method linear is the same sum at a chosen rank")
-        if self.dtype not in (None, "F32", "BF16", "F16"):
-            raise UsageError("--dtype: an adapter is written as float32, bfloat16 or float16")
-
-    def strengths(self, adapters: int) -> list[float]:
-        """The weight of each adapter, normalised if asked for."""
-        weights = check_weights(self.weights, adapters)
-        if not self.normalize:
-            return weights
-        total = sum(weights) if math.isinf(sum(weights)) else math.fsum(weights)
-        shares = [w / total for w in weights] if total else []
-        if not shares or not all(map(math.isfinite, shares)) or not any(shares):
-            raise UsageError(f"--normalize: the weights sum to {total:g}, so they can't be made to sum to 1")
-        return shares
 
 
 @on_references("adapters")
@@ -271,3 +207,51 @@ def _summarise(report: Report, draft: Composed, options: BlendOptions) -> None:
         f"ranks {totals['rank_min']} to {totals['rank_max']}, {report.bytes_written / 1e6:.2f} MB from "
         f"{given / 1e6:.2f} MB" + (worst(report.modules, lost) if totals["error"] > _WORTH_SAYING else "")
     )
+
+
+@on_references("adapter")
+def rerank(
+    adapter: str | Path,
+    out: str | Path,
+    choice: RankChoice | None = None,
+    *,
+    uniform_rank: bool = False,
+    dtype: str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Change an adapter's ranks: scale·B·A of each module becomes its best approximation, or itself.
+
+    Example:
+        rerank("adapter", "smaller", RankChoice(energy=0.95, max_rank=32))
+
+    Args:
+        adapter: Adapter folder or file, or a folder of several.
+        out: Folder or file for the new adapter, in the format of the old one.
+        choice: Rank by number, energy, tolerance or budget; None keeps the minimal exact rank. A module that has no
+            more directions than asked for keeps its factors as they are.
+        uniform_rank: Zero-pad all factors to one rank: the form every server takes.
+        dtype: safetensors name of what is written; None keeps the adapter's own.
+        resume: Go on with what an interrupted run of the same inputs and options left; the result is the same.
+        dry_run: Settle everything from headers, write nothing (torch is not imported).
+
+    Raises:
+        SurgeryError: one line saying which file, what was expected, what was found and the next move.
+    """
+    options = BlendOptions(choice=choice, uniform_rank=uniform_rank, dtype=dtype, command="rerank")
+
+    def one(source: str | Path, target: str | Path) -> Report:
+        return blend(
+            [source], target, options, device=device, overwrite=overwrite, resume=resume, dry_run=dry_run,
+            progress=progress,
+        )  # fmt: skip
+
+    several = find_adapters(adapter)
+    if several and ranks().size > 1:
+        raise UsageError(f"{adapter}: a folder of adapters is not shared out over ranks; run it without torchrun")
+    if several:
+        return run_each("rerank", adapter, several, one, out, overwrite=overwrite, dry_run=dry_run)
+    return one(adapter, out)

@@ -1,21 +1,158 @@
-"""The model card: the Hub's metadata, how it was made, what is in it, and how to load it."""
+"""The sections of a model card, as Markdown. No network, no files but a config.
+
+What stands in a record, an adapter or a file's name goes through `words` or `block`, so that it is read as it stands.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.locate import exists, load_config
+from lorasurgery.clients.finding import Setting
+from lorasurgery.clients.servers import findings
 from lorasurgery.errors import SurgeryError, UsageError
-from lorasurgery.ops import card_parts as parts
 from lorasurgery.ops.base_name import HUB_NAME
 from lorasurgery.ops.card_reader import CARD, is_licence, license_of
-from lorasurgery.ops.inspect_adapter import inspect_adapter
-from lorasurgery.ops.markdown import words
+from lorasurgery.ops.inspect import inspect_adapter
+from lorasurgery.ops.markdown import block, row, words
 from lorasurgery.ops.record import read_record
+from lorasurgery.ops.record_check import COLUMNS
 from lorasurgery.report import Progress, Report
+
+HOME = "lorasurgery"
+_COLUMNS = {
+    "rank": ("rank", "{}"), "alpha": ("alpha", "{:g}"), "delta_norm": ("‖ΔW‖", "{:.4g}"), "error": ("error", "{:.2%}"),
+    "energy": ("energy", "{:.2%}"), "retention": ("kept", "{:.2%}"), "noise": ("rounding noise", "{:.2%}"),
+    "effective_rank": ("effective rank", "{:.1f}"),
+}  # fmt: skip
+_OF = {"extract": "the fine-tune's update of these modules", "rerank": "the larger adapter's update",
+       "blend": "the exact blend's update"}  # fmt: skip
+_RANKS = (16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank
+_MOST = 2000  # rows of a table; lorasurgery.json has all of them
+
+
+def opening(report: Report | None, record: dict[str, Any], base: str | None) -> str:
+    """One paragraph: what this is, and for which model."""
+    name = words(base or "a base model")
+    link = f"[{name}](https://huggingface.co/{base})" if base and "/" in base else name
+    totals = record.get("totals", {})
+    if report is None:
+        lines = [f"LoRA adapters merged into the weights of {link}."] if record.get("command") == "merge" else []
+        if {"tensors_touched", "retention", "noise"} <= set(totals):
+            lines.append(
+                f"{totals['tensors_touched']} tensors were changed; {totals['retention']:.2%} of the update is in the "
+                f"weights after rounding, with rounding noise of {totals['noise']:.2%} of its norm."
+            )
+        return " ".join(lines)
+    t = report.totals
+    ranks = str(t["rank_max"]) if t["rank_min"] == t["rank_max"] else f"{t['rank_min']} to {t['rank_max']}"
+    text = (
+        f"A LoRA adapter for {link}: {t['modules']} modules of rank {ranks}, {t['parameters']:,} parameters, "
+        f"{t['adapter_bytes'] / 1e6:,.2f} MB."
+    )
+    if t["full"]:
+        text += f" {t['full']} tensors (norms, biases and the like) are stored whole."
+    if {"error", "energy"} <= set(totals) and record.get("command") in _OF:
+        text += (
+            f" The factors hold {totals['energy']:.2%} of the energy of {_OF[record['command']]}: the relative error "
+            f"‖ΔW − BA‖/‖ΔW‖ is {totals['error']:.2%}, measured on the factors as they are written."
+        )
+    return text
+
+
+def usage(path: Path, adapter: Adapter | None, repo: str, base: str | None) -> str:
+    """How to load it, in code that can be pasted."""
+    base = base or "BASE_MODEL"
+    if adapter is None:
+        code = f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{repo}")'
+        return _section("Use", block(code, "python"))
+    if adapter.format != "peft" or adapter.members:
+        name = f", weight_name={json.dumps(path.name)}" if path.is_file() else ""
+        code = (
+            "from diffusers import DiffusionPipeline\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{repo}"{name})'
+        )
+        return _section("Use with diffusers", block(code, "python"))
+    return (
+        _section("Use with PEFT", _peft(adapter, repo, base))
+        + "\n\n"
+        + _section("Use with vLLM", _vllm(adapter, repo, base))
+    )
+
+
+def _peft(adapter: Adapter, repo: str, base: str) -> str:
+    task = str(adapter.config.get("task_type") or "")
+    auto = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+            "SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
+            "QUESTION_ANS": "AutoModelForQuestionAnswering"}.get(task, "AutoModel")  # fmt: skip
+    return block(
+        f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+        f'model = {auto}.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(model, "{repo}")',
+        "python",
+    )
+
+
+def _vllm(adapter: Adapter, repo: str, base: str) -> str:
+    top = max((d.rank for d in adapter.deltas.values()), default=1)
+    rank = next((r for r in _RANKS if r >= top), _RANKS[-1])
+    against = findings(adapter, "vllm", Setting(max_lora_rank=rank))
+    if against:
+        says = words("; ".join(f.what for f in against[:3]))
+        merge = block(f"lorasurgery merge {base} {repo} -o merged\nvllm serve merged")
+        return f"vLLM does not serve it as an adapter ({says}). Merge it, and serve the model:\n\n{merge}"
+    name = repo.partition("/")[2]
+    serve = block(f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={repo}")
+    return (
+        f"{serve}\n\nand ask for the model `{name}`. Or merge it once, which costs nothing at inference: "
+        f"`lorasurgery merge {base} {repo} -o merged`."
+    )
+
+
+def history(record: dict[str, Any], sources: Sequence[dict[str, Any]]) -> str:
+    """How it was made: the command, the version, the inputs with revisions and hashes."""
+    if not record:
+        return ""
+    lines = [block(record["call"]), f"with {HOME} {words(record['version'])}, from:", ""]
+    lines += ["| input | kind | revision |", "|---|---|---|"]
+    lines += [row(words(text) for text in (s["name"], s["kind"], s.get("revision") or "local files")) for s in sources]
+    rows = [row(_file(s["name"], f)) for s in sources for f in s["files"]]
+    table = ["| file | bytes | SHA-256 |", "|---|---:|---|", *rows[:_MOST]]
+    for warning in record["warnings"][:_MOST]:
+        lines += ["", f"> {words(warning)}"]
+    return _section("How it was made", "\n".join(lines) + "\n\n" + _folded("Hashes of the inputs", "\n".join(table)))
+
+
+def _file(source: str, file: dict[str, Any]) -> tuple[str, ...]:
+    whole, header = file.get("sha256"), file.get("header_sha256")
+    said = words(whole) if whole else f"{words(header)} (of the header)" if header else ""
+    return words(f"{source}/{file['name']}"), f"{file['bytes']:,}", said
+
+
+def modules(report: Report | None, record: dict[str, Any]) -> str:
+    """The table of modules, folded away: rank and error, or how much of the update rounding kept."""
+    rows = record.get("modules") or (report.to_dict()["modules"] if report else [])
+    if not rows:
+        return ""
+    used = [c for c in COLUMNS if any(item.get(c) is not None for item in rows)]
+    table = [row(["module", "shape", *(_COLUMNS[c][0] for c in used)]), "|---|---:|" + "---:|" * len(used)]
+    for item in rows[:_MOST]:
+        cells = [_COLUMNS[c][1].format(item[c]) if item.get(c) is not None else "" for c in used]
+        table.append(row([words(item["name"]), "×".join(map(str, item["shape"])), *cells]))
+    more = f", of which {_MOST:,} are shown" if len(rows) > _MOST else ""
+    return _section("Modules", _folded(f"{len(rows):,} modules{more}", "\n".join(table)))
+
+
+def _section(title: str, text: str) -> str:
+    return f"## {title}\n\n{text}"
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
 
 PICTURE = "spectrum.png"
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification",
@@ -48,10 +185,10 @@ def make_card(
             "`lorasurgery push … --base-model ORG/NAME` names it"
         )
     metadata = _metadata(path, adapter, record, base, warnings)
-    body = [f"# {words(repo.partition('/')[2])}", parts.opening(report, record, base)]
+    body = [f"# {words(repo.partition('/')[2])}", opening(report, record, base)]
     if picture:
         body.append(f"![singular values of each module, and error against rank and size]({PICTURE})")
-    body += [parts.usage(path, adapter, repo, base), parts.history(record, sources), parts.modules(report, record)]
+    body += [usage(path, adapter, repo, base), history(record, sources), modules(report, record)]
     text = f"---\n{metadata}---\n\n" + "\n\n".join(part for part in body if part) + "\n"
     return {CARD: text.encode()} | ({PICTURE: picture} if picture else {})
 

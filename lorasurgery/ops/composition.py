@@ -31,7 +31,7 @@ from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE
 from lorasurgery.linalg.threads import load_solvers, team
 from lorasurgery.lowrank import LowRank, Update
-from lorasurgery.ops.blend import BlendOptions
+from lorasurgery.ops.blend_options import BlendOptions
 from lorasurgery.ops.compose import Joint, Term
 from lorasurgery.ops.compose_write import Composed
 from lorasurgery.ops.factored import Factored, brought, unit_scale

@@ -8,7 +8,7 @@ from torch import Tensor
 from lorasurgery.adapters.dictionary import Slot
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.errors import MismatchError
-from lorasurgery.ops.convert import Conversion
+from lorasurgery.ops.convert_options import Conversion
 
 
 def differences(plan: Conversion, leaf: str) -> dict[str, Tensor]:

@@ -18,14 +18,14 @@ from lorasurgery.checkpoint.output import Output
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.norms import row_squares
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.blend import BlendOptions, factor_dtype
+from lorasurgery.ops.blend import factor_dtype
+from lorasurgery.ops.blend_options import BlendOptions
 from lorasurgery.ops.carry import not_followed, tokenizer_files
 from lorasurgery.ops.compose import Joint, Term
 from lorasurgery.ops.compose_write import Composed
 from lorasurgery.ops.composition import Composition
-from lorasurgery.ops.convert import Conversion
-from lorasurgery.ops.convert_dora import plain_lora
-from lorasurgery.ops.convert_modules import Assembly, Reduced, is_zero, join_vectors, padded
+from lorasurgery.ops.convert_modules import Assembly, Reduced, is_zero, join_vectors, padded, plain_lora
+from lorasurgery.ops.convert_options import Conversion
 from lorasurgery.ops.convert_whole import differences
 from lorasurgery.ops.extract_report import total_error
 from lorasurgery.ops.layout import Layout, by_part, check_name, loose_layout, peft_folder, peft_layout, write_layout

@@ -16,12 +16,10 @@ from lorasurgery.linalg.ranged import ranged
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops.difference import Difference
+from lorasurgery.ops.difference import Difference, Piece
 from lorasurgery.ops.expert_factors import ExpertFactors, Share, added, joined, summary
-from lorasurgery.ops.expert_pairs import ExpertPair
-from lorasurgery.ops.extract import ExtractOptions
-from lorasurgery.ops.pairs import Pair
-from lorasurgery.ops.verdict import Piece
+from lorasurgery.ops.extract_options import ExtractOptions
+from lorasurgery.ops.pairs import ExpertPair, Pair
 
 Fit = Callable[[int, Blocks, int], Fitted | None]
 """(expert, M, k) -> factors of its ΔW = 2^k·M, or None where nothing is left of it."""

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.client import client_named
 from lorasurgery.clients.host import Host
 from lorasurgery.errors import UsageError
-from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.convert_limits import check_place
-from lorasurgery.ops.expert_pairs import group_experts
-from lorasurgery.ops.extract_for import narrowed, reservations, staged, to_file
+from lorasurgery.ops.extract_forms import fit_pairs, host_of, narrowed, reservations, staged, to_file
+from lorasurgery.ops.extract_options import ExtractOptions
 from lorasurgery.ops.extract_report import add_excluded, plan_report, rule_warning, summarise, warning_of
-from lorasurgery.ops.pair_forms import fit_pairs, host_of
-from lorasurgery.ops.pairs import Pair, Selection, match_pairs
+from lorasurgery.ops.pairs import Pair, group_experts, match_pairs
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
 from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
@@ -31,58 +28,6 @@ if TYPE_CHECKING:
 
     from lorasurgery.checkpoint.journal import Run
     from lorasurgery.ops.extraction import Extraction
-
-DEFAULT_RANK = 16
-Method = Literal["auto", "randomized", "exact"]
-
-
-@dataclass(frozen=True)
-class ExtractOptions:
-    """How extract chooses ranks and scales and what it keeps.
-
-    Args:
-        choice: Rank by number, energy, tolerance or a budget (of which a share is taken of the base's bytes).
-        alpha: lora_alpha of the adapter; None makes every scale 1, so the factors say ΔW as they are.
-        rslora: scale = alpha/√r instead of alpha/r (arXiv:2312.03732).
-        uniform_rank: zero-pad all factors to one rank, the form every server takes.
-        svd: `exact` for LAPACK/cuSOLVER, `randomized`, or `auto` by the matrix's size.
-        dtype: safetensors name for what is written; None takes the tuned weights' own.
-        allow_nonfinite: Store tensors whole of which a value is NaN or infinite, instead of stopping at them.
-        client: The program it is for: peft, vllm, sglang or llama.cpp (a folder), diffusers, comfyui or kohya (a file).
-        keep_rounding: Take tensors too that differ by no more than the rounding of one side's dtype, instead of
-            counting them and leaving them out.
-    """
-
-    choice: RankChoice = field(default_factory=lambda: RankChoice(rank=DEFAULT_RANK))
-    selection: Selection = field(default_factory=Selection)
-    alpha: float | None = None
-    rslora: bool = False
-    uniform_rank: bool = False
-    svd: Method = "auto"
-    seed: int = 0
-    dtype: str | None = None
-    allow_nonfinite: bool = False
-    keep_rounding: bool = False
-    client: str = "peft"
-
-    def check(self) -> None:
-        """Raise UsageError for values that have no meaning."""
-        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise UsageError(f"--alpha {self.alpha}: expected a positive number")
-        if self.dtype not in (None, "F32", "BF16", "F16"):
-            raise UsageError("--dtype: an adapter is written as float32, bfloat16 or float16")
-        client_named(self.client)
-
-    def scaling(self, rank: int) -> tuple[float, float]:
-        """(alpha, scale) of a module of this rank."""
-        root = math.sqrt(rank) if self.rslora else float(rank)
-        alpha = root if self.alpha is None else self.alpha
-        return alpha, alpha / root
-
-    def alpha_of(self, rank: int, scale: float) -> float:
-        """The alpha that makes this scale of this rank."""
-        alpha, own = self.scaling(rank)
-        return alpha if scale == own else scale * (math.sqrt(rank) if self.rslora else rank)
 
 
 @on_references("base", "tuned")

@@ -22,8 +22,7 @@ from lorasurgery.linalg.rounding import Survival
 from lorasurgery.linalg.threads import team
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.finish import describe
-from lorasurgery.ops.jobs import Note, Slot
-from lorasurgery.ops.pieces import jobs_of
+from lorasurgery.ops.jobs import Note, Slot, jobs_of
 from lorasurgery.ops.recorder import Recorder, kept
 from lorasurgery.ops.stream import TEAM, joined, listed, room
 from lorasurgery.ops.targets import check_in_place, is_touched, on_disk

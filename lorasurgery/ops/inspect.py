@@ -1,17 +1,251 @@
-"""inspect: what a file or folder is, checkpoint or adapter, and anything odd about it."""
+"""inspect on a checkpoint: what its headers tell, without reading a tensor."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter, defaultdict
+from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapters.formats import is_adapter
-from lorasurgery.errors import UsageError
+from lorasurgery.adapters.adapter import Adapter, Delta
+from lorasurgery.adapters.formats import is_adapter, open_adapter
+from lorasurgery.adapters.naming import BaseNames
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.settle import in_the_middle, unfinished
+from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.ops.batch import find_adapters, run_each
-from lorasurgery.ops.inspect_adapter import inspect_adapter
-from lorasurgery.ops.inspect_checkpoint import inspect_checkpoint
+from lorasurgery.ops.odd import odd_in_adapter, odd_in_checkpoint
+from lorasurgery.ops.parameters import count_parameters
+from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.references import on_references
-from lorasurgery.ops.runtime import Clock, check_device_name
-from lorasurgery.report import Progress, Report
+from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
+from lorasurgery.ops.undo_record import read_record, stack
+from lorasurgery.places import place_of
+from lorasurgery.report import ModuleReport, Progress, Report, Spectrum, Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def inspect_checkpoint(path: str | Path) -> Report:
+    """Say what a checkpoint is; the arguments and what can go wrong are inspect's."""
+    model = Checkpoint.open(path, unfinished=True)
+    report = Report("inspect", [str(path)], "")
+    report.modules = [
+        Stored(_module(t.name), t.shape, kind=place_of(_module(t.name)).kind, dtype=t.dtype, bytes=t.nbytes,
+               file=model.file_of[t.name])
+        for t in model.tensors.values()
+    ]  # fmt: skip
+    report.totals = _totals(model)
+    report.totals["undo"] = [[a.name for a in read_record(p).adapters] for p in stack(Path(path))]
+    about = unfinished(Path(path))
+    if about is not None:
+        report.totals["unfinished"] = str(about.get("call", ""))
+        report.totals["odd"].insert(0, in_the_middle(Path(path), about))
+    report.summary = _summary(report.totals)
+    return report
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _totals(model: Checkpoint) -> dict[str, Any]:
+    names = BaseNames(model.tensors, model.config, str(model.path))
+    layers: dict[str, set[int]] = defaultdict(set)
+    for name in model.tensors:
+        place = place_of(_module(name))
+        if place.layer is not None:
+            layers[place.stack].add(place.layer)
+    architectures = model.config.get("architectures")
+    dtypes: Counter[str] = Counter()
+    for info in model.tensors.values():
+        dtypes[info.dtype] += info.nbytes
+    embedding = names.input_embedding
+    return {
+        "what": "checkpoint", "layout": _layout(model), "files": len(model.files),
+        "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
+        "model_type": model.config.get("model_type"), "tensors": len(model.tensors),
+        "parameters": count_parameters(model), "bytes": model.nbytes, "dtypes": dict(dtypes.most_common()),
+        "layers": {stack: len(found) for stack, found in layers.items()},
+        "tied": bool(embedding and names.tied_paths(embedding)), "by_kind": _by_kind(model),
+        "odd": odd_in_checkpoint(model),
+    }  # fmt: skip
+
+
+def _layout(model: Checkpoint) -> str:
+    if model.parts:
+        return "diffusers folder"
+    return "sharded folder" if model.index_name else "single file"
+
+
+def _by_kind(model: Checkpoint) -> list[dict[str, Any]]:
+    """A row for each kind of tensor, those of the most bytes first."""
+    groups: dict[str, dict[str, Any]] = {}
+    for info in model.tensors.values():
+        kind = place_of(_module(info.name)).kind
+        row = groups.setdefault(kind, {"kind": kind, "tensors": 0, "parameters": 0, "bytes": 0, "shape": info.shape})
+        row["tensors"] += 1
+        row["parameters"] += prod(info.shape)
+        row["bytes"] += info.nbytes
+        row["shape"] = row["shape"] if row["shape"] == info.shape else None
+    whole = max(model.nbytes, 1)
+    ordered = sorted(groups.values(), key=lambda row: -row["bytes"])
+    return [row | {"share": row["bytes"] / whole} for row in ordered]
+
+
+def _summary(t: dict[str, Any]) -> str:
+    what = t["architecture"] or t["model_type"] or "a checkpoint"
+    layers = " + ".join(str(n) for n in t["layers"].values())
+    dtypes = ", ".join(t["dtypes"])
+    return (
+        f"{what}, {t['layout']} ({t['files']} file{'s' if t['files'] > 1 else ''}): {t['parameters']:,} parameters in "
+        f"{t['tensors']} tensors of {dtypes}, {t['bytes'] / 1e6:,.1f} MB"
+        + (f"; {layers} layers" if layers else "")
+        + ("; embedding and head are tied" if t["tied"] else "")
+        + "".join(f"; {', '.join(names)} merged, which can be undone to the bit" for names in t["undo"])
+    )
+
+
+RANKS = (4, 8, 16, 32, 64)
+_FORMATS = {"peft": "PEFT", "kohya": "kohya's", "diffusers": "diffusers'", "comfyui": "ComfyUI's"}
+_FORMS = {"lora": "LoRA", "tucker": "LoCon", "hadamard": "LoHa", "kronecker": "LoKr", "full": "whole differences"}
+
+
+def inspect_adapter(
+    path: str | Path,
+    *,
+    spectrum: bool = False,
+    base: str | Path | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Report:
+    """Say what an adapter is; the arguments and what can go wrong are inspect's."""
+    adapter = open_adapter(path)
+    model = Checkpoint.open(base) if base is not None else None
+    report = Report("inspect", [str(path), *([str(base)] if base is not None else [])], "")
+    report.modules = [
+        ModuleReport(d.path, d.shape, kind=d.kind, rank=d.rank, alpha=d.alpha) for d in adapter.deltas.values()
+    ]
+    report.full = [
+        ModuleReport(name, adapter.weights.tensors[key].shape, kind="whole") for name, key in adapter.replaced.items()
+    ]
+    report.totals = _adapter_totals(adapter)
+    if model:
+        report.totals |= {"matched": plan_edits(model, [adapter], [1.0]).matched} | _beside(report.totals, model)
+    report.totals["odd"] = odd_in_adapter(adapter, model)
+    report.summary = _adapter_summary(report)
+    if spectrum:
+        report.device = str(resolve_device(device))
+        report.modules = _spectra(adapter, report.device, progress)
+        _add_energy(report)
+        if any(d.magnitude for d in adapter.deltas.values()):
+            report.warnings.append("this is DoRA: the spectra are those of B·A, before the weight's norm is set")
+    report.bytes_read = adapter.weights.bytes_read
+    return report
+
+
+def _beside(totals: dict[str, Any], model: Checkpoint) -> dict[str, Any]:
+    """The adapter's size beside its model's."""
+    parameters = count_parameters(model)
+    return {
+        "base_parameters": parameters, "base_bytes": model.nbytes,
+        "parameter_share": totals["parameters"] / parameters if parameters else None,
+        "byte_share": totals["adapter_bytes"] / model.nbytes if model.nbytes else None,
+    }  # fmt: skip
+
+
+def _adapter_totals(adapter: Adapter) -> dict[str, Any]:
+    deltas = list(adapter.deltas.values())
+    ranks = [d.rank for d in deltas]
+    return {
+        "what": "adapter",
+        "format": adapter.format,
+        "forms": sorted({d.form for d in deltas}),
+        "base_model": adapter.config.get("base_model_name_or_path"),
+        "modules": len(deltas),
+        "full": len(adapter.replaced),
+        "rank_min": min(ranks, default=0),
+        "rank_max": max(ranks, default=0),
+        "rslora": bool(adapter.config.get("use_rslora")),
+        "dtypes": sorted({t.dtype for t in adapter.weights.tensors.values()}),
+        "parameters": sum(math.prod(adapter.weights.tensors[n].shape) for d in deltas for n in d.names),
+        "adapter_bytes": adapter.weights.nbytes,
+    }
+
+
+def _adapter_summary(report: Report) -> str:
+    t = report.totals
+    ranks = f"{t['rank_min']}" if t["rank_min"] == t["rank_max"] else f"{t['rank_min']} to {t['rank_max']}"
+    return (
+        f"{_FORMATS[t['format']]} {_forms(t)} on {t['modules']} modules, rank {ranks}, "
+        f"{t['parameters']:,} parameters in {', '.join(t['dtypes'])}, {t['adapter_bytes'] / 1e6:.2f} MB"
+        + (f" ({t['parameter_share']:.2%} and {t['byte_share']:.2%} of the base's)" if "base_bytes" in t else "")
+        + (f"; {t['full']} tensors stored whole" if t["full"] else "")
+        + (f"; for {t['base_model']}" if t["base_model"] else "")
+    )
+
+
+def _forms(totals: dict[str, Any]) -> str:
+    found = " and ".join(_FORMS[form] for form in totals["forms"]) or "nothing of lower rank"
+    return f"{found} (rsLoRA)" if totals["rslora"] else found
+
+
+def _spectra(adapter: Adapter, device: str, progress: Progress | None) -> list[ModuleReport]:
+    import torch
+
+    found: list[ModuleReport] = []
+    total = sum(d.rows * sum(d.shape) for d in adapter.deltas.values())
+    done = 0
+    with torch.inference_mode():
+        for delta in adapter.deltas.values():
+            found += [_spectrum(adapter, delta, e, device) for e in (range(delta.experts) if delta.experts else [None])]
+            done += delta.rows * sum(delta.shape)
+            if progress:
+                progress(delta.path, done, total)
+    return found
+
+
+def _spectrum(adapter: Adapter, delta: Delta, expert: int | None, device: str) -> Spectrum:
+    from lorasurgery.linalg.core import recompress
+    from lorasurgery.lowrank import LowRank
+
+    name = delta.path if expert is None else f"{delta.path}[{expert}]"
+    try:
+        update = adapter.load(delta) if expert is None else adapter.load_expert(delta, expert)
+        core = recompress([LowRank(update.up.to(device), update.down.to(device), update.scale)])
+    except SurgeryError as problem:
+        text = str(problem)  # what can't be read says so by itself
+        raise type(problem)(text if delta.path in text else f"{adapter.path}: {delta.path}: {text}") from None
+    values = core.singular[: core.rank]
+    return Spectrum(
+        name, delta.shape, kind=delta.kind, rank=delta.rank, alpha=delta.alpha, delta_norm=core.total**0.5,
+        singular_values=values.tolist(), **_shares(values),
+    )  # fmt: skip
+
+
+def _shares(values: Tensor) -> dict[str, Any]:
+    """Effective rank, stable rank and energies of singular values in falling order; nothing for a zero update."""
+    if not len(values):
+        return {}
+    values = values / values[0]  # the squares of very small ones would be nothing
+    share, energy = values / values.sum(), values.square()
+    total = float(energy.sum())
+    return {
+        "effective_rank": float((-share * share.log()).sum().exp()),
+        "stable_rank": total,
+        "energy_at": {r: float(energy[:r].sum()) / total for r in RANKS},
+    }
+
+
+def _add_energy(report: Report) -> None:
+    spectra = [m for m in report.modules if isinstance(m, Spectrum)]
+    whole = sum((m.delta_norm or 0) ** 2 for m in spectra)
+    kept = {r: sum(m.energy_at.get(r, 0.0) * (m.delta_norm or 0) ** 2 for m in spectra) for r in RANKS}
+    report.totals |= {"delta_norm": whole**0.5, "energy_at": {r: e / whole for r, e in kept.items()} if whole else {}}
+    if whole:
+        report.summary += "; energy " + ", ".join(f"{e / whole:.1%} at rank {r}" for r, e in kept.items())
 
 
 @on_references("path", "base", headers_only=lambda given: not given["spectrum"])

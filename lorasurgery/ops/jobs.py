@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import zlib
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -11,16 +13,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lorasurgery.checkpoint.buffers import Buffers
+from lorasurgery.checkpoint.dtypes import torch_dtype
+from lorasurgery.checkpoint.files import PAGE
+from lorasurgery.checkpoint.flow import Job
+from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.writer import TensorFile, as_bytes
 from lorasurgery.errors import FormatError, SurgeryError
-from lorasurgery.linalg.rounding import Survival
+from lorasurgery.linalg.norms import block_height
+from lorasurgery.linalg.rounding import Merger, Survival
+from lorasurgery.linalg.threads import own_stream
 from lorasurgery.ops.apply import Recipe
-from lorasurgery.ops.compute import apply_edit
+from lorasurgery.ops.compute import Turns, apply_edit, is_by_row, placed
 from lorasurgery.ops.edits import Edit
 from lorasurgery.ops.recorder import Recorder
-from lorasurgery.ops.turns import is_by_row
 from lorasurgery.ops.undo_record import Stretch
 
 Files = Callable[[], TensorFile]
@@ -173,3 +181,231 @@ def is_by_rows(edit: Edit | None, *, recorded: bool = False) -> bool:
         and all(is_by_row(c) for c in edit.contributions)
         and len({c.stacked for c in edit.contributions}) <= 1  # one and all experts of a tensor: the whole tensor
     )
+
+
+PIECE = 8 << 20  # bytes of a weight that are read, merged and written together
+
+
+class Rows:
+    """One tensor that is merged row by row: its updates, read once, and how many of its pieces are still missing.
+
+    Args:
+        edit: None for a tensor that is only cast.
+    """
+
+    def __init__(
+        self, recipe: Recipe, edit: Edit | None, tensor: PlannedTensor, device: torch.device, slot: Slot,
+        recorder: Recorder | None = None,
+    ) -> None:  # fmt: skip
+        self.recipe, self.edit, self.tensor, self.device, self.slot = recipe, edit, tensor, device, slot
+        self.recorder = recorder if edit is not None else None
+        self.weights, name = recipe.base, edit.source.name if edit and edit.source else tensor.name
+        if edit and edit.replacement:
+            held = edit.replacement.adapter
+            self.weights, name = held.weights, held.replaced[edit.replacement.name]
+        self.info: TensorInfo = self.weights.tensors[name]
+        self.source, self.dtype = torch_dtype(self.info.dtype), torch_dtype(tensor.dtype)
+        self.stacked = edit is not None and any(c.stacked for c in edit.contributions)
+        self._mergers: dict[tuple[int, str], Merger | Turns] = {}
+        self._way = 0
+        self._lock = threading.Lock()
+        self.pieces = list(self._pieces())
+        self._left = len(self.pieces)
+        slot.expect(len(self.pieces))
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) of one matrix: of each expert where there are several."""
+        shape = self.info.shape[1:] if self.stacked else self.info.shape
+        return (shape[0], prod(shape[1:])) if shape else (1, 1)
+
+    def _pieces(self) -> Iterator[tuple[int, slice]]:
+        """(expert, rows): whole blocks, as many as make up a piece."""
+        rows, columns = self.matrix
+        block = block_height(columns, self.device)
+        many = max(1, PIECE // max(1, block * columns * self.source.itemsize)) * block
+        for expert in range(self.info.shape[0] if self.stacked else 1):
+            for start in range(0, rows, many):
+                yield expert, slice(start, min(start + many, rows))
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """The first byte of each piece in the tensor as it is read, and how many."""
+        rows, columns = self.matrix
+        width = columns * self.source.itemsize
+        return [((e * rows + r.start) * width, (r.stop - r.start) * width) for e, r in self.pieces]
+
+    def merge(self, expert: int, weight: Tensor, out: Tensor, first: int) -> Survival:
+        """Merge some rows: all at once, a few at a time where the device's memory does not suffice, or on the CPU.
+
+        Args:
+            weight, out: (b, n), on the CPU. first: Which row of the matrix they begin with.
+        """
+        whole, cpu = max(1, weight.shape[0]), torch.device("cpu")
+        ways = [
+            partial(self._few, device, expert, weight, out, first, -(-whole // parts))
+            for device, parts in ((self.device, 1), (self.device, 2), (self.device, 8), (cpu, 1))
+        ]
+        found, way = self.recipe.fallback.first(self.tensor.name, ways, self._way)
+        self._way = max(self._way, way)  # for the next rows
+        if way == len(ways) - 1 and self.device != cpu:
+            with self._lock:  # factors on a full device are in others' way
+                self._mergers.pop((expert, self.device.type), None)
+        return found
+
+    def _few(self, device: torch.device, expert: int, weight: Tensor, out: Tensor, first: int, height: int) -> Survival:
+        merger, found = self._merger(expert, device), Survival(0.0, 0.0, 0.0)
+        for start in range(0, weight.shape[0], height):
+            rows = slice(start, start + height)
+            found = found + _on_device(merger, weight[rows], out[rows], first + start, device)
+        return found
+
+    def _merger(self, expert: int, device: torch.device) -> Merger | Turns:
+        """What is added to one matrix; the factors are read when the first piece needs them."""
+        with self._lock:
+            key = expert, device.type
+            if key not in self._mergers:
+                self._mergers[key] = self._load(expert, device)
+            return self._mergers[key]
+
+    def _load(self, expert: int, device: torch.device) -> Merger | Turns:
+        contributions = self.edit.contributions if self.edit else []
+        seed = self.recipe.seed ^ zlib.crc32(self.tensor.name.encode())
+        how: dict[str, Any] = {
+            "rounding": self.recipe.rounding, "seed": seed + expert, "finite": not self.recipe.allow_nonfinite
+        }  # fmt: skip
+        merger: Merger | Turns
+        if self.edit and any(c.decomposes for c in contributions):
+            merger = Turns(self.edit, self.matrix[0], self.source, self.dtype, device, **how)
+        else:
+            updates = [c.load(expert) if self.stacked else placed(c, self.matrix[0]) for c in contributions]
+            merger = Merger(self.source, [u.to(device) for u in updates], self.dtype, **how)
+        if device.type == "cuda":  # others use them on streams of their own
+            torch.cuda.current_stream(device).synchronize()
+        return merger
+
+    def skip(self) -> None:
+        """Count a piece as done; after the last one the factors go."""
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return
+            self._mergers.clear()
+        if self.recorder is not None:
+            self.recorder.forget(self.tensor.name)
+
+    def put(self, piece: int, start: int, data: memoryview, note: Note) -> None:
+        """Write a piece."""
+        self.slot.put(piece, start, data, note)
+        self.skip()
+
+
+class RowsJob:
+    """Some rows of a tensor: read, merged and written."""
+
+    def __init__(self, work: Rows, piece: int, buffers: Buffers) -> None:
+        self.work, self.piece, self.buffers = work, piece, buffers
+        self.expert, self.rows = work.pieces[piece]
+        self.count = (self.rows.stop - self.rows.start) * work.matrix[1]
+        self.cost = self.count * (work.source.itemsize + work.dtype.itemsize)
+        self._in: Tensor | None = None
+        self._out: Tensor | None = None
+        self._kept: list[Any] = []
+
+    def read(self) -> None:
+        """Read the rows into memory that is used again."""
+        size = self.count * self.work.source.itemsize
+        self._in = self.buffers.take(size)
+        start = (self.expert * self.work.matrix[0] + self.rows.start) * self.work.matrix[1] * self.work.source.itemsize
+        self.work.weights.fill(self.work.info.name, as_bytes(self._in[:size]), start)
+
+    @torch.inference_mode()
+    def compute(self) -> None:
+        """Merge the rows on the device."""
+        work, shape = self.work, (self.rows.stop - self.rows.start, self.work.matrix[1])
+        assert self._in is not None
+        self._out = self._aligned(self.count * work.dtype.itemsize)
+        weight = self._in[: self.count * work.source.itemsize].view(work.source).view(shape)
+        out = self._out.view(work.dtype).view(shape)
+        try:
+            self.survival = work.merge(self.expert, weight, out, self.rows.start)
+        except SurgeryError as problem:
+            raise type(problem)(f"{work.recipe.base.path}: {work.tensor.name}: {problem}") from None
+        if work.recorder is not None:
+            assert work.edit is not None
+            self._kept = work.recorder.rows(
+                work.edit, work.tensor, self.expert, self.rows.start, self._start, weight, out
+            )
+        self.buffers.give(self._in)
+        self._in = None
+
+    def _aligned(self, size: int) -> Tensor:
+        """Memory for the result that lies to a page as the place in the file does: the system need not copy it."""
+        self._lent = self.buffers.take(size + PAGE)
+        place = self.work.slot.place() + self._start
+        skipped = (place - self._lent.data_ptr()) % PAGE
+        skipped -= skipped % self.work.dtype.itemsize  # in files of others numbers may begin anywhere
+        return self._lent[skipped : skipped + size]
+
+    @property
+    def _start(self) -> int:
+        """Where the rows begin in the tensor as it is written, in bytes."""
+        rows, columns = self.work.matrix
+        place: int = (self.expert * rows + self.rows.start) * columns * self.work.dtype.itemsize
+        return place
+
+    def write(self) -> None:
+        """Write the rows to their place."""
+        assert self._out is not None
+        self.work.put(self.piece, self._start, as_bytes(self._out), Note(self.survival, self._kept))
+        self._out = None
+        self.buffers.give(self._lent)
+
+
+def _on_device(merger: Merger | Turns, weight: Tensor, out: Tensor, first: int, device: torch.device) -> Survival:
+    """Merge rows that are on the CPU; on a GPU from and to pinned memory."""
+    if device.type == "cpu":
+        return merger.rows(weight, out, first)
+    with own_stream(device):
+        here = weight.to(device, non_blocking=True)
+        result = torch.empty(out.shape, dtype=out.dtype, device=device)
+        survival = merger.rows(here, result, first)
+        out.copy_(result, non_blocking=True)
+    return survival
+
+
+def jobs_of(
+    recipe: Recipe, tensor: PlannedTensor, slot: Slot, device: torch.device, buffers: Buffers,
+    recorder: Recorder | None = None, *, skip: Collection[str] = (),
+) -> Iterator[tuple[str, Job]]:  # fmt: skip
+    """(key, job) of each piece of a tensor that an edit changes, or that a merge is taken back from.
+
+    Args:
+        recorder: Keeps what the undoing needs. skip: Keys of pieces that are done already.
+    """
+    for key, job in _all_jobs(recipe, tensor, slot, device, buffers, recorder):
+        if key not in skip:
+            yield key, job
+        elif isinstance(job, RowsJob):
+            job.work.skip()
+
+
+def _all_jobs(
+    recipe: Recipe, tensor: PlannedTensor, slot: Slot, device: torch.device, buffers: Buffers,
+    recorder: Recorder | None,
+) -> Iterator[tuple[str, Job]]:  # fmt: skip
+    edit = recipe.edits.edits.get(tensor.name)
+    back = recipe.restored.tensors.get(tensor.name) if recipe.restored else None
+    if edit is None and back is not None:
+        slot.expect(len(back.stretches))
+        for i, stretch in enumerate(back.stretches):
+            yield f"{i} {tensor.name}", StretchJob(recipe.base, tensor.name, i, stretch, slot)
+        return
+    if is_by_rows(edit, recorded=recipe.undo is not None) and tensor.nbytes:
+        rows = Rows(recipe, edit, tensor, device, slot, recorder)
+        # a piece is written while others are still to be read, so each must come back from its own bytes alone
+        if back is None or [(s.start, s.size) for s in back.stretches] == rows.spans:
+            yield from ((f"{i} {tensor.name}", RowsJob(rows, i, buffers)) for i in range(len(rows.pieces)))
+            return
+    if edit is not None:
+        yield f"0 {tensor.name}", WholeJob(recipe, edit, tensor, device, slot, recorder)

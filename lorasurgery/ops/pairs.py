@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from lorasurgery.adapters.cuts import Cut
-from lorasurgery.adapters.fused import ExpertPlace
+from lorasurgery.adapters.fused import ExpertPlace, is_turned
 from lorasurgery.adapters.image_models import class_of, is_convolution, is_image_model, is_own_layer, not_factored
 from lorasurgery.adapters.naming import is_buffer, is_embedding, is_position_table, is_router, module_of
-from lorasurgery.adapters.patterns import PRESETS, any_match, check_patterns
+from lorasurgery.adapters.patterns import any_match
 from lorasurgery.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import UnsupportedError, UsageError
+from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.ops.edits import size_of
-from lorasurgery.ops.pair_odd import refuse_layers, refuse_strangers
-from lorasurgery.ops.pair_sides import Sides
+from lorasurgery.ops.extract_options import Selection
+from lorasurgery.ops.pair_sides import Sides, refuse_layers, refuse_strangers
 
 Treatment = Literal["linear", "conv1d", "embedding", "conv", "experts", "full", "left out", "skipped"]
 FACTORED: tuple[Treatment, ...] = ("linear", "conv1d", "embedding", "conv", "experts")
@@ -76,50 +77,6 @@ class Pair:
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) of the weight as it is decomposed: a convolution's inputs and kernel are one axis."""
         return prod(self.tuned.shape[:1]), prod(self.tuned.shape[1:])  # of a scalar 1 × 1
-
-
-@dataclass(frozen=True)
-class Selection:
-    """--target, --exclude, --full and --common, as the command line gives them.
-
-    >>> Selection(exclude=("lm_head",)).wants("model.layers.0.mlp.up_proj")
-    True
-    """
-
-    target: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    full: tuple[str, ...] = ("auto",)
-    common: bool = False
-
-    def wants(self, *paths: str, tensor: str = "") -> bool:
-        """Whether --target and --exclude leave a module in, by any of its paths or by its tensor's whole name."""
-
-        def meant(patterns: Sequence[str]) -> bool:
-            by_name = [p for p in patterns if p not in PRESETS] if tensor and not tensor.endswith(".weight") else []
-            return any(any_match(patterns, p) for p in paths) or any_match(by_name, tensor)
-
-        return (not self.target or meant(self.target)) and not meant(self.exclude)
-
-    def stores(self, *names: str) -> bool:
-        """Whether --full means one of these names by a pattern."""
-        return any(any_match(self.full_patterns, n) for n in names)
-
-    def names(self, path: str) -> bool:
-        """Whether --target means this module by name, not by a preset: so only are a language model's convolutions."""
-        return any_match([t for t in self.target if t not in PRESETS], path)
-
-    @property
-    def full_patterns(self) -> tuple[str, ...]:
-        """The patterns among --full, without the words auto and none."""
-        return tuple(f for f in self.full if f not in ("auto", "none"))
-
-    def check(self, paths: Sequence[str]) -> None:
-        """Raise UsageError for patterns that mean nothing, with the nearest names."""
-        if "none" in self.full and len(self.full) > 1:
-            raise UsageError("--full none contradicts the other --full; give one of them")
-        check_patterns("--target", self.target, paths)
-        check_patterns("--exclude", self.exclude, paths)
-        check_patterns("--full", self.full_patterns, paths)
 
 
 @dataclass(frozen=True)
@@ -255,3 +212,103 @@ class _Matcher:
                 raise UnsupportedError(
                     f"{where}: {info.name} is {info.dtype}, a quantized weight; dequantize the checkpoint first{way}"
                 )
+
+
+@dataclass(frozen=True)
+class ExpertPair(Pair):
+    """All experts of one parameter; `base` and `tuned` are its first tensor's, `name` is what messages call it.
+
+    Args:
+        members: The one three-dimensional tensor, or each expert's matrices in order (gate before up).
+        turned: The tensor is stored (experts, in, out).
+    """
+
+    members: tuple[Pair, ...] = ()
+    turned: bool = False
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether one tensor holds all experts."""
+        return len(self.tuned.shape) == 3
+
+    @property
+    def tensors(self) -> tuple[Pair, ...]:
+        """The tensors on disk."""
+        return self.members
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(out, in) of one expert as PEFT holds it."""
+        shape = self.tuned.shape
+        if self.is_stack:
+            return (shape[2], shape[1]) if self.turned else (shape[1], shape[2])
+        return shape[0] * (len(self.members) // self.count), shape[1]
+
+    def of(self, expert: int) -> tuple[Pair, ...]:
+        """The tensors that one expert's matrix is made of, from top to bottom."""
+        if self.is_stack:
+            return self.members
+        parts = len(self.members) // self.count
+        return self.members[expert * parts : (expert + 1) * parts]
+
+
+def group_experts(pairs: Sequence[Pair], config: dict[str, Any]) -> list[Pair]:
+    """Put the tensors of each fused parameter together, in the place of the first of them.
+
+    Raises:
+        UsageError: --target or --exclude mean some of a parameter's tensors only.
+        MismatchError: an expert is missing, or has another shape than the others.
+    """
+    groups: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        if pair.place is not None and pair.treatment in ("experts", "skipped"):
+            groups[pair.place.parameter].append(pair)
+    found: list[Pair] = []
+    done: set[str] = set()
+    for pair in pairs:
+        if pair.place is None or pair.treatment != "experts":
+            found.append(pair)
+        elif pair.place.parameter not in done:
+            done.add(pair.place.parameter)
+            found.append(_group(pair.place.parameter, groups[pair.place.parameter], config))
+    return found
+
+
+def _group(parameter: str, members: list[Pair], config: dict[str, Any]) -> ExpertPair:
+    left_out = [m for m in members if m.treatment == "skipped"]
+    if left_out:
+        raise UsageError(
+            f"--target/--exclude leave out {left_out[0].path}, which is a part of {parameter}: PEFT holds its "
+            f"{len(members)} matrices as one parameter, so name {parameter.rpartition('.')[2]} instead"
+        )
+    first = members[0]
+    assert first.place is not None
+    if first.place.expert is None:
+        turned = is_turned(parameter, first.tuned.shape, config)
+        return _pair(first.name, parameter, [first], first.tuned.shape[0], turned)
+    ordered = sorted(members, key=lambda m: (m.place.expert, m.place.part) if m.place else ())
+    count = 1 + max(m.place.expert or 0 for m in members if m.place)
+    _check_complete(parameter, ordered, count, first.place.parts)
+    return _pair(parameter, parameter, ordered, count, False)
+
+
+def _check_complete(parameter: str, ordered: list[Pair], count: int, parts: int) -> None:
+    places = [(m.place.expert, m.place.part) for m in ordered if m.place]
+    missing = sorted(set(_places(count, parts)) - set(places))
+    shapes = {m.tuned.shape for m in ordered}
+    if missing or len(shapes) > 1:
+        what = f"expert {missing[0][0]} is incomplete" if missing else f"its experts' shapes differ: {sorted(shapes)}"
+        raise MismatchError(
+            f"{parameter}: {what}, so they are no single parameter; --exclude {parameter} leaves it out"
+        )
+
+
+def _places(count: int, parts: int) -> Iterable[tuple[int, int]]:
+    return ((e, p) for e in range(count) for p in range(parts))
+
+
+def _pair(name: str, parameter: str, members: list[Pair], count: int, turned: bool) -> ExpertPair:
+    first = members[0]
+    return ExpertPair(
+        name, parameter, first.base, first.tuned, "experts", count=count, members=tuple(members), turned=turned
+    )

@@ -11,9 +11,8 @@ from typing import Any
 from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UsageError, some
-from lorasurgery.ops.expert_pairs import group_experts
-from lorasurgery.ops.extract import DEFAULT_RANK
-from lorasurgery.ops.pairs import FACTORED, Pair, Selection, plan_pairs
+from lorasurgery.ops.extract_options import DEFAULT_RANK, Selection
+from lorasurgery.ops.pairs import FACTORED, Pair, group_experts, plan_pairs
 from lorasurgery.ops.parameters import commonest_dtype, count_parameters
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.runtime import Clock

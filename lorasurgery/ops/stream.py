@@ -19,8 +19,7 @@ from lorasurgery.linalg.rounding import Survival
 from lorasurgery.linalg.threads import team
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.finish import describe, finish
-from lorasurgery.ops.jobs import CopyJob, Note, is_by_rows, whole_bytes
-from lorasurgery.ops.pieces import jobs_of
+from lorasurgery.ops.jobs import CopyJob, Note, is_by_rows, jobs_of, whole_bytes
 from lorasurgery.ops.recorder import Recorder
 from lorasurgery.report import Progress, Report
 

@@ -19,8 +19,7 @@ from lorasurgery.linalg.threads import team
 from lorasurgery.linalg.undo import BITS, ordered
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.edits import EditPlan
-from lorasurgery.ops.jobs import Note
-from lorasurgery.ops.pieces import jobs_of
+from lorasurgery.ops.jobs import Note, jobs_of
 from lorasurgery.ops.undo import match
 from lorasurgery.ops.undo_pack import is_kept_as_steps
 from lorasurgery.ops.undo_record import read_record, stack

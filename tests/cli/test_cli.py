@@ -534,7 +534,7 @@ def test_the_recorded_command_names_no_folder_of_this_machine(world: Path, tmp_p
 def test_a_call_from_python_is_recorded_too(world: Path, tmp_path: Path) -> None:
     """Without a command line the record holds the call, with last names of paths."""
     from lorasurgery.linalg.rank import RankChoice
-    from lorasurgery.ops.rerank import rerank
+    from lorasurgery.ops.blend import rerank
 
     rerank(world / "adapter", tmp_path / "r", RankChoice(rank=2))
     record = json.loads((tmp_path / "r/lorasurgery.json").read_text())

@@ -23,7 +23,7 @@ from lorasurgery.cli.main import main
 from lorasurgery.clients.servers import SERVERS
 from lorasurgery.errors import FormatError
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.blend import blend
+from lorasurgery.ops.blend import blend, rerank
 from lorasurgery.ops.check import check
 from lorasurgery.ops.convert import ConvertOptions, convert
 from lorasurgery.ops.diff import diff
@@ -31,7 +31,6 @@ from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.inspect import inspect
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.plan import plan
-from lorasurgery.ops.rerank import rerank
 from lorasurgery.ops.verify import verify
 
 Target = Callable[[Files, random.Random, Path], Work]

@@ -16,9 +16,9 @@ from lorasurgery.cli.main import main
 from lorasurgery.errors import OutputError, UsageError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.batch import find_adapters, run_each
+from lorasurgery.ops.blend import rerank
 from lorasurgery.ops.check import check
 from lorasurgery.ops.inspect import inspect
-from lorasurgery.ops.rerank import rerank
 from lorasurgery.report import Report
 
 

@@ -24,13 +24,12 @@ from torch import Tensor
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.blend import BlendOptions, blend
+from lorasurgery.ops.blend import BlendOptions, blend, rerank
 from lorasurgery.ops.check import check
 from lorasurgery.ops.convert import ConvertOptions, convert
 from lorasurgery.ops.diff import diff
 from lorasurgery.ops.inspect import inspect
 from lorasurgery.ops.merge import merge
-from lorasurgery.ops.rerank import rerank
 
 KINDS = ["sd1", "sdxl", "flux"]
 

@@ -16,7 +16,7 @@ from lorasurgery.linalg.blocks import InMemory, Streamed, times, transposed_time
 from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.rounding import Merger
-from lorasurgery.ops import composition, difference, extraction, jobs, pair_groups, pair_work
+from lorasurgery.ops import composition, difference, extraction, jobs
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.unmerge import unmerge
@@ -135,7 +135,7 @@ def test_merge_by_rows(
 
 def test_merge_of_a_whole_tensor(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor that is merged as a whole goes to the CPU at once."""
-    monkeypatch.setattr("lorasurgery.ops.pieces.is_by_rows", lambda *_, **__: False)
+    monkeypatch.setattr("lorasurgery.ops.jobs.is_by_rows", lambda *_, **__: False)
     merge(folder / "base", [folder / "adapter"], tmp_path / "whole")
     full_at(monkeypatch, jobs, "apply_edit", First(1, lambda base, edit, tensor, *_, **__: tensor.name))
     report = merge(folder / "base", [folder / "adapter"], tmp_path / "full")
@@ -176,11 +176,11 @@ def test_extract(
     options = ExtractOptions(RankChoice(rank=8))
     extract(folder / "base", folder / "tuned", tmp_path / "whole", options)
     if where == "svd":
-        full_at(monkeypatch, pair_work, "truncated_svd", First(failures, lambda delta, *_, **__: delta.shape))
+        full_at(monkeypatch, extraction, "truncated_svd", First(failures, lambda delta, *_, **__: delta.shape))
     else:
         full_at(monkeypatch, difference.Difference, "read", First(1, lambda self, piece: piece.old.name))
         if failures == 2:
-            full_at(monkeypatch, pair_work.PairWork, "_in_blocks", lambda *_: True)
+            full_at(monkeypatch, extraction.PairWork, "_in_blocks", lambda *_: True)
     report = extract(folder / "base", folder / "tuned", tmp_path / "full", options)
     (line,) = report.warnings
     assert line.startswith("out of GPU memory at ")
@@ -204,7 +204,7 @@ def test_extract_gives_memory_back(folder: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(difference.Difference, "_take", take)
     monkeypatch.setattr(difference.Difference, "give", give)
 
-    full_at(monkeypatch, pair_work, "truncated_svd", lambda delta, *_, **__: isinstance(delta, InMemory))
+    full_at(monkeypatch, extraction, "truncated_svd", lambda delta, *_, **__: isinstance(delta, InMemory))
     extract(folder / "base", folder / "tuned", tmp_path / "out", ExtractOptions(RankChoice(rank=2)))
     assert sum(lent) == 0
 
@@ -212,13 +212,13 @@ def test_extract_gives_memory_back(folder: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("where", ["read", "svd"])
 def test_groups_one_by_one(where: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pairs that do not fit together are taken one by one, and a NaN is still named."""
-    monkeypatch.setattr(pair_groups, "BATCHED_DEVICES", ("cpu",))
-    monkeypatch.setattr(pair_groups, "_SIDE", 512)
+    monkeypatch.setattr(extraction, "BATCHED_DEVICES", ("cpu",))
+    monkeypatch.setattr(extraction, "_SIDE", 512)
     monkeypatch.setattr(extraction, "pays", lambda _: False)  # as on a GPU, for which the CPU stands here
     options = ExtractOptions(RankChoice(rank=8))
     extract(folder / "base", folder / "tuned", tmp_path / "whole", options)
     if where == "svd":
-        failed = full_at(monkeypatch, pair_groups, "batched_svd", lambda *_: True)
+        failed = full_at(monkeypatch, extraction, "batched_svd", lambda *_: True)
     else:
         failed = full_at(monkeypatch, difference.Difference, "read", lambda self, *pieces: len(pieces) > 1)
     report = extract(folder / "base", folder / "tuned", tmp_path / "full", options)

@@ -19,10 +19,10 @@ from torch import Tensor
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.errors import MismatchError, SurgeryError, UsageError
 from lorasurgery.linalg.rank import Budget, RankChoice
+from lorasurgery.ops.blend import rerank
 from lorasurgery.ops.extract import ExtractOptions, extract
+from lorasurgery.ops.extract_options import Selection
 from lorasurgery.ops.merge import merge
-from lorasurgery.ops.pairs import Selection
-from lorasurgery.ops.rerank import rerank
 
 # Families whose own renames PEFT 0.21.2 trips over (laguna's shared_expert), or that pack other tensors on loading
 # (bailing_hybrid's q_conv1d, k_conv1d, v_conv1d); docs/formats.md names them.

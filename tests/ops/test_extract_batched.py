@@ -16,9 +16,9 @@ from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.journal import Run
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rank import Budget, RankChoice
-from lorasurgery.ops import pair_groups
+from lorasurgery.ops import extraction
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.pair_groups import plan_groups
+from lorasurgery.ops.extraction import plan_groups
 from lorasurgery.ops.pairs import Pair, Treatment
 from lorasurgery.ops.workload import Workload
 from lorasurgery.ranks import Ranks
@@ -62,15 +62,15 @@ def both(
 ) -> tuple[Report, Report]:
     """The reports one by one and together, the adapters in out/alone and out/together."""
     alone = extract(*world, out / "alone", options, device="cpu", **more)
-    monkeypatch.setattr(pair_groups, "BATCHED_DEVICES", ("cpu",))
+    monkeypatch.setattr(extraction, "BATCHED_DEVICES", ("cpu",))
     sizes: list[int] = []
-    plain = pair_groups.batched_svd
+    plain = extraction.batched_svd
 
     def counted(deltas: Tensor, choice: RankChoice) -> Any:
         sizes.append(len(deltas))
         return plain(deltas, choice)
 
-    monkeypatch.setattr(pair_groups, "batched_svd", counted)
+    monkeypatch.setattr(extraction, "batched_svd", counted)
     together = extract(*world, out / "together", options, device="cpu", **more)
     assert sorted(sizes) == [3, 4, 9]  # v; up and the embedding; q, k and o of all layers
     return alone, together
@@ -144,7 +144,7 @@ def test_the_one_that_is_not_finite_is_named(
     tensors = load_file(file)
     tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] = torch.nan
     save_file(tensors, file, {"format": "pt"})
-    monkeypatch.setattr(pair_groups, "BATCHED_DEVICES", ("cpu",))
+    monkeypatch.setattr(extraction, "BATCHED_DEVICES", ("cpu",))
     with pytest.raises(SurgeryError, match=r"tuned: model\.layers\.1\.self_attn\.o_proj\.weight: .*not finite"):
         extract(*world, tmp_path / "out", device="cpu")
 
@@ -156,7 +156,7 @@ def test_a_group_that_did_not_change_at_all(
     base, file = load_file(world[0] / "model.safetensors"), world[1] / "model.safetensors"
     tuned = load_file(file)
     save_file({n: base[n] if "v_proj" in n else t for n, t in tuned.items()}, file, {"format": "pt"})
-    monkeypatch.setattr(pair_groups, "BATCHED_DEVICES", ("cpu",))
+    monkeypatch.setattr(extraction, "BATCHED_DEVICES", ("cpu",))
     report = extract(*world, tmp_path / "out", ExtractOptions(RankChoice(rank=4)), device="cpu")
     assert len(report.modules) == 3 * LAYERS - 2 + LAYERS + 1
 

@@ -12,11 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from lorasurgery.errors import MismatchError
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.blend import BlendOptions, blend
+from lorasurgery.ops.blend import BlendOptions, blend, rerank
 from lorasurgery.ops.diff import diff
-from lorasurgery.ops.inspect import inspect
-from lorasurgery.ops.inspect_adapter import RANKS
-from lorasurgery.ops.rerank import rerank
+from lorasurgery.ops.inspect import RANKS, inspect
 from lorasurgery.report import Comparison, Spectrum
 
 

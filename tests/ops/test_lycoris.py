@@ -34,9 +34,8 @@ from torch import Tensor, nn
 
 from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.blend import BlendOptions, blend
+from lorasurgery.ops.blend import BlendOptions, blend, rerank
 from lorasurgery.ops.merge import merge
-from lorasurgery.ops.rerank import rerank
 from lorasurgery.ops.unmerge import unmerge
 
 F32 = torch.float32

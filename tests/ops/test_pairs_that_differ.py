@@ -20,11 +20,11 @@ from lorasurgery.adapters.patterns import any_match
 from lorasurgery.cli.main import main
 from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops import pair_work
+from lorasurgery.ops import extraction
 from lorasurgery.ops.diff import diff
 from lorasurgery.ops.extract import ExtractOptions, extract
+from lorasurgery.ops.extract_options import Selection
 from lorasurgery.ops.merge import merge
-from lorasurgery.ops.pairs import Selection
 from lorasurgery.report import Report
 
 Weights = dict[str, Tensor]
@@ -448,7 +448,7 @@ def test_the_energy_of_what_is_excluded_is_reported(
     In blocks as at once.
     """
     if room:
-        monkeypatch.setattr(pair_work, "MEASURED", room)
+        monkeypatch.setattr(extraction, "MEASURED", room)
     base = body()
     tuned = {n: w + 0.1 * torch.randn_like(w) for n, w in base.items()}
     a, b = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned)

@@ -13,7 +13,7 @@ from long_runs import hashes, left, operation, torchrun, world
 
 from lorasurgery.checkpoint.journal import journals
 from lorasurgery.errors import SurgeryError, UsageError
-from lorasurgery.ops.rerank import rerank
+from lorasurgery.ops.blend import rerank
 from lorasurgery.ranks import Ranks, ranks
 
 DIES = """

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rank import Budget, RankChoice
-from lorasurgery.ops.blend import BlendOptions, blend
+from lorasurgery.ops.blend import BlendOptions, blend, rerank
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.pairs import Selection
-from lorasurgery.ops.rerank import rerank
+from lorasurgery.ops.extract_options import Selection
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lorasurgery.errors import MismatchError, SurgeryError
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops import extraction, pair_groups, runtime
+from lorasurgery.ops import extraction, runtime
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.pairs import Selection
+from lorasurgery.ops.extract_options import Selection
 from lorasurgery.report import Report
 
 LAYERS = 3
@@ -169,7 +169,7 @@ def test_small_pairs_together(only: str, tmp_path: Path, monkeypatch: pytest.Mon
     """As a GPU takes small pairs: of a group that changed in part, in whole or not at all, the same are left out."""
     base, tuned = saved(tmp_path / "base", weights(), F16), saved(tmp_path / "tuned", moved(weights(), only))
     alone = outcome(base, tuned, tmp_path / "alone")
-    monkeypatch.setattr(pair_groups, "BATCHED_DEVICES", ("cpu",))
+    monkeypatch.setattr(extraction, "BATCHED_DEVICES", ("cpu",))
     assert outcome(base, tuned, tmp_path / "together") == alone
 
 

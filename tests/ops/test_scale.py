@@ -22,8 +22,8 @@ from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.ops.apply import Recipe, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
-from lorasurgery.ops.expert_pairs import group_experts
-from lorasurgery.ops.pairs import Selection, plan_pairs
+from lorasurgery.ops.extract_options import Selection
+from lorasurgery.ops.pairs import group_experts, plan_pairs
 from lorasurgery.ops.stream import _share
 from lorasurgery.ranks import Ranks
 

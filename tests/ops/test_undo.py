@@ -23,7 +23,7 @@ from lorasurgery.linalg import undo as arithmetic
 from lorasurgery.linalg.rounding import add_updates
 from lorasurgery.linalg.undo import Undoing
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops import row_jobs
+from lorasurgery.ops import jobs
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.undo_pack import pack_corrections, unpack_corrections
 from lorasurgery.ops.unmerge import unmerge
@@ -139,7 +139,7 @@ def test_undone_elsewhere(machine: str, folder: Path, tmp_path: Path) -> None:
 
 def test_other_blocks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and pieces of other sizes change nothing: what a record holds says where its stretches begin."""
-    monkeypatch.setattr(row_jobs, "PIECE", 1 << 14)
+    monkeypatch.setattr(jobs, "PIECE", 1 << 14)
     monkeypatch.setattr(arithmetic, "block_height", lambda columns, device: 3)
     unmerge(folder / "merged", [folder / "small"], tmp_path / "back")
     assert same_bytes(tmp_path / "back", folder / "base")

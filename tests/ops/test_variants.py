@@ -15,12 +15,11 @@ from torch import nn
 
 from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.blend import BlendOptions, blend
+from lorasurgery.ops.blend import BlendOptions, blend, rerank
 from lorasurgery.ops.extract import ExtractOptions, extract
+from lorasurgery.ops.extract_options import Selection
 from lorasurgery.ops.inspect import inspect
 from lorasurgery.ops.merge import merge
-from lorasurgery.ops.pairs import Selection
-from lorasurgery.ops.rerank import rerank
 from lorasurgery.ops.unmerge import unmerge
 
 

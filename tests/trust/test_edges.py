@@ -18,13 +18,12 @@ from torch import Tensor
 from lorasurgery.cli.main import main
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.blend import BlendOptions, blend
+from lorasurgery.ops.blend import BlendOptions, blend, rerank
 from lorasurgery.ops.convert import ConvertOptions, convert_adapter
 from lorasurgery.ops.diff import diff
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.inspect import inspect
 from lorasurgery.ops.merge import merge
-from lorasurgery.ops.rerank import rerank
 from lorasurgery.ops.unmerge import unmerge
 from lorasurgery.ops.verify import verify
 
@@ -79,7 +78,7 @@ def test_a_difference_that_float32_does_not_hold(tmp_path: Path) -> None:
         SurgeryError, match=r"q_proj\.weight: the two checkpoints are further apart than float32 can tell"
     ):
         extract(base, tuned, tmp_path / "o")
-    from lorasurgery.ops.pairs import Selection
+    from lorasurgery.ops.extract_options import Selection
 
     extract(base, tuned, tmp_path / "o", ExtractOptions(selection=Selection(exclude=("q_proj",))))
 

@@ -23,7 +23,7 @@ from lorasurgery.checkpoint.json_text import MOST, MOST_CONFIG, MOST_VALUES, par
 from lorasurgery.checkpoint.locate import read_index
 from lorasurgery.cli.main import main
 from lorasurgery.errors import FormatError
-from lorasurgery.ops import card_parts
+from lorasurgery.ops import card
 from lorasurgery.ops.card import make_card
 from lorasurgery.ops.card_reader import MOST_FRONT, check_card, front_matter, license_of
 from lorasurgery.ops.quantized import _layers
@@ -314,9 +314,7 @@ def test_odd_records_count_as_none(files: Files, tmp_path: Path) -> None:
         assert bool(found) != bool(warnings), (field, record)
         assert all(RECORD in line and "counts as none" in line for line in warnings)
         sources = found.get("sources", [])
-        text = (
-            card_parts.opening(None, found, None) + card_parts.history(found, sources) + card_parts.modules(None, found)
-        )
+        text = card.opening(None, found, None) + card.history(found, sources) + card.modules(None, found)
         assert text or not found
         count += bool(warnings)
     assert count > 200

@@ -18,12 +18,11 @@ from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.errors import FormatError, SurgeryError, UsageError
 from lorasurgery.hub.push import Target
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.blend import blend
+from lorasurgery.ops.blend import blend, rerank
 from lorasurgery.ops.convert import ConvertOptions, convert
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.push import pack, push
-from lorasurgery.ops.rerank import rerank
 from lorasurgery.ops.switch import switch
 from lorasurgery.ops.undo_record import read_record
 from lorasurgery.ops.unmerge import unmerge

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rank import Budget, RankChoice
-from lorasurgery.ops.blend import BlendOptions, blend
+from lorasurgery.ops.blend import BlendOptions, blend, rerank
 from lorasurgery.ops.convert import ConvertOptions, convert_adapter
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.rerank import rerank
 from lorasurgery.report import Report
 
 FAR = 1e-6  # of ‖ΔW‖

@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from lorasurgery.checkpoint.lock import LOCK
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.blend import BlendOptions, blend
+from lorasurgery.ops.blend import BlendOptions, blend, rerank
 from lorasurgery.ops.check import check
 from lorasurgery.ops.convert import ConvertOptions, convert
 from lorasurgery.ops.diff import diff
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.inspect import inspect
 from lorasurgery.ops.merge import merge
-from lorasurgery.ops.rerank import rerank
 from lorasurgery.ops.switch import switch
 from lorasurgery.ops.unmerge import unmerge
 from lorasurgery.ops.verify import verify
