@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import lorasurgery as ls
 from lorasurgery.adapters.installed import installed_model
 from lorasurgery.errors import SurgeryError
+from lorasurgery.process import use_threads, workers
 from lorasurgery.report import Progress, Report
 
 PATIENCE = 300  # seconds, after which a call counts as hanging; none takes one
@@ -202,8 +203,24 @@ def test_a_call_from_within_a_call(models: Path, alone: Callable[[str], Outcome]
     assert (run(VERBS["merge"], models, tmp_path / "1" / "out", progress), inner[0]) == expected
 
 
+def test_a_thread_that_meets_torch_beside_our_workers_keeps_the_users_number() -> None:
+    """torch tells each thread once how many threads it may use; beside threads of ours that must not be one."""
+    with ThreadPoolExecutor(1) as first:
+        users = first.submit(torch.get_num_threads).result(PATIENCE)
+    with ThreadPoolExecutor(1) as call:
+
+        def work() -> int:
+            use_threads(1)
+            with workers(2) as ours, ThreadPoolExecutor(1) as new:
+                assert list(ours.map(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
+                return new.submit(torch.get_num_threads).result(PATIENCE)
+
+        assert call.submit(work).result(PATIENCE) == users
+
+
+@pytest.mark.slow  # while a thread of ours begins, torch has its number for the process for an instant (process.py)
 def test_a_thread_that_meets_torch_during_a_call_keeps_the_users_number(models: Path, tmp_path: Path) -> None:
-    """torch tells each thread once how many threads it may use; during a call that must not be one."""
+    """The same in whole calls."""
     seen = []
 
     def progress(*_: object) -> None:
