@@ -12,7 +12,6 @@ from lorasurgery.process import workers
 
 _LEAST = 16 << 10  # bytes that even the smallest job holds, in objects
 _TOGETHER = 1 << 20  # bytes of small jobs that go from thread to thread as one: handing on costs more than their work
-_MOST, _AT_ONCE = 4, 8  # jobs in one, and such at once: each may hold files open
 
 
 class Job(Protocol):
@@ -81,7 +80,6 @@ class Flow:
     room: int
     threads: tuple[int, int, int] = (1, 2, 2)
     _used: int = 0
-    _jobs: int = 0
     _failure: BaseException | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -113,7 +111,7 @@ class Flow:
         few = _Jobs()
         for job in jobs:
             cost = max(1, job.cost, least)
-            if few.jobs and (few.cost + cost > limit or len(few.jobs) == _MOST):
+            if few.jobs and few.cost + cost > limit:
                 yield few
                 few = _Jobs()
             few.add(job, cost)
@@ -121,10 +119,9 @@ class Flow:
             yield few
 
     def _admit(self, job: Job) -> None:
-        self._wait(lambda: not self._used or (self._used + job.cost <= self.room and self._jobs < _AT_ONCE))
+        self._wait(lambda: not self._used or self._used + job.cost <= self.room)
         with self._changed:
             self._used += job.cost
-            self._jobs += 1
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         with self._changed:
@@ -138,7 +135,6 @@ class Flow:
         if not steps:
             with self._changed:
                 self._used -= job.cost
-                self._jobs -= 1
                 self._changed.notify_all()
             return
         (pool, step), *rest = steps

@@ -63,7 +63,8 @@ class _Work:
     ) -> None:
         self.recipe, self.journal, self.output, self.device, self.progress = recipe, journal, output, device, progress
         self.buffers = Buffers(device)
-        self._files: dict[str, TensorFile] = {}
+        self._made: dict[str, TensorFile] = {}
+        self._files: dict[str, TensorFile] = {}  # those of them that are open
         self._lock = threading.Lock()
         output.check_kept(f.name for f in recipe.files if any(t.name in journal.done for t in f.tensors))
         self._share = _share(recipe, journal)
@@ -113,14 +114,24 @@ class _Work:
         if copied:
             yield CopyJob(recipe.base, copied, file, self.done)
 
+    def place(self, planned: PlannedFile, name: str) -> int:
+        """Where a tensor begins in an output file, which need not be open yet: many may be before their first write."""
+        with self._lock:
+            return self._file(planned).place(name)
+
     def file(self, planned: PlannedFile) -> TensorFile:
         """The output file, opened when the first of its tensors is written."""
         with self._lock:
+            file = self._file(planned)
             if planned.name not in self._files:
-                file = self.output.tensor_file(planned)
                 file.open()
                 self._files[planned.name] = file
-            return self._files[planned.name]
+            return file
+
+    def _file(self, planned: PlannedFile) -> TensorFile:
+        if planned.name not in self._made:
+            self._made[planned.name] = self.output.tensor_file(planned)
+        return self._made[planned.name]
 
     def done(self, name: str, note: Note) -> None:
         """Note that a tensor is in its file; a file whose tensors are all there is synced and closed."""
@@ -135,7 +146,7 @@ class _Work:
         if complete and file is not None:
             file.close()
             with self._lock:
-                del self._files[self._home[name]]
+                del self._files[self._home[name]], self._made[self._home[name]]
         if self.journal.is_due:
             self.journal.synced(self._sync)
 
@@ -173,7 +184,7 @@ class _Slot:
 
     def place(self) -> int:
         """Where the tensor begins."""
-        return self.work.file(self.planned).place(self.tensor.name)
+        return self.work.place(self.planned, self.tensor.name)
 
     def put(self, piece: int, start: int, data: memoryview, note: Note) -> None:
         """Write a piece."""

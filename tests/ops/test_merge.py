@@ -7,18 +7,23 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
+import undo_world
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError
+from lorasurgery.ops import jobs
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.unmerge import unmerge
 
@@ -378,3 +383,31 @@ def test_kill_in_the_middle_leaves_nothing_finished(tmp_path: Path) -> None:
     subprocess.run([*command, "--overwrite"], check=True)
     assert not list(out.glob(".*"))
     assert (out / "model.safetensors.index.json").exists()
+
+
+def test_a_file_is_opened_by_its_first_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed waits with its file closed, or a merge would hold as many open as there are shards."""
+    base = undo_world.llama(tmp_path / "base", torch.float32)
+    lora = undo_world.adapter(base, tmp_path / "lora", 4, 0.1)
+    writing, opened = threading.local(), []
+
+    def flagged(work: Callable[[Any], None]) -> Callable[[Any], None]:
+        def write(job: Any) -> None:
+            writing.now = True
+            work(job)
+            writing.now = False
+
+        return write
+
+    for kind in (jobs.CopyJob, jobs.WholeJob, jobs.StretchJob, jobs.RowsJob):
+        monkeypatch.setattr(kind, "write", flagged(kind.write))
+    plain = TensorFile.open
+
+    def opening(file: TensorFile) -> None:
+        opened.append(getattr(writing, "now", False))
+        plain(file)
+
+    monkeypatch.setattr(TensorFile, "open", opening)
+    merge(base, [lora], tmp_path / "merged", max_shard_size=1 << 18)
+    assert len(opened) > 4
+    assert all(opened)
