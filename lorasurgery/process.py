@@ -28,6 +28,9 @@ def own_settings() -> Iterator[None]:
 def workers(size: int) -> ThreadPoolExecutor:
     """Threads that work for one call: they see its context variables, and torch has in them as many threads as here.
 
+    All of them have begun when this returns: while one does, torch has our number for the whole process for a moment
+    (use_threads), in which no callback of the user's may start a thread that meets torch.
+
     Example:
         with workers(2) as threads:
             threads.submit(work)
@@ -41,7 +44,9 @@ def workers(size: int) -> ThreadPoolExecutor:
             variable.set(value)
         use_threads(count)
 
-    return ThreadPoolExecutor(size, "lorasurgery", begin)
+    pool, ready = ThreadPoolExecutor(size, "lorasurgery", begin), threading.Barrier(size)
+    list(pool.map(lambda _: ready.wait(), range(size)))  # each waits for the others, so none takes two
+    return pool
 
 
 def use_threads(count: int) -> None:

@@ -231,7 +231,7 @@ def _held(place: Path, held: Path, file: Path) -> str:
     """One line about a lock that somebody else holds."""
     who = ""
     with suppress(OSError), file.open("rb") as opened:
-        who = opened.read(_WORDS).decode(errors="replace").strip()
+        who = show(opened.read(_WORDS).decode(errors="replace").strip())  # anybody may have written it
     what = "it" if held == place else show(str(held))
     return (
         f"{show(str(place))}: another command is changing {what} at this moment{f' ({who})' if who else ''}; "

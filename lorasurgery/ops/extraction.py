@@ -69,26 +69,36 @@ class Outcome:
     rounding: int = 0
 
 
-class PairWork:
-    """One pair: read() makes the difference, compute() takes it apart.
+class _Work:
+    """What is read, and whether the device had memory for it: for one pair or several."""
 
-    Where the device's memory does not suffice for that, compute() reads it anew, in blocks of rows or on the CPU.
-    """
-
-    def __init__(self, job: Extraction, pair: Pair) -> None:
-        self.job, self.pair = job, pair
+    def __init__(self, job: Extraction, cost: int) -> None:
+        self.job, self.cost = job, cost
         self.result: Any = None
-        self.cost = difference_bytes(pair)
         self._found: Found | None = None
-        self._way = 0
-        if pair.base is not None and pair.base.shape == pair.tuned.shape and not isinstance(pair, ExpertPair):
-            job.difference.expect(pair.base, pair.tuned)  # while this waits for memory, the disk can work
+        self._way = 0  # the first to be tried of the ways to compute
 
     @torch.inference_mode()
     def read(self) -> None:
         """Read and subtract both sides, where they can be compared."""
         with own_stream(self.job.device):
             self._way = 0 if self.job.fallback.attempt(self._read) else 1
+
+    def _read(self) -> None:
+        raise NotImplementedError
+
+
+class PairWork(_Work):
+    """One pair: read() makes the difference, compute() takes it apart.
+
+    Where the device's memory does not suffice for that, compute() reads it anew, in blocks of rows or on the CPU.
+    """
+
+    def __init__(self, job: Extraction, pair: Pair) -> None:
+        super().__init__(job, difference_bytes(pair))
+        self.pair = pair
+        if pair.base is not None and pair.base.shape == pair.tuned.shape and not isinstance(pair, ExpertPair):
+            job.difference.expect(pair.base, pair.tuned)  # while this waits for memory, the disk can work
 
     @torch.inference_mode()
     def compute(self) -> None:
@@ -342,21 +352,12 @@ def work_on(job: Extraction, *pairs: Pair) -> Step:
     return PairWork(job, pairs[0]) if len(pairs) == 1 else GroupWork(job, pairs)
 
 
-class GroupWork:
+class GroupWork(_Work):
     """Several small pairs: read() makes their differences, one above the other, compute() takes them all apart."""
 
     def __init__(self, job: Extraction, pairs: Sequence[Pair]) -> None:
-        self.job, self.pairs = job, pairs
-        self.result: Any = None
-        self.cost = work_cost(pairs)
-        self._found: Found | None = None
-        self._way = 0
-
-    @torch.inference_mode()
-    def read(self) -> None:
-        """Read and subtract both sides of all."""
-        with own_stream(self.job.device):
-            self._way = 0 if self.job.fallback.attempt(self._read) else 1
+        super().__init__(job, work_cost(pairs))
+        self.pairs = pairs
 
     @torch.inference_mode()
     def compute(self) -> None:

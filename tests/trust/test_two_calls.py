@@ -218,7 +218,6 @@ def test_a_thread_that_meets_torch_beside_our_workers_keeps_the_users_number() -
         assert call.submit(work).result(PATIENCE) == users
 
 
-@pytest.mark.slow  # while a thread of ours begins, torch has its number for the process for an instant (process.py)
 def test_a_thread_that_meets_torch_during_a_call_keeps_the_users_number(models: Path, tmp_path: Path) -> None:
     """The same in whole calls."""
     seen = []
