@@ -56,7 +56,8 @@ class Hashes:
             except SystemExit as end:
                 code = end.code or 0
             except Exception as problem:  # click's own, and what must not happen
-                code, _ = 1, err.write(f"{type(problem).__name__}: {problem}")
+                code = 1
+                err.write(f"{type(problem).__name__}: {problem}")
         said = out.getvalue() if not code else err.getvalue()
         self.found[f"{case}: report"] = f"{code} {_hash(_steady(said).encode())}"
         return not code
@@ -130,7 +131,7 @@ def whole_row(hashes: Hashes, case: str, base: Path, adapter: Path, strength: fl
         hashes.run(f"{case} check {server}", "check", adapter, "--for", server, "--base", base, "--json")
     _copied(base, place)
     hashes.run(f"{case} in place", "merge", place, adapter, *weight, "--in-place", "--allow-loss", "--json")
-    hashes.keep(f"{case} in place", place.parent / place.name)
+    hashes.keep(f"{case} in place", place)
     hashes.run(f"{case} out in place", "unmerge", place, adapter, "--in-place", "--json")
     hashes.keep(f"{case} out in place", place)
     for to in ("peft", "kohya", "comfyui", "diffusers"):
