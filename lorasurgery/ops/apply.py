@@ -59,6 +59,11 @@ class Recipe:
     carried: dict[str, Path] = field(default_factory=dict)
 
     @property
+    def companion(self) -> Checkpoint:
+        """The checkpoint whose config and tokenizer go along."""
+        return self.config_from or self.base
+
+    @property
     def bytes_planned(self) -> int:
         """Bytes of all tensors to be written."""
         return sum(t.nbytes for f in self.files for t in f.tensors)

@@ -88,7 +88,7 @@ def finish(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
     last = recipe.files[-1].name
     write_undo(recipe, output, done)
     if recipe.out.suffix != ".safetensors":
-        source = recipe.config_from or recipe.base
+        source = recipe.companion
         if not source.is_file:
             dtype = recipe.dtype
             config = patched_config(

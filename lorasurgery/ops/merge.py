@@ -144,7 +144,7 @@ def carry_out(
     """
     from lorasurgery.ops.stream import run  # imports torch
 
-    source = recipe.config_from or recipe.base
+    source = recipe.companion
     if recipe.out.suffix != ".safetensors" and not source.is_file:
         recipe.carried = carried_files(source.folder, recipe.adapters, parts=source.parts)
     options |= {name: getattr(recipe, name) for name in ("dtype", "rounding", "seed")}
@@ -188,7 +188,7 @@ def start_report(command: str, recipe: Recipe, inputs: list[str], weights: list[
         "vocab_size": edits.vocab_size,
     }
     new_folder = recipe.out != recipe.base.path and recipe.out.suffix != ".safetensors"
-    report.warnings += not_followed((recipe.config_from or recipe.base) if new_folder else None, recipe.adapters)
+    report.warnings += not_followed(recipe.companion if new_folder else None, recipe.adapters)
     if edits.untied:
         report.warnings.append(
             "lm_head no longer equals the input embedding: it is written as its own tensor and "
