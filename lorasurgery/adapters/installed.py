@@ -18,7 +18,7 @@ from typing import Any
 from lorasurgery.adapters.cuts import Cut, Shapes
 from lorasurgery.adapters.loading import Loading
 from lorasurgery.adapters.skeleton import Skeleton, skeleton_from
-from lorasurgery.process import own_settings
+from lorasurgery.engine.process import own_settings
 
 # A config is somebody's file: numbers beyond these are no real model's, and building it would take for ever.
 _MOST, _MOST_LAYERS, _MOST_EXPERTS, _MOST_LABELS = 20_000_000, 2_000, 100_000, 100_000

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from lorasurgery.process import own_settings
+from lorasurgery.engine.process import own_settings
 
 _parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 _LONGEST, _DEEPEST = 100_000, 100

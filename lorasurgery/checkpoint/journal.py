@@ -27,8 +27,8 @@ from lorasurgery.checkpoint.files import make, sync_folder
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inside import is_inside, is_link, to_replace
 from lorasurgery.checkpoint.operation import inputs
+from lorasurgery.engine.ranks import Ranks
 from lorasurgery.errors import FormatError, MismatchError
-from lorasurgery.ranks import Ranks
 
 PARTIAL = ".lorasurgery-partial"
 UNDO_FOLDER = "lorasurgery-undo"  # of finished records, in a checkpoint's folder or behind the name of a file

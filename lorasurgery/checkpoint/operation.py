@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lorasurgery.checkpoint.identity import Inputs
 from lorasurgery.checkpoint.lock import Lock, lock_of
-from lorasurgery.ranks import ranks
+from lorasurgery.engine.ranks import ranks
 
 _CURRENT: ContextVar[Operation | None] = ContextVar("OPERATION", default=None)
 

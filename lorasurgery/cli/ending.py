@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.cli import render
+from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import SurgeryError
-from lorasurgery.ranks import ranks
 from lorasurgery.report import Progress, Report
 
 

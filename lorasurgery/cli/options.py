@@ -20,9 +20,9 @@ from click.core import ParameterSource
 from lorasurgery.checkpoint.dtypes import parse_dtype
 from lorasurgery.checkpoint.locate import exists
 from lorasurgery.checkpoint.plan import parse_size
+from lorasurgery.engine.ranks import ranks as torchrun
 from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.linalg.rank import Budget, RankChoice
-from lorasurgery.ranks import ranks as torchrun
 from lorasurgery.report import COMMAND_LINE
 
 F = TypeVar("F", bound=Callable[..., Any])

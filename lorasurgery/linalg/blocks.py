@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lorasurgery.linalg.threads import each
+from lorasurgery.engine.threads import each
 
 _BLOCK = 4 << 20  # elements: large enough that a product of it is worth a thread's while
 _COLUMNS, _ROWS = 1024, 64  # of a tile of Mᵀ; blocks are whole multiples of its rows

@@ -11,8 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lorasurgery.engine.threads import each, scratch
 from lorasurgery.linalg.blocks import Blocks, InMemory, block_rows, over_rows
-from lorasurgery.linalg.threads import each, scratch
 
 LEAST = 0.1  # ‖ΔW − USVᵀ‖/‖ΔW‖ from which on rounding adds less than 0.02% to it (docs/performance.md)
 _COLUMNS = 2048  # of a tile of Mᵀ

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorasurgery.linalg.threads import each
+from lorasurgery.engine.threads import each
 
 _FEW = 1024  # rows of a piece: it stays in cache, widened too
 _DEPENDENT = 1e-6  # a column this much shorter once the others' part is taken out: Gram matrices lose its direction

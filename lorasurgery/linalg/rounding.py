@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lorasurgery.engine.threads import each, scratch
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.norms import row_blocks
-from lorasurgery.linalg.threads import each, scratch
 from lorasurgery.lowrank import Update, widened
 
 Rounding = Literal["nearest", "stochastic"]

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorasurgery.engine.threads import each, scratch
 from lorasurgery.linalg.norms import block_height
-from lorasurgery.linalg.threads import each, scratch
 from lorasurgery.lowrank import Dense, Update
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}

@@ -12,8 +12,8 @@ from lorasurgery.adapters.hashes import without_hashes
 from lorasurgery.checkpoint.header import FLOAT_DTYPES
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor, split_shards
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.errors import OutputError
-from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.ops.edits import EditPlan
 from lorasurgery.ops.parameters import commonest_dtype
 from lorasurgery.ops.quantized import is_narrow, is_scale

@@ -8,8 +8,8 @@ from pathlib import Path
 from lorasurgery.adapters.formats import is_adapter
 from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.checkpoint.output import check_output
+from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import SurgeryError, UsageError
-from lorasurgery.ops.runtime import Clock
 from lorasurgery.report import Report
 
 

@@ -11,6 +11,8 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.dtypes import typed_name
 from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.output import Output, check_output
+from lorasurgery.engine.ranks import ranks
+from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.linalg.methods import ELEMENTWISE
 from lorasurgery.linalg.rank import RankChoice
@@ -23,8 +25,6 @@ from lorasurgery.ops.extract_report import rule_warning, total_error, worst
 from lorasurgery.ops.layout import check_name
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
-from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
-from lorasurgery.ranks import ranks
 from lorasurgery.report import ModuleReport, Progress, Report
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.finding import Finding, Setting
 from lorasurgery.clients.servers import SERVERS, findings
+from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.references import on_references
-from lorasurgery.ops.runtime import Clock
 from lorasurgery.report import Report
 
 

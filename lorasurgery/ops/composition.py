@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from lorasurgery.checkpoint.dtypes import torch_dtype
-from lorasurgery.checkpoint.flow import Flow
 from lorasurgery.checkpoint.journal import Run
+from lorasurgery.engine.device_memory import Fallback
+from lorasurgery.engine.pipeline import Flow
+from lorasurgery.engine.threads import load_solvers, team
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.blocks import InMemory
 from lorasurgery.linalg.core import SMALLEST, Core, beyond, distance, inner, recompress
 from lorasurgery.linalg.elementwise import combine, sum_of
-from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.linalg.fit import Fitted, check_kept, narrowed, too_far
 from lorasurgery.linalg.keep import keeping
 from lorasurgery.linalg.knots import knots_ties
@@ -29,7 +30,6 @@ from lorasurgery.linalg.ranged import ranged
 from lorasurgery.linalg.rank import EVERYTHING, RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE
-from lorasurgery.linalg.threads import load_solvers, team
 from lorasurgery.lowrank import LowRank, Update
 from lorasurgery.ops.blend_options import BlendOptions
 from lorasurgery.ops.compose import Joint, Term

@@ -11,11 +11,11 @@ from torch import Tensor
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.threads import each
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.dora import decomposed, rescaled
 from lorasurgery.linalg.norms import row_blocks
 from lorasurgery.linalg.rounding import Rounding, Survival, add_updates, set_values
-from lorasurgery.linalg.threads import each
 from lorasurgery.lowrank import Update, widened
 from lorasurgery.ops.edits import Contribution, Edit
 

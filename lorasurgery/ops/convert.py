@@ -13,6 +13,7 @@ from lorasurgery.adapters.image_models import has_parts, is_image_model
 from lorasurgery.adapters.translate import Piece, Target, Translator
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError
 from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.convert_limits import check_place, check_sayable, check_whole
@@ -20,7 +21,6 @@ from lorasurgery.ops.convert_options import Conversion, ConvertOptions
 from lorasurgery.ops.layout import check_name
 from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.references import on_references
-from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.report import ModuleReport, Progress, Report
 
 

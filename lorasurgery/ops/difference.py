@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lorasurgery.checkpoint.buffers import Arena, Buffers
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.engine.buffers import Arena, Buffers
+from lorasurgery.engine.threads import each, scratch
 from lorasurgery.linalg.blocks import InMemory, Streamed
 from lorasurgery.linalg.half_step import same_but_rounded
 from lorasurgery.linalg.norms import summed
-from lorasurgery.linalg.threads import each, scratch
 
 if TYPE_CHECKING:
     from torch import Tensor

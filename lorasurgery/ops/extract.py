@@ -11,6 +11,8 @@ from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.client import client_named
 from lorasurgery.clients.host import Host
+from lorasurgery.engine.ranks import ranks
+from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.convert_limits import check_place
 from lorasurgery.ops.extract_forms import fit_pairs, host_of, narrowed, reservations, staged, to_file
@@ -19,8 +21,6 @@ from lorasurgery.ops.extract_report import add_excluded, plan_report, rule_warni
 from lorasurgery.ops.pairs import Pair, group_experts, match_pairs
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
-from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
-from lorasurgery.ranks import ranks
 from lorasurgery.report import Progress, Report
 
 if TYPE_CHECKING:

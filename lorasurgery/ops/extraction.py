@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from lorasurgery.checkpoint.dtypes import torch_dtype
-from lorasurgery.checkpoint.flow import Flow
 from lorasurgery.checkpoint.header import FLOAT_DTYPES
 from lorasurgery.checkpoint.journal import Run
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.host import Host
+from lorasurgery.engine.device_memory import Fallback
+from lorasurgery.engine.pipeline import Flow
+from lorasurgery.engine.threads import load_solvers, own_stream, team
 from lorasurgery.errors import MismatchError, SurgeryError
 from lorasurgery.linalg.batched import WORKSPACE, batched_svd
 from lorasurgery.linalg.blocks import Blocks, InMemory
 from lorasurgery.linalg.coarse import pays
-from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.linalg.fit import FIT, Fitted, fitted, refitted, scale_within
 from lorasurgery.linalg.half_step import step_at_one
 from lorasurgery.linalg.keep import keeping
@@ -29,7 +30,6 @@ from lorasurgery.linalg.norms import losses, squared_norm
 from lorasurgery.linalg.ranged import ranged
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import INFINITE, TruncatedSVD, finite, may_round, truncated_svd
-from lorasurgery.linalg.threads import load_solvers, own_stream, team
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.difference import Difference, Found, Piece
 from lorasurgery.ops.expert_extraction import ExpertWork

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from lorasurgery.checkpoint.buffers import Buffers
-from lorasurgery.checkpoint.flow import Flow, Job
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.surgery import Surgery
 from lorasurgery.checkpoint.writer import TensorFile
+from lorasurgery.engine.buffers import Buffers
+from lorasurgery.engine.pipeline import Flow, Job
+from lorasurgery.engine.threads import team
 from lorasurgery.linalg.rounding import Survival
-from lorasurgery.linalg.threads import team
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.finish import describe
 from lorasurgery.ops.jobs import Note, Slot, jobs_of

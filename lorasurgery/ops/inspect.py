@@ -13,15 +13,15 @@ from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.adapters.naming import BaseNames
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.settle import in_the_middle, unfinished
+from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import SurgeryError, UsageError
+from lorasurgery.module_location import place_of
 from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.odd import odd_in_adapter, odd_in_checkpoint
 from lorasurgery.ops.parameters import count_parameters
 from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.references import on_references
-from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.ops.undo_record import read_record, stack
-from lorasurgery.places import place_of
 from lorasurgery.report import ModuleReport, Progress, Report, Spectrum, Stored
 
 if TYPE_CHECKING:

@@ -13,18 +13,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lorasurgery.checkpoint.buffers import Buffers
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.files import PAGE
-from lorasurgery.checkpoint.flow import Job
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.writer import TensorFile, as_bytes
+from lorasurgery.engine.buffers import Buffers
+from lorasurgery.engine.pipeline import Job
+from lorasurgery.engine.threads import own_stream
 from lorasurgery.errors import FormatError, SurgeryError
 from lorasurgery.linalg.norms import block_height
 from lorasurgery.linalg.rounding import Merger, Survival
-from lorasurgery.linalg.threads import own_stream
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.compute import Turns, apply_edit, is_by_row, placed
 from lorasurgery.ops.edits import Edit

@@ -11,6 +11,8 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.ranks import ranks
+from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import UsageError, some
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
@@ -18,10 +20,8 @@ from lorasurgery.ops.carry import carried_files, not_followed
 from lorasurgery.ops.record import describe
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
-from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.ops.targets import check_in_place, check_target, in_place_call, is_settled, record_file, settled
 from lorasurgery.ops.undo import about, before_in_place, begin_record, files_changed, files_in_place
-from lorasurgery.ranks import ranks
 from lorasurgery.report import Progress, Report
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from lorasurgery.adapters.naming import BaseNames, is_buffer, is_embedding, is_h
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, some
+from lorasurgery.module_location import Place, place_of
 from lorasurgery.ops.edits import size_of
 from lorasurgery.ops.pair_names import PairNames
-from lorasurgery.places import Place, place_of
 
 if TYPE_CHECKING:
     from lorasurgery.ops.extract_options import Selection

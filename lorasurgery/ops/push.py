@@ -13,13 +13,13 @@ from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, show
 from lorasurgery.checkpoint.inside import files_below, is_link, leads_out
 from lorasurgery.checkpoint.journal import PARTIAL
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import FormatError, OutputError, SurgeryError, UsageError, some
 from lorasurgery.hub import push as hub
 from lorasurgery.ops.base_name import check_base_model, local_bases, with_base_model
 from lorasurgery.ops.batch import find_adapters
 from lorasurgery.ops.card import make_card
 from lorasurgery.ops.card_reader import check_card
-from lorasurgery.ops.runtime import Clock
 from lorasurgery.report import Progress, Report
 
 Target = hub.Target

@@ -16,8 +16,8 @@ from lorasurgery.checkpoint.heap import Heap
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.writer import as_bytes
-from lorasurgery.linalg.fallback import Fallback
-from lorasurgery.linalg.threads import own_stream
+from lorasurgery.engine.device_memory import Fallback
+from lorasurgery.engine.threads import own_stream
 from lorasurgery.linalg.undo import Corrections, Undoing
 from lorasurgery.ops.compute import placed
 from lorasurgery.ops.edits import Contribution, Edit

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 from lorasurgery.checkpoint.locate import exists
 from lorasurgery.checkpoint.operation import Operation
+from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import SurgeryError
 from lorasurgery.hub.reference import parse_reference
 from lorasurgery.ops.record import describe, record
-from lorasurgery.ranks import ranks
 from lorasurgery.report import COMMAND_LINE, Progress, Report
 
 F = TypeVar("F", bound=Callable[..., Report])

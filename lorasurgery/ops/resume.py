@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery._version import __version__
 from lorasurgery.checkpoint.journal import Run
-from lorasurgery.ranks import Ranks
+from lorasurgery.engine.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch

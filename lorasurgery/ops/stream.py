@@ -7,16 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from lorasurgery.checkpoint.buffers import Buffers
-from lorasurgery.checkpoint.flow import Flow, Job
 from lorasurgery.checkpoint.heap import Heap
 from lorasurgery.checkpoint.journal import UNDO, Run
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.writer import TensorFile
+from lorasurgery.engine.buffers import Buffers
+from lorasurgery.engine.pipeline import Flow, Job
+from lorasurgery.engine.threads import team
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rounding import Survival
-from lorasurgery.linalg.threads import team
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.finish import describe, finish
 from lorasurgery.ops.jobs import CopyJob, Note, is_by_rows, jobs_of, whole_bytes

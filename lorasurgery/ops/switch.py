@@ -11,6 +11,7 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import MismatchError, UsageError, some
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
@@ -19,7 +20,6 @@ from lorasurgery.ops.on_record import merged_names
 from lorasurgery.ops.rebased import Rebased
 from lorasurgery.ops.record import describe
 from lorasurgery.ops.references import on_references
-from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.ops.targets import check_in_place, in_place_call, is_settled, record_file, settled
 from lorasurgery.ops.undo import about, adapters_of, before_in_place, begin_record, files_in_place, record_to_undo
 from lorasurgery.ops.undo_record import top_record

@@ -19,13 +19,13 @@ from lorasurgery.checkpoint.settle import (
     surgery_folder,
     unfinished,
 )
+from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import MismatchError, OutputError, UsageError, some
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.rebased import Rebased
 from lorasurgery.ops.record import record_bytes
 from lorasurgery.ops.undo_record import top_record, undo_folder
 from lorasurgery.ops.undone import Undone
-from lorasurgery.ranks import ranks
 from lorasurgery.report import COMMAND_LINE, RECORD_NAME, Report
 
 _ONE_PROCESS = "--in-place: is the work of one process; start it without torchrun"

@@ -14,8 +14,8 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import TensorInfo, show
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.errors import FormatError, MismatchError, UsageError
-from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.edits import Edit
 from lorasurgery.ops.undo_record import Stretch, UndoRecord
@@ -140,7 +140,7 @@ class Undone(Checkpoint):
     def _restored(self, name: str, stretch: Stretch, packed: bytes, dtype: torch.dtype) -> memoryview:
         import torch
 
-        from lorasurgery.linalg.threads import own_stream
+        from lorasurgery.engine.threads import own_stream
         from lorasurgery.ops.undo_pack import unpack_corrections
 
         edit, device = self._edits[name], self._device

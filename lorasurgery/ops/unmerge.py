@@ -11,6 +11,8 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.adapters.naming import BaseNames, module_of
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.ranks import ranks
+from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import MismatchError, UsageError
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.block_weight import weighed_plan
@@ -18,12 +20,10 @@ from lorasurgery.ops.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.merge import carry_out, check_weights, start_report
 from lorasurgery.ops.on_record import merged_weights
 from lorasurgery.ops.references import on_references
-from lorasurgery.ops.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.ops.targets import check_in_place, check_target, in_place_call, is_settled, settled
 from lorasurgery.ops.undo import about, record_to_undo
 from lorasurgery.ops.undo_record import UndoRecord
 from lorasurgery.ops.undone import Undone
-from lorasurgery.ranks import ranks
 from lorasurgery.report import ModuleReport, Progress, Report
 
 

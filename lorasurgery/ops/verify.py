@@ -15,13 +15,13 @@ from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.settle import in_the_middle, unfinished
+from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import UnsupportedError, UsageError, some
+from lorasurgery.module_location import place_of
 from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.merge import check_weights
 from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.references import on_references
-from lorasurgery.ops.runtime import Clock, check_device_name, resolve_device
-from lorasurgery.places import place_of
 from lorasurgery.report import Progress, Report
 
 

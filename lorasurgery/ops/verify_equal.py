@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.checkpoint.buffers import Buffers
 from lorasurgery.checkpoint.dtypes import torch_dtype
-from lorasurgery.checkpoint.flow import Flow
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.buffers import Buffers
+from lorasurgery.engine.pipeline import Flow
+from lorasurgery.engine.threads import team
 from lorasurgery.errors import SurgeryError
-from lorasurgery.linalg.threads import team
 from lorasurgery.linalg.undo import BITS, ordered
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.edits import EditPlan

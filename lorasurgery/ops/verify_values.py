@@ -11,9 +11,9 @@ import torch
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import TensorInfo, show
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.threads import each, team
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rounding import is_finite
-from lorasurgery.linalg.threads import each, team
 from lorasurgery.lowrank import widened
 from lorasurgery.ops.undo_record import UndoRecord, read_record, stack
 from lorasurgery.report import Checked, Progress, Report

@@ -10,8 +10,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch.linalg import LinAlgError  # type: ignore[attr-defined,unused-ignore]
 
-from lorasurgery.checkpoint.flow import Flow
 from lorasurgery.checkpoint.journal import Run
+from lorasurgery.engine.pipeline import Flow
 from lorasurgery.errors import SurgeryError
 from lorasurgery.report import Progress
 

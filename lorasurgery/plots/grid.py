@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from lorasurgery.places import place_of
+from lorasurgery.module_location import place_of
 from lorasurgery.report import ModuleReport
 
 _FEW = 3  # so many numbers (ffn.0 and ffn.2) are names of different things; more of them count alike things

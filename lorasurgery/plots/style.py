@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lorasurgery.process import own_settings
+from lorasurgery.engine.process import own_settings
 
 WIDTH = 9.0
 """Inches; at 100 pixels an inch this is the width of a README, where the smallest type (7.5 points) is 10 pixels."""

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasurgery.checkpoint.buffers import Arena
+from lorasurgery.engine.buffers import Arena
 
 PART = 2 << 20
 

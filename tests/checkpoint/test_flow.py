@@ -9,8 +9,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasurgery.checkpoint import flow
-from lorasurgery.checkpoint.flow import Flow
+from lorasurgery.engine import pipeline as flow
+from lorasurgery.engine.pipeline import Flow
 
 
 @dataclass

@@ -17,6 +17,7 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, Run, new_token
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.settle import settle_first, unfinished
+from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import FormatError
 from lorasurgery.linalg.undo import Corrections
 from lorasurgery.ops.record import read_record
@@ -24,7 +25,6 @@ from lorasurgery.ops.undo_pack import pack_corrections, unpack_corrections, unpa
 from lorasurgery.ops.undo_record import read_record as read_undo
 from lorasurgery.ops.undone import Undone
 from lorasurgery.ops.unmerge import unmerge
-from lorasurgery.ranks import ranks
 
 
 def undo_record(files: Files, rng: random.Random, folder: Path) -> Work:

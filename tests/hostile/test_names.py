@@ -15,8 +15,8 @@ from lorasurgery.checkpoint.header import parse_header, read_header
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.cli.main import main
 from lorasurgery.errors import FormatError, SurgeryError, nearest, one_line
+from lorasurgery.module_location import place_of
 from lorasurgery.ops.merge import merge
-from lorasurgery.places import place_of
 
 NAMES = {
     "a path": "../../etc/passwd", "absolute": "/etc/passwd", "a NUL": "a\0b", "a line break": "a\nb", "a return": "a\rb",

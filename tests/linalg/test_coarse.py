@@ -10,13 +10,14 @@ from safetensors.torch import save_file
 from test_svd import known, measured, optimum
 from torch import Tensor
 
+from lorasurgery.engine import runtime
+from lorasurgery.engine.threads import team
 from lorasurgery.linalg import blocks, coarse
 from lorasurgery.linalg.blocks import InMemory, Streamed
 from lorasurgery.linalg.coarse import LEAST, Coarse
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import truncated_svd
-from lorasurgery.linalg.threads import team
-from lorasurgery.ops import extraction, runtime
+from lorasurgery.ops import extraction
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.report import Report
 

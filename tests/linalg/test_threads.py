@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from lorasurgery.checkpoint.flow import Flow
-from lorasurgery.linalg.threads import each, team
+from lorasurgery.engine.pipeline import Flow
+from lorasurgery.engine.threads import each, team
 
 PATIENCE = 60  # seconds after which something counts as hanging
 

@@ -11,9 +11,9 @@ import torch
 from long_runs import hashes, operation, world
 from safetensors.torch import load_file
 
+from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.linalg import undo
 from lorasurgery.linalg.blocks import InMemory, Streamed, times, transposed_times
-from lorasurgery.linalg.fallback import Fallback
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.rounding import Merger
 from lorasurgery.ops import composition, difference, extraction, jobs

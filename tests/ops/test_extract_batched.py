@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasurgery.adapters.peft import read_peft
-from lorasurgery.checkpoint.flow import Flow
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.journal import Run
+from lorasurgery.engine.pipeline import Flow
+from lorasurgery.engine.ranks import Ranks
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rank import Budget, RankChoice
 from lorasurgery.ops import extraction
@@ -21,7 +22,6 @@ from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.extraction import plan_groups
 from lorasurgery.ops.pairs import Pair, Treatment
 from lorasurgery.ops.workload import Workload
-from lorasurgery.ranks import Ranks
 from lorasurgery.report import Report
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

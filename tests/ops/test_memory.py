@@ -121,7 +121,7 @@ def test_memory_limit(name: str, limit: int, folder: Path, tmp_path: Path) -> No
 
 def test_limited_extraction_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A difference read anew for every pass gives the factors of one that is held, tall and wide, bytes alike."""
-    from lorasurgery.ops import runtime
+    from lorasurgery.engine import runtime
 
     monkeypatch.setattr(runtime, "LEAST_MEMORY", 1)
     generator = torch.Generator().manual_seed(0)

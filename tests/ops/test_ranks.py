@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from long_runs import hashes, left, operation, torchrun, world
 
 from lorasurgery.checkpoint.journal import journals
+from lorasurgery.engine.ranks import Ranks, ranks
 from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.ops.blend import rerank
-from lorasurgery.ranks import Ranks, ranks
 
 DIES = """
 import os, lorasurgery.checkpoint.journal as journal

@@ -12,9 +12,10 @@ from long_runs import hashes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorasurgery.engine import runtime
 from lorasurgery.errors import MismatchError, SurgeryError
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops import extraction, runtime
+from lorasurgery.ops import extraction
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.extract_options import Selection
 from lorasurgery.report import Report

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
+from lorasurgery.engine.runtime import resolve_device
 from lorasurgery.errors import UsageError
-from lorasurgery.ops.runtime import resolve_device
 
-CHILD = "from lorasurgery.ops.runtime import peak_memory; print(peak_memory())"
+CHILD = "from lorasurgery.engine.runtime import peak_memory; print(peak_memory())"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone passes a parent's size on")

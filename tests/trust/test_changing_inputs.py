@@ -22,12 +22,12 @@ from lorasurgery.checkpoint.identity import Identity
 from lorasurgery.checkpoint.lock import LOCK
 from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import FormatError, MismatchError, SurgeryError
 from lorasurgery.nn.load import load_adapter
 from lorasurgery.ops.blend import BlendOptions, blend
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.record import read_record
-from lorasurgery.ops.runtime import Clock
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from lorasurgery.checkpoint.inside import files_below, is_commit, is_inside, to_
 from lorasurgery.checkpoint.journal import Run
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.surgery import Surgery
+from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import FormatError, OutputError, SurgeryError
 from lorasurgery.ops.inspect import inspect
 from lorasurgery.ops.merge import merge
@@ -25,7 +26,6 @@ from lorasurgery.ops.switch import switch
 from lorasurgery.ops.undo_record import read_record
 from lorasurgery.ops.unmerge import unmerge
 from lorasurgery.ops.verify import verify
-from lorasurgery.ranks import ranks
 
 # How a name leads out: what is put into the folder, and the name.
 ESCAPES: dict[str, tuple[Callable[[Path, Path], object], Callable[[Path, str], str]]] = {

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 import lorasurgery as ls
-from lorasurgery.checkpoint.buffers import Buffers
-from lorasurgery.checkpoint.flow import Flow
+from lorasurgery.engine.buffers import Buffers
+from lorasurgery.engine.pipeline import Flow
 
 FEW, MANY = 64, 256
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")

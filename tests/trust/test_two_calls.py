@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import lorasurgery as ls
 from lorasurgery.adapters.installed import installed_model
+from lorasurgery.engine.process import use_threads, workers
 from lorasurgery.errors import SurgeryError
-from lorasurgery.process import use_threads, workers
 from lorasurgery.report import Progress, Report
 
 PATIENCE = 300  # seconds, after which a call counts as hanging; none takes one

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import UsageError
-from lorasurgery.ranks import ranks
 from lorasurgery.report import Report
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from lorasurgery.process import workers
+from lorasurgery.engine.process import workers
 
 _LEAST = 16 << 10  # bytes that even the smallest job holds, in objects
 _TOGETHER = 1 << 20  # bytes of small jobs that go from thread to thread as one: handing on costs more than their work

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lorasurgery.process import use_threads, workers
+from lorasurgery.engine.process import use_threads, workers
 
 T = TypeVar("T")
 _own = threading.local()
