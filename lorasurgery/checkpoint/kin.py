@@ -19,7 +19,7 @@ from lorasurgery.checkpoint.locate import locate
 from lorasurgery.errors import SurgeryError
 
 _SECTOR = 512  # a power cut leaves no less of what was being written
-_CHUNK = 1 << 20
+_COMPARED = 1 << 20
 _MOST = 512 << 20  # bytes that are compared: more than one line of a journal speaks of
 
 
@@ -71,7 +71,7 @@ def _has_some(file: ReadFile, place: int, redo: Path, start: int, size: int) -> 
     with ReadFile(redo) as source:
         done, first = 0, _SECTOR - place % _SECTOR
         while done < size:
-            here, there = bytearray(min(size - done, first + _CHUNK)), bytearray(min(size - done, first + _CHUNK))
+            here, there = bytearray(min(size - done, first + _COMPARED)), bytearray(min(size - done, first + _COMPARED))
             file.read_all(place + done, memoryview(here))
             got = source.read_all(start + done, memoryview(there))
             edges = [0, *range(first, got, _SECTOR), got]

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _EXPONENT = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}  # where a float keeps it
 _PART, _PART_ON_GPU = 1 << 16, 1 << 20  # elements at a time: in a core's cache; worth a kernel's launch
 
@@ -43,7 +43,7 @@ def same_but_rounded(a: Tensor, b: Tensor, dtypes: tuple[torch.dtype, torch.dtyp
 
 def _half_steps(x: Tensor, y: Tensor, one: float, least: float) -> Tensor:
     """Half a step next to the smaller of two values, for below a power of two steps are half as wide as above it."""
-    bits = torch.minimum(x.abs(), y.abs()).view(_BITS[x.dtype.itemsize])
+    bits = torch.minimum(x.abs(), y.abs()).view(_WORDS[x.dtype.itemsize])
     return bits.bitwise_and_(_EXPONENT[x.dtype]).view(x.dtype).mul_(one).clamp_min_(least)
 
 
@@ -54,11 +54,11 @@ def step_at_one(dtype: torch.dtype) -> float:
     >>> step_at_one(torch.bfloat16)
     0.0078125
     """
-    one = torch.ones(1).to(dtype).view(_BITS[dtype.itemsize])
+    one = torch.ones(1).to(dtype).view(_WORDS[dtype.itemsize])
     return (one + 1).view(dtype).double().item() - 1
 
 
 @cache
 def _least_step(dtype: torch.dtype) -> float:
     """From 0 to the least positive value."""
-    return torch.ones(1, dtype=_BITS[dtype.itemsize]).view(dtype).double().item()
+    return torch.ones(1, dtype=_WORDS[dtype.itemsize]).view(dtype).double().item()
