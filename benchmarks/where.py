@@ -25,7 +25,7 @@ RANK, BLOCK, PASSES = 64, 64, 3
 KINDS = {
     "products with A": ("linalg/blocks.py",),
     "error of what is written": ("measure (lorasurgery/linalg/norms",),
-    "thin orthogonalisation": ("linalg/krylov.py", "linalg/columns.py", "linalg/fit.py"),
+    "thin orthogonalisation": ("linalg/krylov.py", "linalg/thin.py", "linalg/fit.py"),
     "norm of the difference": ("linalg/norms.py",),
     "reading and subtracting": ("ops/difference.py", "read_at (", "read_all ("),
     "merging: W + scale·B·A, rounded, measured": ("linalg/rounding.py", "lowrank.py"),

@@ -20,13 +20,10 @@ from lorasurgery.engine.threads import load_solvers, team
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.blocks import InMemory
 from lorasurgery.linalg.core import SMALLEST, Core, beyond, distance, inner, recompress
-from lorasurgery.linalg.elementwise import combine, sum_of
-from lorasurgery.linalg.fit import Fitted, check_kept, narrowed, too_far
-from lorasurgery.linalg.keep import keeping
-from lorasurgery.linalg.knots import knots_ties
+from lorasurgery.linalg.elementwise import combine, knots_ties, sum_of
+from lorasurgery.linalg.fit import Fitted, check_kept, keeping, narrowed, too_far
 from lorasurgery.linalg.methods import ELEMENTWISE, Elementwise
-from lorasurgery.linalg.norms import losses, norm_of, residual_norm, squared_norm
-from lorasurgery.linalg.ranged import ranged
+from lorasurgery.linalg.norms import losses, norm_of, ranged, residual_norm, squared_norm
 from lorasurgery.linalg.rank import EVERYTHING, RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE

@@ -20,8 +20,7 @@ from lorasurgery.errors import SurgeryError, UnsupportedError
 from lorasurgery.linalg.blocks import InMemory
 from lorasurgery.linalg.core import distance, inner
 from lorasurgery.linalg.fit import check_kept, narrowed
-from lorasurgery.linalg.norms import row_squares
-from lorasurgery.linalg.ranged import ranged
+from lorasurgery.linalg.norms import ranged, row_squares
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE

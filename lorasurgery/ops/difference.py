@@ -16,8 +16,8 @@ from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.engine.buffers import Arena, Buffers
 from lorasurgery.engine.threads import each, scratch
 from lorasurgery.linalg.blocks import InMemory, Streamed
-from lorasurgery.linalg.half_step import same_but_rounded
 from lorasurgery.linalg.norms import summed
+from lorasurgery.linalg.rounding import same_but_rounded
 
 if TYPE_CHECKING:
     from torch import Tensor

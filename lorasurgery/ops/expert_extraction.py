@@ -9,10 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorasurgery.linalg.blocks import Blocks, InMemory
-from lorasurgery.linalg.fit import FIT, Fitted, fitted, refitted, scale_within
-from lorasurgery.linalg.keep import keeping
-from lorasurgery.linalg.norms import losses, residual_norm, squared_norm
-from lorasurgery.linalg.ranged import ranged
+from lorasurgery.linalg.fit import FIT, Fitted, fitted, keeping, refitted, scale_within
+from lorasurgery.linalg.norms import losses, ranged, residual_norm, squared_norm
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.lowrank import LowRank

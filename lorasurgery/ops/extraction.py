@@ -20,16 +20,13 @@ from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.engine.pipeline import Flow
 from lorasurgery.engine.threads import load_solvers, own_stream, team
 from lorasurgery.errors import MismatchError, SurgeryError
-from lorasurgery.linalg.batched import WORKSPACE, batched_svd
 from lorasurgery.linalg.blocks import Blocks, InMemory
-from lorasurgery.linalg.coarse import pays
-from lorasurgery.linalg.fit import FIT, Fitted, fitted, refitted, scale_within
-from lorasurgery.linalg.half_step import step_at_one
-from lorasurgery.linalg.keep import keeping
-from lorasurgery.linalg.norms import losses, squared_norm
-from lorasurgery.linalg.ranged import ranged
+from lorasurgery.linalg.fit import FIT, Fitted, fitted, keeping, refitted, scale_within
+from lorasurgery.linalg.krylov import pays
+from lorasurgery.linalg.norms import losses, ranged, squared_norm
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.linalg.svd import INFINITE, TruncatedSVD, finite, may_round, truncated_svd
+from lorasurgery.linalg.rounding import step_at_one
+from lorasurgery.linalg.svd import INFINITE, WORKSPACE, TruncatedSVD, batched_svd, finite, may_round, truncated_svd
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.difference import Difference, Found, Piece
 from lorasurgery.ops.expert_extraction import ExpertWork

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorasurgery.errors import SurgeryError
-from lorasurgery.linalg.batched import batched_svd, squared_norms
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.linalg.svd import TruncatedSVD, exact_svd, truncated_svd
+from lorasurgery.linalg.svd import TruncatedSVD, batched_svd, exact_svd, squared_norms, truncated_svd
 
 SHAPES = {"square": (48, 48), "tall": (90, 40), "wide": (33, 120), "row": (1, 20), "column": (20, 1), "one": (1, 1)}
 CHOICES = {

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lorasurgery.engine import runtime
 from lorasurgery.engine.threads import team
-from lorasurgery.linalg import blocks, coarse
+from lorasurgery.linalg import blocks
+from lorasurgery.linalg import krylov as coarse
 from lorasurgery.linalg.blocks import InMemory, Streamed
-from lorasurgery.linalg.coarse import LEAST, Coarse
+from lorasurgery.linalg.krylov import LEAST, Coarse
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.ops import extraction

@@ -9,8 +9,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from lorasurgery.linalg import norms
-from lorasurgery.linalg.elementwise import combine
-from lorasurgery.linalg.knots import align, knots_ties
+from lorasurgery.linalg.elementwise import align, combine, knots_ties
 from lorasurgery.linalg.methods import ELEMENTWISE, Elementwise
 from lorasurgery.lowrank import LowRank
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from lorasurgery.linalg.half_step import same_but_rounded
+from lorasurgery.linalg.rounding import same_but_rounded
 
 NARROW = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz,
           torch.float8_e5m2fnuz]  # fmt: skip
