@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from pathlib import Path
 
-from lorasurgery.checkpoint.identity import Inputs
+from lorasurgery.checkpoint.fingerprint import Inputs
 from lorasurgery.checkpoint.lock import Lock, lock_of
 from lorasurgery.engine.ranks import ranks
 

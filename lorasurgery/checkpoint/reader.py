@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.checkpoint.files import ReadFile
 from lorasurgery.checkpoint.header import Header, TensorInfo, read_header, show
+from lorasurgery.checkpoint.header_only import filled_in
+from lorasurgery.checkpoint.inplace.recover import refuse_unfinished
 from lorasurgery.checkpoint.locate import Located, load_config, locate
 from lorasurgery.checkpoint.operation import inputs
-from lorasurgery.checkpoint.settle import refuse_unfinished
-from lorasurgery.checkpoint.stub import filled_in
 from lorasurgery.errors import FormatError, UnsupportedError
 
 if TYPE_CHECKING:

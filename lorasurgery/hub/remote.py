@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lorasurgery.checkpoint.header import MAX_HEADER, parse_header
-from lorasurgery.checkpoint.stub import write_stub
+from lorasurgery.checkpoint.header_only import write_stub
 from lorasurgery.errors import FormatError
 from lorasurgery.hub.client import explained
 from lorasurgery.hub.reference import Reference

@@ -1,7 +1,7 @@
 """merge, unmerge and switch inside a checkpoint's own files: only the tensors that change are read and written.
 
 Everything is computed twice: once without writing, so that nothing but a kill or the disk can stop it half-way, and
-once for good (checkpoint/surgery.py has how that survives a kill).
+once for good (checkpoint/inplace/transaction.py has how that survives a kill).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from lorasurgery.checkpoint.inplace.transaction import Surgery
 from lorasurgery.checkpoint.plan import PlannedTensor
-from lorasurgery.checkpoint.surgery import Surgery
 from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.engine.buffers import Buffers
 from lorasurgery.engine.pipeline import Flow, Job

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.adapters.naming import BaseNames
+from lorasurgery.checkpoint.inplace.recover import in_the_middle, unfinished
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import in_the_middle, unfinished
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.module_location import place_of

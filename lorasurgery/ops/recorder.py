@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorasurgery.checkpoint.dtypes import torch_dtype
-from lorasurgery.checkpoint.heap import Heap
+from lorasurgery.checkpoint.files import Heap
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.writer import as_bytes

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from lorasurgery.checkpoint.heap import Heap
+from lorasurgery.checkpoint.files import Heap
 from lorasurgery.checkpoint.journal import UNDO, Run
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor

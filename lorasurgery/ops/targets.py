@@ -7,11 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.inside import is_link, link_on_the_way, refuse_link, to_replace
-from lorasurgery.checkpoint.journal_lines import check_line, file_of
-from lorasurgery.checkpoint.operation import current
-from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import (
+from lorasurgery.checkpoint.inplace.journal import check_line, file_of
+from lorasurgery.checkpoint.inplace.recover import (
     FOLDER,
     cannot_write,
     refuse_unfinished,
@@ -19,6 +16,9 @@ from lorasurgery.checkpoint.settle import (
     surgery_folder,
     unfinished,
 )
+from lorasurgery.checkpoint.inside import is_link, link_on_the_way, refuse_link, to_replace
+from lorasurgery.checkpoint.operation import current
+from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import MismatchError, OutputError, UsageError, some
 from lorasurgery.ops.apply import Recipe

@@ -15,8 +15,8 @@ from typing import Any
 
 from lorasurgery._version import __version__
 from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.checkpoint.files import Place, read_back
 from lorasurgery.checkpoint.header import DTYPE_BITS, show
-from lorasurgery.checkpoint.heap import Place, read_back
 from lorasurgery.checkpoint.inside import LEADS_OUT, is_inside, leads_out
 from lorasurgery.checkpoint.journal import UNDO_FOLDER
 from lorasurgery.checkpoint.json_text import parse_object

@@ -12,9 +12,9 @@ from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.adapters.naming import BaseNames
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.inplace.recover import in_the_middle, unfinished
 from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import in_the_middle, unfinished
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import UnsupportedError, UsageError, some
 from lorasurgery.module_location import place_of

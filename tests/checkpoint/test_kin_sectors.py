@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lorasurgery.checkpoint import kin
 from lorasurgery.checkpoint.files import ReadFile
+from lorasurgery.checkpoint.inplace import recover as kin
 
 START = 700  # of the stretch in the file of new bytes, where it need not lie on sectors
 

@@ -204,7 +204,7 @@ def run(words: list[str]) -> Found:
 
 def interrupted() -> Iterator[Found]:
     """Operations in place that are cut off: what inspect says meanwhile, and what --resume does."""
-    from lorasurgery.checkpoint import surgery
+    from lorasurgery.checkpoint.inplace import transaction as surgery
 
     for name, words in (("end", "switch kept --to lean"), ("apply", "unmerge kept lean --in-place")):
         with pytest.MonkeyPatch.context() as patch:

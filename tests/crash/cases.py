@@ -15,9 +15,9 @@ from long_runs import hashes
 from push_hub import upload
 from safetensors.torch import load_file, save_file
 
+from lorasurgery.checkpoint.inplace.recover import FOLDER
 from lorasurgery.checkpoint.journal import PARTIAL
 from lorasurgery.checkpoint.lock import LOCK
-from lorasurgery.checkpoint.settle import FOLDER
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.merge import merge

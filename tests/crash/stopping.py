@@ -16,7 +16,8 @@ import torch
 from cases import CASES, World
 from instrument import KILLED, Watch
 
-from lorasurgery.checkpoint import journal, surgery
+from lorasurgery.checkpoint import journal
+from lorasurgery.checkpoint.inplace import transaction as surgery
 from lorasurgery.errors import SurgeryError
 
 _BATCH = 80_000  # bytes: two of the world's tensors and some more

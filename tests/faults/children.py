@@ -70,7 +70,8 @@ class Child:
 
 
 def _work(words: list[str], log: Path, write: int, batch: int, told: Any) -> None:
-    from lorasurgery.checkpoint import files, surgery
+    from lorasurgery.checkpoint import files
+    from lorasurgery.checkpoint.inplace import transaction as surgery
     from lorasurgery.cli.main import main
 
     plain, numbers = files.WriteFile.write_at, count()

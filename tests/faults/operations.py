@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from long_runs import checkpoint, hashes
 from safetensors.torch import save_file
 
+from lorasurgery.checkpoint.inplace.recover import FOLDER
 from lorasurgery.checkpoint.lock import LOCK
-from lorasurgery.checkpoint.settle import FOLDER
 
 SHAPES = {"self_attn.q_proj": (64, 32), "mlp.down_proj": (32, 96)}
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "vocab_size": 40}

@@ -12,7 +12,7 @@ from long_runs import hashes
 from operations import INSIDE, OPERATIONS, OUTSIDE, Done, Operation, run, state
 from system import GROWING, Faults
 
-from lorasurgery.checkpoint import surgery
+from lorasurgery.checkpoint.inplace import transaction as surgery
 from lorasurgery.report import RECORD_NAME
 
 LINE = r"lorasurgery: /.*: cannot be written \((No space left on device|Input/output error)\); "

@@ -16,9 +16,9 @@ from long_runs import hashes
 from operations import INSIDE, OPERATIONS, OUTSIDE, run, state
 from people import mounted
 
-from lorasurgery.checkpoint import surgery
-from lorasurgery.checkpoint.settle import unfinished
-from lorasurgery.checkpoint.surgery import Surgery
+from lorasurgery.checkpoint.inplace import transaction as surgery
+from lorasurgery.checkpoint.inplace.recover import unfinished
+from lorasurgery.checkpoint.inplace.transaction import Surgery
 from lorasurgery.errors import OutputError
 
 FULL = r"lorasurgery: /.*: cannot be written \((File too large|No space left on device)\); "

@@ -11,7 +11,7 @@ from long_runs import hashes
 from operations import OPERATIONS, run, state
 from system import Faults
 
-from lorasurgery.checkpoint import surgery
+from lorasurgery.checkpoint.inplace import transaction as surgery
 
 READING = r"lorasurgery: (/.*: )?/.*\.safetensors: .*: cannot be read \(Input/output error\)"
 GOES_ON = "; some tensors are changed already, and --resume goes on from here"

@@ -15,8 +15,8 @@ from hostile_files import Files, bytes_of, data_of, header_of, laid_out
 from hostile_line import refused, state, within
 from hostile_mutate import nested
 
+from lorasurgery.checkpoint.inplace.recover import settle_first, unfinished
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import settle_first, unfinished
 from lorasurgery.errors import FormatError, MismatchError
 from lorasurgery.ops.undo_pack import unpack_corrections, unpack_difference
 from lorasurgery.ops.undo_record import read_record

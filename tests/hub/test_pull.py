@@ -223,8 +223,8 @@ def test_progress_of_a_download(hub: LocalHub, client: Client, world: Path) -> N
 
 def test_a_stub_is_never_read_as_weights(tmp_path: Path) -> None:
     """A hole reads as zeros, so tensors that were not fetched are refused by name."""
+    from lorasurgery.checkpoint.header_only import write_stub
     from lorasurgery.checkpoint.reader import Checkpoint
-    from lorasurgery.checkpoint.stub import write_stub
     from lorasurgery.errors import FormatError
 
     save_file({"w": torch.ones(4, 4), "w.alpha": torch.tensor(3.0)}, tmp_path / "whole.safetensors")

@@ -18,7 +18,7 @@ from verbs import BASE, FACTORS, INSIDE, OTHER, OUTSIDE, REPORTS, SHARD, STYLE, 
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint import journal
-from lorasurgery.checkpoint.identity import Identity
+from lorasurgery.checkpoint.fingerprint import Identity
 from lorasurgery.checkpoint.lock import LOCK
 from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.checkpoint.reader import Checkpoint

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from trust_world import INDEX, SHARD, adapter, checkpoint, copied, pipeline, pipeline_adapter, snapshot, victim, world
 
-from lorasurgery.checkpoint.heap import read_back
+from lorasurgery.checkpoint.files import read_back
+from lorasurgery.checkpoint.inplace.transaction import Surgery
 from lorasurgery.checkpoint.inside import files_below, is_commit, is_inside, to_read, to_replace, to_write
 from lorasurgery.checkpoint.journal import Run
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.surgery import Surgery
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import FormatError, OutputError, SurgeryError
 from lorasurgery.ops.inspect import inspect

@@ -12,10 +12,9 @@ import pytest
 from safetensors.torch import load_file
 from trust_world import NAMES, SHARD, adapter, checkpoint, pipeline
 
-from lorasurgery.checkpoint.kin import about_files_of
+from lorasurgery.checkpoint.inplace.recover import FOLDER, about_files_of
+from lorasurgery.checkpoint.inplace.transaction import Surgery
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.checkpoint.settle import FOLDER
-from lorasurgery.checkpoint.surgery import Surgery
 from lorasurgery.errors import MismatchError
 from lorasurgery.ops.inspect import inspect
 from lorasurgery.ops.merge import merge

@@ -16,9 +16,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from undo_world import adapter, llama, sums
 
-from lorasurgery.checkpoint import surgery
-from lorasurgery.checkpoint.settle import unfinished
-from lorasurgery.checkpoint.surgery import Surgery
+from lorasurgery.checkpoint.inplace import transaction as surgery
+from lorasurgery.checkpoint.inplace.recover import unfinished
+from lorasurgery.checkpoint.inplace.transaction import Surgery
 from lorasurgery.cli.main import main
 from lorasurgery.errors import MismatchError, SurgeryError, UsageError
 from lorasurgery.ops.merge import merge

@@ -18,13 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lorasurgery.checkpoint.files import WriteFile, sync_folder
+from lorasurgery.checkpoint.files import Heap, WriteFile, sync_folder
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.heap import Heap
-from lorasurgery.checkpoint.journal_lines import check_line, file_of
-from lorasurgery.checkpoint.modes import Modes
-from lorasurgery.checkpoint.operation import holding
-from lorasurgery.checkpoint.settle import (
+from lorasurgery.checkpoint.inplace.journal import check_line, file_of
+from lorasurgery.checkpoint.inplace.recover import (
     FOLDER,
     MENDED,
     apply,
@@ -37,6 +34,8 @@ from lorasurgery.checkpoint.settle import (
     settle,
     surgery_folder,
 )
+from lorasurgery.checkpoint.modes import Modes
+from lorasurgery.checkpoint.operation import holding
 from lorasurgery.errors import MismatchError, OutputError, SurgeryError
 
 _GO_ON = "some tensors are changed already, and --resume goes on from here"
