@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from lorasurgery.adapters.skeleton import Kind
+from lorasurgery.adapters.model_names.skeleton import Kind
 
 # fmt: off
 _ROWS = """
@@ -71,8 +71,8 @@ def main() -> None:
 
 def exceptions(model: Any, model_type: str) -> set[tuple[str, str]]:
     """(kind, ending) of the matrices of a model that names tell wrongly, by endings that mean no other kind in it."""
-    from lorasurgery.adapters.installed import Installed
-    from lorasurgery.adapters.skeleton import skeleton_from
+    from lorasurgery.adapters.model_names.library import Installed
+    from lorasurgery.adapters.model_names.skeleton import skeleton_from
     from lorasurgery.clients.host import Host
     from lorasurgery.clients.layer_kinds import ending_of
     from lorasurgery.clients.names_tell import told_by_name

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from lorasurgery.adapters.dialects import dialect, family_of
-from lorasurgery.adapters.dictionary import split_leaf
+from lorasurgery.adapters.image_names.dialects import dialect, family_of
+from lorasurgery.adapters.image_names.dictionary import split_leaf
 
 _TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}  # fmt: skip

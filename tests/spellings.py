@@ -13,8 +13,8 @@ from loose import factors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorasurgery.adapters.dialects import dialect, family_of
-from lorasurgery.adapters.dictionary import split_leaf
+from lorasurgery.adapters.image_names.dialects import dialect, family_of
+from lorasurgery.adapters.image_names.dictionary import split_leaf
 
 Weights = dict[str, Tensor]
 RANK, ALPHA = 4, 2.0

@@ -237,3 +237,29 @@ def _half(core: Tensor | None, a: Tensor, b: Tensor) -> LowRank:
     if core is None:
         return LowRank(a.flatten(1), b.flatten(1))
     return LowRank(a.flatten(1).mT, tucker(core, b))
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module as it will be written.
+
+    Args:
+        path: Its name in the file, without the ending that says which part a tensor is.
+        update: up (out, r), down (r, in·kernel), on the CPU in the dtype of the file.
+        kernel: Of a convolution.
+        bias: What is added to the layer's bias at strength 1 (out,); None when nothing is.
+        magnitude: DoRA's, (out,) or as LyCORIS shapes it.
+        kind: linear, conv or embedding.
+    """
+
+    path: str
+    update: LowRank
+    kernel: tuple[int, ...] = ()
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    kind: Kind = "linear"
+
+    @property
+    def alpha(self) -> float:
+        """What the file says so that alpha/r is the update's scale: scale · r."""
+        return self.update.scale * self.update.rank

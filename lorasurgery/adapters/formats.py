@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.loose import is_loose, read_loose
-from lorasurgery.adapters.peft import is_peft, read_peft
-from lorasurgery.adapters.peft_members import is_peft_members, read_peft_members
+from lorasurgery.adapters.peft.read import is_peft, is_peft_members, read_peft, read_peft_members
+from lorasurgery.adapters.single_file.read import is_loose, read_loose
 from lorasurgery.checkpoint.header import refuse_pickle
 from lorasurgery.errors import FormatError
 

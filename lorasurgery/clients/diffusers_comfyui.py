@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from lorasurgery.adapters.adapter import Adapter, Delta
-from lorasurgery.adapters.components import Part, adapter_place
-from lorasurgery.adapters.image_models import beside_denoiser, class_of, takes_adapters
+from lorasurgery.adapters.image_names.components import Part, adapter_place, beside_denoiser, class_of, takes_adapters
 from lorasurgery.clients.finding import MERGE, TO_DIFFUSERS, TO_KOHYA, Finding, Rule, Setting, some
 
 Model = Literal["unet", "flux", "sd3", "wan", "other"]

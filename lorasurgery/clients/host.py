@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lorasurgery.adapters.cuts import Cut
-from lorasurgery.adapters.installed import Installed
-from lorasurgery.adapters.renames import model_types
-from lorasurgery.adapters.skeleton import Kind, Module, Skeleton
+from lorasurgery.adapters.model_names.cuts import Cut
+from lorasurgery.adapters.model_names.library import Installed
+from lorasurgery.adapters.model_names.renames import model_types
+from lorasurgery.adapters.model_names.skeleton import Kind, Module, Skeleton
 from lorasurgery.clients.layer_kinds import KINDS, ending_of
 from lorasurgery.clients.peft import LAYERS_PAST, MERGED_ONLY, READ_PAST, saved_for, task_type
 

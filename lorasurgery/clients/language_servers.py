@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.naming import BaseNames, is_head
-from lorasurgery.adapters.peft import PREFIX
+from lorasurgery.adapters.model_names.naming import BaseNames, is_head
+from lorasurgery.adapters.peft.read import PREFIX
 from lorasurgery.clients.client import HEADS
 from lorasurgery.clients.finding import MERGE, PORTABLE, UNDONE, Finding, Rule, Setting, some
 from lorasurgery.clients.peft_check import INITS, is_folder, named_keys

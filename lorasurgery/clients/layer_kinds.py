@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from lorasurgery.adapters.skeleton import Kind
+from lorasurgery.adapters.model_names.skeleton import Kind
 
 # fmt: off
 _ROWS = """

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from lorasurgery.adapters.naming import CONV1D_LEAVES, CONV1D_MODELS, is_embedding, is_position_table, is_router
-from lorasurgery.adapters.skeleton import Kind
+from lorasurgery.adapters.model_names.naming import (
+    CONV1D_LEAVES,
+    CONV1D_MODELS,
+    is_embedding,
+    is_position_table,
+    is_router,
+)
+from lorasurgery.adapters.model_names.skeleton import Kind
 
 
 def told_by_name(path: str, model_type: str | None) -> Kind:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.installed import installed_model
-from lorasurgery.adapters.peft import PREFIX
-from lorasurgery.adapters.selection import Selection
+from lorasurgery.adapters.model_names.library import installed_model
+from lorasurgery.adapters.peft.patterns import Selection
+from lorasurgery.adapters.peft.read import PREFIX
 from lorasurgery.checkpoint.locate import load_config
 from lorasurgery.clients.finding import MERGE, PORTABLE, TO_PEFT, Finding, Rule, Setting, Verdict, some
 from lorasurgery.clients.host import Host

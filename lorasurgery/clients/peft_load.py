@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from lorasurgery.adapters.peft import PREFIX
-from lorasurgery.adapters.selection import Selection
+from lorasurgery.adapters.peft.patterns import Selection
+from lorasurgery.adapters.peft.read import PREFIX
 from lorasurgery.clients.host import Host
 from lorasurgery.clients.peft import Shutter, saved_for
 

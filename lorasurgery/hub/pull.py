@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery._version import __version__
-from lorasurgery.adapters.components import FOLDER_NAMES
-from lorasurgery.adapters.peft import WEIGHTS_NAME
+from lorasurgery.adapters.image_names.components import FOLDER_NAMES
+from lorasurgery.adapters.peft.read import WEIGHTS_NAME
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inside import is_commit, is_inside, to_write
 from lorasurgery.checkpoint.journal import new_token

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from lorasurgery.adapters.patterns import any_match, check_patterns
+from lorasurgery.adapters.model_names.patterns import any_match, check_patterns
 from lorasurgery.errors import MismatchError, SurgeryError, UsageError
 from lorasurgery.nn.adapted import AdaptedModule
 from lorasurgery.nn.linear import LoRALinear, check_rank, is_conv1d

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorasurgery.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
-from lorasurgery.adapters.peft_write import PeftLayout, factor_keys
+from lorasurgery.adapters.peft.read import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from lorasurgery.adapters.peft.write import PeftLayout, factor_keys
 from lorasurgery.checkpoint.dtypes import dtype_name
 from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.checkpoint.output import Output, check_output

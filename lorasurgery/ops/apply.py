@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.hashes import without_hashes
+from lorasurgery.adapters.model_names.naming import commonest_dtype
+from lorasurgery.adapters.single_file.header import without_hashes
 from lorasurgery.checkpoint.header import FLOAT_DTYPES
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor, split_shards
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.errors import OutputError
 from lorasurgery.ops.edits import EditPlan
-from lorasurgery.ops.parameters import commonest_dtype
 from lorasurgery.ops.quantized import is_narrow, is_scale
 from lorasurgery.ops.undo_record import UndoRecord
 

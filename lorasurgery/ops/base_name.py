@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorasurgery.adapters.peft import CONFIG_NAME
+from lorasurgery.adapters.peft.read import CONFIG_NAME
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.errors import UsageError

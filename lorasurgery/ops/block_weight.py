@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.blocks import BlockWeights, check_patterns, names_of, parse_block_weight
-from lorasurgery.adapters.naming import module_of
+from lorasurgery.adapters.image_names.blocks import BlockWeights, check_patterns, names_of, parse_block_weight
+from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.ops.compose import Joint

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter, Delta, Kind
-from lorasurgery.adapters.naming import is_embedding, is_head
+from lorasurgery.adapters.model_names.naming import is_embedding, is_head
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.lowrank import LowRank, Update
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.loose_write import LooseFile
-from lorasurgery.adapters.module import Module
-from lorasurgery.adapters.naming import module_of
+from lorasurgery.adapters.adapter import Adapter, Module
+from lorasurgery.adapters.model_names.naming import module_of
+from lorasurgery.adapters.single_file.write import LooseFile
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.ops.block_weight import Blocks
 from lorasurgery.ops.carry import tokenizer_files

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.components import FOLDER_NAMES, Part, adapter_place
-from lorasurgery.adapters.dialects import family_of
-from lorasurgery.adapters.dictionary import Dictionary
 from lorasurgery.adapters.formats import open_adapter
-from lorasurgery.adapters.image_models import has_parts, is_image_model
-from lorasurgery.adapters.translate import Piece, Target, Translator
+from lorasurgery.adapters.image_names.components import FOLDER_NAMES, Part, adapter_place, has_parts, is_image_model
+from lorasurgery.adapters.image_names.dialects import family_of
+from lorasurgery.adapters.image_names.dictionary import Dictionary
+from lorasurgery.adapters.image_names.translate import Piece, Target, Translator
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Delta
-from lorasurgery.adapters.image_models import beside_denoiser, class_of, has_known_originals, takes_adapters
-from lorasurgery.adapters.translate import Target
+from lorasurgery.adapters.image_names.components import beside_denoiser, class_of, has_known_originals, takes_adapters
+from lorasurgery.adapters.image_names.translate import Target
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.client import CLIENTS
 from lorasurgery.errors import UnsupportedError

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lorasurgery.adapters.adapter import Adapter, Delta
-from lorasurgery.adapters.module import Module
-from lorasurgery.adapters.translate import Piece, Target
+from lorasurgery.adapters.adapter import Adapter, Delta, Module
+from lorasurgery.adapters.image_names.translate import Piece, Target
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import SurgeryError, UnsupportedError

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.translate import Target, Translator
+from lorasurgery.adapters.image_names.translate import Target, Translator
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UsageError
 

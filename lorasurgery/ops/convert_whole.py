@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorasurgery.adapters.dictionary import Slot
+from lorasurgery.adapters.image_names.dictionary import Slot
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.errors import MismatchError
 from lorasurgery.ops.convert_options import Conversion

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorasurgery.adapters.components import FOLDER_NAMES
-from lorasurgery.adapters.header_config import KEY
-from lorasurgery.adapters.loose_write import LooseFile
-from lorasurgery.adapters.module import Module
-from lorasurgery.adapters.peft_write import PeftLayout
+from lorasurgery.adapters.adapter import Module
+from lorasurgery.adapters.image_names.components import FOLDER_NAMES
+from lorasurgery.adapters.peft.write import PeftLayout
+from lorasurgery.adapters.single_file.header import KEY
+from lorasurgery.adapters.single_file.write import LooseFile
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.errors import SurgeryError

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.formats import is_adapter, open_adapter
+from lorasurgery.adapters.model_names.align import PairNames
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, SurgeryError, UsageError, some
 from lorasurgery.module_location import Place, place_of
 from lorasurgery.ops.compose import Joint, base_models, join
-from lorasurgery.ops.pair_names import PairNames
 from lorasurgery.ops.references import on_references
 from lorasurgery.report import Change, Comparison, Progress, Report, percent
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from lorasurgery.adapters.adapter import Delta
-from lorasurgery.adapters.fused import is_turned
-from lorasurgery.adapters.naming import BaseNames
+from lorasurgery.adapters.model_names.fused import is_turned
+from lorasurgery.adapters.model_names.naming import BaseNames
 from lorasurgery.errors import MismatchError
 
 # Names of a single expert's matrices, from top to bottom, by the parameter that holds them in memory.

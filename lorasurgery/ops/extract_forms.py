@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorasurgery.adapters.formats import open_adapter
-from lorasurgery.adapters.installed import Installed, installed_model
-from lorasurgery.adapters.naming import module_of
-from lorasurgery.adapters.renames import memory_name, model_types
+from lorasurgery.adapters.model_names.library import Installed, installed_model
+from lorasurgery.adapters.model_names.naming import module_of
+from lorasurgery.adapters.model_names.renames import memory_name, model_types
 from lorasurgery.checkpoint.inside import refuse_link
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.client import Client

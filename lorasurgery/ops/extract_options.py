@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from lorasurgery.adapters.patterns import PRESETS, any_match, check_patterns
+from lorasurgery.adapters.model_names.patterns import PRESETS, any_match, check_patterns
 from lorasurgery.clients.client import client_named
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rank import RankChoice

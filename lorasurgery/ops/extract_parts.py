@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapters.cuts import Cut
-from lorasurgery.adapters.naming import module_of
+from lorasurgery.adapters.model_names.cuts import Cut
+from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.factored import Factored, Scaling
 from lorasurgery.ops.pairs import Pair

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapters.fused import expert_place, wants_parameter
-from lorasurgery.adapters.naming import BaseNames, is_head, module_of
-from lorasurgery.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
-from lorasurgery.adapters.peft_write import PeftLayout, factor_keys, with_kernel
+from lorasurgery.adapters.model_names.align import PairNames
+from lorasurgery.adapters.model_names.fused import expert_place, wants_parameter
+from lorasurgery.adapters.model_names.naming import BaseNames, is_head, module_of
+from lorasurgery.adapters.peft.read import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from lorasurgery.adapters.peft.write import PeftLayout, factor_keys, with_kernel
 from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
@@ -33,7 +34,6 @@ from lorasurgery.ops.extract_parts import (
     surplus,
 )
 from lorasurgery.ops.factored import Factored, Scaling, file_bytes, fit, hold, too_small
-from lorasurgery.ops.pair_names import PairNames
 from lorasurgery.ops.pairs import Pair
 from lorasurgery.report import ModuleReport
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.adapters.formats import is_adapter, open_adapter
-from lorasurgery.adapters.naming import BaseNames
+from lorasurgery.adapters.model_names.naming import BaseNames, count_parameters
 from lorasurgery.checkpoint.inplace.recover import in_the_middle, unfinished
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
@@ -18,7 +18,6 @@ from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.module_location import place_of
 from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.odd import odd_in_adapter, odd_in_checkpoint
-from lorasurgery.ops.parameters import count_parameters
 from lorasurgery.ops.planner import plan_edits
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.undo_record import read_record, stack

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.loose_write import LooseFile
-from lorasurgery.adapters.module import Module
-from lorasurgery.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
-from lorasurgery.adapters.peft_derive import derived_config
-from lorasurgery.adapters.peft_write import factor_keys, with_kernel
+from lorasurgery.adapters.adapter import Adapter, Module
+from lorasurgery.adapters.peft.read import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from lorasurgery.adapters.peft.write import derived_config, factor_keys, with_kernel
+from lorasurgery.adapters.single_file.write import LooseFile
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.errors import UsageError

@@ -7,14 +7,13 @@ from math import prod
 from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.naming import BaseNames, is_head, module_of
+from lorasurgery.adapters.model_names.naming import BaseNames, commonest_dtype, is_head, module_of
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES
 from lorasurgery.checkpoint.journal import PARTIAL
 from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import some
 from lorasurgery.module_location import place_of
-from lorasurgery.ops.parameters import commonest_dtype
 from lorasurgery.ops.quantized import scale_of
 
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapters.exclusions import exclude_only
-from lorasurgery.adapters.fused import ExpertPlace, expert_place
-from lorasurgery.adapters.naming import BaseNames, is_buffer, is_embedding, is_head, module_of
+from lorasurgery.adapters.model_names.align import PairNames
+from lorasurgery.adapters.model_names.fused import ExpertPlace, expert_place
+from lorasurgery.adapters.model_names.naming import BaseNames, is_buffer, is_embedding, is_head, module_of
+from lorasurgery.adapters.model_names.patterns import exclude_only
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, some
 from lorasurgery.module_location import Place, place_of
 from lorasurgery.ops.edits import size_of
-from lorasurgery.ops.pair_names import PairNames
 
 if TYPE_CHECKING:
     from lorasurgery.ops.extract_options import Selection

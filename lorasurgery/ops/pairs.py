@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from lorasurgery.adapters.cuts import Cut
-from lorasurgery.adapters.fused import ExpertPlace, is_turned
-from lorasurgery.adapters.image_models import class_of, is_convolution, is_image_model, is_own_layer, not_factored
-from lorasurgery.adapters.naming import is_buffer, is_embedding, is_position_table, is_router, module_of
-from lorasurgery.adapters.patterns import any_match
+from lorasurgery.adapters.image_names.components import (
+    class_of,
+    is_convolution,
+    is_image_model,
+    is_own_layer,
+    not_factored,
+)
+from lorasurgery.adapters.model_names.cuts import Cut
+from lorasurgery.adapters.model_names.fused import ExpertPlace, is_turned
+from lorasurgery.adapters.model_names.naming import is_buffer, is_embedding, is_position_table, is_router, module_of
+from lorasurgery.adapters.model_names.patterns import any_match
 from lorasurgery.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lorasurgery.adapters.adapter import Adapter, Delta
-from lorasurgery.adapters.naming import BaseNames, is_head, module_of
-from lorasurgery.adapters.projections import Rows, library_rows, projection_rows
+from lorasurgery.adapters.model_names.naming import BaseNames, is_head, module_of
+from lorasurgery.adapters.model_names.projections import Rows, library_rows, projection_rows
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.lowrank import LowRank

@@ -9,9 +9,9 @@ import math
 from functools import cached_property
 
 from lorasurgery.adapters.adapter import Adapter, Delta
-from lorasurgery.adapters.components import Place, adapter_place
-from lorasurgery.adapters.dictionary import Dictionary, Slot
-from lorasurgery.adapters.naming import module_of
+from lorasurgery.adapters.image_names.components import Place, adapter_place
+from lorasurgery.adapters.image_names.dictionary import Dictionary, Slot
+from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.ops.edits import Contribution, Edit, EditPlan, size_of

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from lorasurgery.adapters.model_names.naming import commonest_dtype, count_parameters
 from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock
@@ -15,7 +16,6 @@ from lorasurgery.errors import MismatchError, UsageError, some
 from lorasurgery.module_location import place_of
 from lorasurgery.ops.extract_options import DEFAULT_RANK, Selection
 from lorasurgery.ops.pairs import FACTORED, Pair, group_experts, plan_pairs
-from lorasurgery.ops.parameters import commonest_dtype, count_parameters
 from lorasurgery.ops.references import on_references
 from lorasurgery.report import Planned, Report
 

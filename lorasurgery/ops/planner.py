@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.naming import BaseNames, NoTensorError, is_embedding, is_head, module_of
-from lorasurgery.adapters.projections import cuts_of
+from lorasurgery.adapters.model_names.naming import BaseNames, NoTensorError, is_embedding, is_head, module_of
+from lorasurgery.adapters.model_names.projections import cuts_of
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError

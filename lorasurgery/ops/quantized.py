@@ -10,7 +10,7 @@ from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 from lorasurgery.adapters.config_values import endings
-from lorasurgery.adapters.naming import module_of
+from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.json_text import parse_object
 from lorasurgery.checkpoint.reader import Checkpoint

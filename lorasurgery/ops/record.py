@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from lorasurgery._version import __version__
 from lorasurgery.adapters.formats import is_adapter, open_adapter
-from lorasurgery.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, is_peft
-from lorasurgery.adapters.peft_config import read_config
+from lorasurgery.adapters.peft.config import read_config
+from lorasurgery.adapters.peft.read import CONFIG_NAME, WEIGHTS_NAME, is_peft
 from lorasurgery.checkpoint.files import WriteFile, sync_folder
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.journal import new_token, partial_of

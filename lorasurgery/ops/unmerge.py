@@ -8,7 +8,7 @@ from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
-from lorasurgery.adapters.naming import BaseNames, module_of
+from lorasurgery.adapters.model_names.naming import BaseNames, module_of
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks

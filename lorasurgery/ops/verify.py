@@ -9,7 +9,7 @@ from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
-from lorasurgery.adapters.naming import BaseNames
+from lorasurgery.adapters.model_names.naming import BaseNames
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inplace.recover import in_the_middle, unfinished

@@ -8,9 +8,9 @@ import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as theirs
 
-from lorasurgery.adapters.components import adapter_place
-from lorasurgery.adapters.dialects import dialect, family_of
-from lorasurgery.adapters.dictionary import Dictionary, split_leaf
+from lorasurgery.adapters.image_names.components import adapter_place
+from lorasurgery.adapters.image_names.dialects import dialect, family_of
+from lorasurgery.adapters.image_names.dictionary import Dictionary, split_leaf
 from lorasurgery.checkpoint.header import TensorInfo
 
 Shapes = dict[str, tuple[int, ...]]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lorasurgery.adapters.installed import Installed, installed_model
-from lorasurgery.adapters.skeleton import skeleton_from
+from lorasurgery.adapters.model_names.library import Installed, installed_model
+from lorasurgery.adapters.model_names.skeleton import skeleton_from
 from lorasurgery.clients.host import Host
 from lorasurgery.clients.names_tell import told_by_name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasurgery.adapters.keys import group_keys, is_adapter_key, parse_key
+from lorasurgery.adapters.single_file.keys import group_keys, is_adapter_key, parse_key
 from lorasurgery.errors import FormatError, UnsupportedError
 
 KNOWN = {

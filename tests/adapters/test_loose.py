@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorasurgery.adapters.formats import open_adapter
-from lorasurgery.adapters.header_config import KEY
-from lorasurgery.adapters.loose import is_loose, read_loose
+from lorasurgery.adapters.single_file.header import KEY
+from lorasurgery.adapters.single_file.read import is_loose, read_loose
 from lorasurgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError
 
 DOWN, UP = torch.ones(4, 6), torch.ones(8, 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasurgery.adapters.naming import BaseNames
+from lorasurgery.adapters.model_names.naming import BaseNames
 from lorasurgery.checkpoint.header import TensorInfo
 
 NAME = "layer.0.dense.weight"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorasurgery.adapters.peft import read_peft
+from lorasurgery.adapters.peft.read import read_peft
 from lorasurgery.errors import FormatError
 from lorasurgery.ops.merge import merge
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 
-from lorasurgery.adapters.peft_write import exact_suffixes, exact_targets
+from lorasurgery.adapters.peft.write import exact_suffixes, exact_targets
 from lorasurgery.clients.peft import saved_names
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import zoo
 
-from lorasurgery.adapters.fused import expert_place
-from lorasurgery.adapters.naming import BaseNames
-from lorasurgery.adapters.renames import memory_name, model_types
+from lorasurgery.adapters.model_names.fused import expert_place
+from lorasurgery.adapters.model_names.naming import BaseNames
+from lorasurgery.adapters.model_names.renames import memory_name, model_types
 from lorasurgery.checkpoint.reader import Checkpoint
 
 CAUSAL = (

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from hostile_files import Files, Work, bytes_of, data_of, header_of, laid_out, write_sparse
 
 from lorasurgery.adapters.path_regex import PathRegex, PathText, PatternError
-from lorasurgery.adapters.pattern_table import PatternTable
+from lorasurgery.adapters.peft.patterns import PatternTable
 from lorasurgery.checkpoint.header import parse_header
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.cli.main import main

@@ -13,7 +13,7 @@ from hostile_line import refused, within
 from hostile_mutate import nested
 
 from lorasurgery.adapters.formats import open_adapter
-from lorasurgery.adapters.peft_config import PeftConfig
+from lorasurgery.adapters.peft.config import PeftConfig
 from lorasurgery.checkpoint import json_text
 from lorasurgery.errors import SurgeryError
 from lorasurgery.ops.inspect import inspect

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from hostile_files import MODULES, RANK, WIDTH, Files, bytes_of, laid_out
 from hostile_line import refused, within
 
-from lorasurgery.adapters.peft import _strip_wrappers
+from lorasurgery.adapters.peft.read import _strip_wrappers
 from lorasurgery.checkpoint.header import parse_header, read_header
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.cli.main import main

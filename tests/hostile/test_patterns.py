@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from lorasurgery.adapters import path_regex
 from lorasurgery.adapters.path_regex import PathRegex, PathText, PatternError
-from lorasurgery.adapters.pattern_table import PatternTable
-from lorasurgery.adapters.selection import Selection
+from lorasurgery.adapters.peft.patterns import PatternTable, Selection
 from lorasurgery.errors import FormatError, SurgeryError
 
 _atom = st.sampled_from([

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from lorasurgery.adapters.blocks import LISTS, PRESETS, block_of, names_of
+from lorasurgery.adapters.image_names.blocks import LISTS, PRESETS, block_of, names_of
 from lorasurgery.cli.main import main
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.ops.blend import BlendOptions, blend

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorasurgery.adapters.peft import read_peft
+from lorasurgery.adapters.peft.read import read_peft
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.journal import Run
 from lorasurgery.engine.pipeline import Flow

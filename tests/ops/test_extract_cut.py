@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorasurgery.adapters.cuts import Cut, numbered, read_cuts
+from lorasurgery.adapters.model_names.cuts import Cut, numbered, read_cuts
 from lorasurgery.errors import MismatchError
 from lorasurgery.linalg.rank import Budget, RankChoice
 from lorasurgery.ops.extract import ExtractOptions, extract
@@ -277,7 +277,7 @@ def test_rows_that_take_turns(dora: bool, tmp_path: Path, monkeypatch: pytest.Mo
         for leaf, rows in turns.items()
         for kind in ("weight", "bias")
     }
-    monkeypatch.setattr("lorasurgery.adapters.naming.library_cuts", lambda *_: cuts)
+    monkeypatch.setattr("lorasurgery.adapters.model_names.naming.library_cuts", lambda *_: cuts)
     generator, stem = torch.Generator().manual_seed(0), "base_model.model.mlp"
     weights = {f"mlp.w13.{k}": torch.randn(8, *s, generator=generator) for k, s in (("weight", (6,)), ("bias", ()))}
     factors, wanted = {}, {k: v.double() for k, v in weights.items()}

@@ -17,8 +17,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from lorasurgery.adapters.dialects import dialect
-from lorasurgery.adapters.image_models import takes_adapters
+from lorasurgery.adapters.image_names.components import takes_adapters
+from lorasurgery.adapters.image_names.dialects import dialect
 from lorasurgery.errors import UnsupportedError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.check import check

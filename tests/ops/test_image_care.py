@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from worlds import World
 
-from lorasurgery.adapters.components import adapter_place
-from lorasurgery.adapters.dictionary import Dictionary, Slot
-from lorasurgery.adapters.keys import parse_key
+from lorasurgery.adapters.image_names.components import adapter_place
+from lorasurgery.adapters.image_names.dictionary import Dictionary, Slot
+from lorasurgery.adapters.single_file.keys import parse_key
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.cli.main import main
 from lorasurgery.errors import SurgeryError

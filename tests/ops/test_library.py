@@ -10,9 +10,8 @@ import pytest
 import test_families
 import zoo
 
-from lorasurgery.adapters.library import library_names
-from lorasurgery.adapters.rename_tables import TO_MEMORY
-from lorasurgery.adapters.renames import FAMILIES
+from lorasurgery.adapters.model_names.library import library_names
+from lorasurgery.adapters.model_names.renames import FAMILIES, TO_MEMORY
 
 # Families that the tool's own tables lack.
 OTHERS = {

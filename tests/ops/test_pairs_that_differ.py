@@ -14,9 +14,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorasurgery.adapters.align import align
-from lorasurgery.adapters.exclusions import exclude_only
-from lorasurgery.adapters.patterns import any_match
+from lorasurgery.adapters.model_names.align import align
+from lorasurgery.adapters.model_names.patterns import any_match, exclude_only
 from lorasurgery.cli.main import main
 from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.linalg.rank import RankChoice

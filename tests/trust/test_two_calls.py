@@ -18,7 +18,7 @@ from long_runs import LAYERS, SHAPES, hashes, world
 from safetensors.torch import load_file, save_file
 
 import lorasurgery as ls
-from lorasurgery.adapters.installed import installed_model
+from lorasurgery.adapters.model_names.library import installed_model
 from lorasurgery.engine.process import use_threads, workers
 from lorasurgery.errors import SurgeryError
 from lorasurgery.report import Progress, Report

@@ -16,9 +16,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from undo_world import adapter, llama
 
-from lorasurgery.adapters import patterns as typed
+from lorasurgery.adapters.model_names import patterns as typed
+from lorasurgery.adapters.model_names.patterns import any_match, check_patterns, matches
 from lorasurgery.adapters.path_regex import Budget, PathRegex
-from lorasurgery.adapters.patterns import any_match, check_patterns, matches
 from lorasurgery.cli.main import main
 from lorasurgery.errors import UsageError
 from lorasurgery.nn import apply_lora

@@ -7,16 +7,18 @@ no tensor is an error that names it: silently changing nothing is the field's co
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
-from lorasurgery.adapters.cuts import Cut
-from lorasurgery.adapters.library import library_cuts, library_names
-from lorasurgery.adapters.renames import disk_names, memory_name, model_types
+from lorasurgery.adapters.model_names.cuts import Cut
+from lorasurgery.adapters.model_names.library import library_cuts, library_names
+from lorasurgery.adapters.model_names.renames import disk_names, memory_name, model_types
 from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, nearest
 
 # transformers' models whose linear layers are Conv1D, stored (in, out)
@@ -281,3 +283,17 @@ class _LibraryNames(BaseNames):
 
     def renamed(self, name: str) -> list[str]:
         return next((self.table[n] for n in (name, *self.unwrapped(name)) if n in self.table), [])
+
+
+def count_parameters(model: Checkpoint) -> int:
+    """How many parameters a checkpoint has; tied tensors are on the disk once, and count once."""
+    return sum(prod(info.shape) for name, info in model.tensors.items() if info.is_float and not is_buffer(name))
+
+
+def commonest_dtype(model: Checkpoint) -> str:
+    """The floating dtype that takes the most bytes; F32 where there is none."""
+    sizes: Counter[str] = Counter()
+    for info in model.tensors.values():
+        if info.is_float:
+            sizes[info.dtype] += info.nbytes
+    return sizes.most_common(1)[0][0] if sizes else "F32"

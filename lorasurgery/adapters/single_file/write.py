@@ -15,12 +15,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapters.adapter import Format
-from lorasurgery.adapters.components import FOLDER_NAMES
-from lorasurgery.adapters.hashes import with_hashes
-from lorasurgery.adapters.header_config import KEY
-from lorasurgery.adapters.module import Module
-from lorasurgery.adapters.peft_write import rank_fields, with_kernel
+from lorasurgery.adapters.adapter import Format, Module
+from lorasurgery.adapters.image_names.components import FOLDER_NAMES
+from lorasurgery.adapters.peft.write import rank_fields, with_kernel
+from lorasurgery.adapters.single_file.header import KEY, with_hashes
 from lorasurgery.checkpoint.json_text import parse_object
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.errors import FormatError

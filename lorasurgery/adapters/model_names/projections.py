@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorasurgery.adapters.cuts import Cut, as_range
-from lorasurgery.adapters.naming import BaseNames
+from lorasurgery.adapters.model_names.cuts import Cut, as_range
+from lorasurgery.adapters.model_names.naming import BaseNames
 from lorasurgery.errors import MismatchError, UnsupportedError
 
 _PARTS = {

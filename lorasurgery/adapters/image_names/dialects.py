@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from lorasurgery.adapters.dialect_tables import FLUX, HUNYUAN, OPENCLIP, WAN, Row, Split, sd3, unet
+from lorasurgery.adapters.image_names.dialect_tables import FLUX, HUNYUAN, OPENCLIP, WAN, Row, Split, sd3, unet
 
 Family = Literal["unet", "flux", "hunyuan", "sd3", "wan", "openclip", "plain"]
 _TABLES = {"flux": FLUX, "hunyuan": HUNYUAN, "wan": WAN, "openclip": OPENCLIP, "plain": ()}

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorasurgery.adapters import config_values as values
 from lorasurgery.adapters.config_values import deepest, endings
-from lorasurgery.adapters.pattern_table import PatternTable
+from lorasurgery.adapters.peft.patterns import PatternTable
 from lorasurgery.checkpoint.json_text import MOST_CONFIG
 from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.errors import FormatError, MismatchError, UnsupportedError

@@ -9,9 +9,9 @@ import math
 from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter, Delta, Form, Format
-from lorasurgery.adapters.components import UNDERSCORED_PREFIXES, adapter_place
-from lorasurgery.adapters.header_config import HeaderConfig, read_header_config
-from lorasurgery.adapters.keys import group_keys, is_adapter_key
+from lorasurgery.adapters.image_names.components import UNDERSCORED_PREFIXES, adapter_place
+from lorasurgery.adapters.single_file.header import HeaderConfig, read_header_config
+from lorasurgery.adapters.single_file.keys import group_keys, is_adapter_key
 from lorasurgery.checkpoint.header import TensorInfo, read_header
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import FormatError, MismatchError, UnsupportedError

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from lorasurgery.adapters.renames import model_types
+from lorasurgery.adapters.model_names.renames import model_types
 
 # For these PEFT 0.21.2 takes any target module that ends in the leaves below for a matrix of transformers 4's experts
 # and targets gate_up_proj and down_proj instead, a dense layer's or a shared expert's matrix too.

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter, Delta, Kind
-from lorasurgery.adapters.peft_config import PeftConfig, read_config
+from lorasurgery.adapters.image_names.components import FOLDER_NAMES
+from lorasurgery.adapters.peft.config import PeftConfig, read_config
 from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.checkpoint.locate import Located
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
 
@@ -193,3 +196,45 @@ def _tokens(path: str, key: str, weights: Checkpoint, config: PeftConfig) -> tup
             f"{weights.path}: {key} has shape {list(found.shape)} but adapter_config.json names {len(rows)} tokens"
         )
     return key, rows
+
+
+def members(path: Path) -> list[str]:
+    """The parts that have an adapter of their own in a folder."""
+    return [name for name in FOLDER_NAMES if (path / name).is_dir() and is_peft(path / name)]
+
+
+def is_peft_members(path: Path) -> bool:
+    """Tell whether a folder holds PEFT adapters by part."""
+    return path.is_dir() and not is_peft(path) and bool(members(path))
+
+
+def read_peft_members(path: Path) -> Adapter:
+    """Open the adapters of all parts as one.
+
+    Raises:
+        SurgeryError: as read_peft does for each.
+    """
+    found = {name: read_peft(path / name) for name in members(path)}
+    files = {f"{name}/{WEIGHTS_NAME}": f"{name}." for name in found}
+    together = Adapter(
+        path=str(path), folder=path, weights=Checkpoint(path, Located(path, list(files), parts=files)), deltas={},
+        replaced={}, members=found,
+    )  # fmt: skip
+    for name, member in found.items():
+        _join(together, f"{name}.", member)
+    return together
+
+
+def _join(together: Adapter, prefix: str, member: Adapter) -> None:
+    together.deltas |= {prefix + path: _prefixed(delta, prefix) for path, delta in member.deltas.items()}
+    together.replaced |= {prefix + name: prefix + key for name, key in member.replaced.items()}
+    together.tokens |= {prefix + name: (prefix + key, rows) for name, (key, rows) in member.tokens.items()}
+    together.added |= {prefix + name for name in member.added}
+
+
+def _prefixed(delta: Delta, prefix: str) -> Delta:
+    return replace(
+        delta, path=prefix + delta.path, down=prefix + delta.down, up=prefix + delta.up,
+        bias=delta.bias and prefix + delta.bias, magnitude=delta.magnitude and prefix + delta.magnitude,
+        parameter=delta.parameter and prefix + delta.parameter,
+    )  # fmt: skip

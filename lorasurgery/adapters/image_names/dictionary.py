@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorasurgery.adapters.components import Part, Place, checkpoint_place
-from lorasurgery.adapters.dialects import Dialect, dialect, family_of
+from lorasurgery.adapters.image_names.components import Part, Place, checkpoint_place
+from lorasurgery.adapters.image_names.dialects import Dialect, dialect, family_of
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.errors import nearest
 

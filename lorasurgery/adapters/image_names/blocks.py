@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from lorasurgery.adapters.components import adapter_place, checkpoint_place
-from lorasurgery.adapters.dialects import dialect
+from lorasurgery.adapters.image_names.components import adapter_place, checkpoint_place
+from lorasurgery.adapters.image_names.dialects import dialect
 from lorasurgery.errors import UsageError, nearest
 
 _IN, _OUT = [f"IN{i:02}" for i in range(12)], [f"OUT{i:02}" for i in range(12)]
