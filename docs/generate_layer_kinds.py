@@ -74,8 +74,7 @@ def exceptions(model: Any, model_type: str) -> set[tuple[str, str]]:
     from lorasurgery.adapters.model_names.library import Installed
     from lorasurgery.adapters.model_names.skeleton import skeleton_from
     from lorasurgery.clients.host import Host
-    from lorasurgery.clients.layer_kinds import ending_of
-    from lorasurgery.clients.names_tell import told_by_name
+    from lorasurgery.clients.layer_kinds import ending_of, told_by_name
 
     skeleton = skeleton_from(model, "here")
     host = Host({"model_type": model_type}, frozenset(), Installed(skeleton, lambda name: name))

@@ -11,7 +11,7 @@ from typing import Literal
 
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.adapters.image_names.components import Part, adapter_place, beside_denoiser, class_of, takes_adapters
-from lorasurgery.clients.finding import MERGE, TO_DIFFUSERS, TO_KOHYA, Finding, Rule, Setting, some
+from lorasurgery.clients.issue import MERGE, TO_DIFFUSERS, TO_KOHYA, Finding, Rule, Setting, some
 
 Model = Literal["unet", "flux", "sd3", "wan", "other"]
 _MODELS: tuple[tuple[Model, str], ...] = (

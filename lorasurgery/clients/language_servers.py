@@ -8,8 +8,8 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.model_names.naming import BaseNames, is_head
 from lorasurgery.adapters.peft.read import PREFIX
 from lorasurgery.clients.client import HEADS
-from lorasurgery.clients.finding import MERGE, PORTABLE, UNDONE, Finding, Rule, Setting, some
-from lorasurgery.clients.peft_check import INITS, is_folder, named_keys
+from lorasurgery.clients.issue import MERGE, PORTABLE, UNDONE, Finding, Rule, Setting, some
+from lorasurgery.clients.peft_load import INITS, is_folder, named_keys
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 

@@ -8,6 +8,13 @@ from __future__ import annotations
 
 from typing import cast
 
+from lorasurgery.adapters.model_names.naming import (
+    CONV1D_LEAVES,
+    CONV1D_MODELS,
+    is_embedding,
+    is_position_table,
+    is_router,
+)
 from lorasurgery.adapters.model_names.skeleton import Kind
 
 # fmt: off
@@ -118,3 +125,16 @@ KINDS: dict[str, dict[str, Kind]] = {}
 for _row in _ROWS.replace("\n ", " ").strip().splitlines():
     _model, _kind, *_endings = _row.split()
     KINDS.setdefault(_model, {}).update(dict.fromkeys(_endings, cast(Kind, _kind)))
+
+
+def told_by_name(path: str, model_type: str | None) -> Kind:
+    """The kind that a path's own words tell.
+
+    >>> [told_by_name(p, "gpt2") for p in ("transformer.wte", "h.0.attn.c_attn", "lm_head")]
+    ['embedding', 'conv1d', 'linear']
+    """
+    if is_position_table(path) or is_router(path):
+        return "other"
+    if is_embedding(path):
+        return "embedding"
+    return "conv1d" if model_type in CONV1D_MODELS and path.rpartition(".")[2] in CONV1D_LEAVES else "linear"

@@ -7,8 +7,9 @@ language_servers.py and diffusers_comfyui.py.
 from __future__ import annotations
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.clients import diffusers_comfyui, language_servers, peft_check
-from lorasurgery.clients.finding import Finding, Rule, Setting
+from lorasurgery.clients import diffusers_comfyui, language_servers
+from lorasurgery.clients import peft_load as peft_check
+from lorasurgery.clients.issue import Finding, Rule, Setting
 
 _RULES: dict[str, tuple[Rule, ...]] = {
     "peft": peft_check.RULES,

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.locate import exists, load_config
-from lorasurgery.clients.finding import Setting
+from lorasurgery.clients.issue import Setting
 from lorasurgery.clients.servers import findings
 from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.ops.base_name import HUB_NAME

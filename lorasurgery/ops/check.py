@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.clients.finding import Finding, Setting
+from lorasurgery.clients.issue import Finding, Setting
 from lorasurgery.clients.servers import SERVERS, findings
 from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import UsageError

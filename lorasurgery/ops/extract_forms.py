@@ -15,8 +15,8 @@ from lorasurgery.adapters.model_names.renames import memory_name, model_types
 from lorasurgery.checkpoint.inside import refuse_link
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.client import Client
-from lorasurgery.clients.finding import Setting
 from lorasurgery.clients.host import Host
+from lorasurgery.clients.issue import Setting
 from lorasurgery.clients.servers import SERVERS, findings
 from lorasurgery.linalg.rank import Budget
 from lorasurgery.ops.extract_options import Selection

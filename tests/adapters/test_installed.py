@@ -12,7 +12,7 @@ from torch import nn
 from lorasurgery.adapters.model_names.library import Installed, installed_model
 from lorasurgery.adapters.model_names.skeleton import skeleton_from
 from lorasurgery.clients.host import Host
-from lorasurgery.clients.names_tell import told_by_name
+from lorasurgery.clients.layer_kinds import told_by_name
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
