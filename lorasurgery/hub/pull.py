@@ -23,9 +23,8 @@ from lorasurgery.checkpoint.journal import new_token
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, load_bytes, locate
 from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.errors import FormatError
-from lorasurgery.hub.client import api, explained
+from lorasurgery.hub.client import WORKERS, Remote, api, explained
 from lorasurgery.hub.reference import Reference, parse_reference
-from lorasurgery.hub.remote import WORKERS, Remote
 from lorasurgery.report import Progress
 
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".py", "README.md", "LICENSE", "LICENSE.md", "NOTICE")
