@@ -11,7 +11,7 @@ from lorasurgery.clients.servers import SERVERS, findings
 from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.batch import find_adapters, run_each
-from lorasurgery.ops.planner import plan_edits
+from lorasurgery.ops.placement.plan import plan_edits
 from lorasurgery.ops.references import on_references
 from lorasurgery.report import Report
 

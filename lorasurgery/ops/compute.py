@@ -17,7 +17,7 @@ from lorasurgery.linalg.dora import decomposed, rescaled
 from lorasurgery.linalg.norms import row_blocks
 from lorasurgery.linalg.rounding import Rounding, Survival, add_updates, set_values
 from lorasurgery.lowrank import Update, widened
-from lorasurgery.ops.edits import Contribution, Edit
+from lorasurgery.ops.placement.edits import Contribution, Edit
 
 
 def apply_edit(

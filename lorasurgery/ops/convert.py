@@ -18,7 +18,7 @@ from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.convert_limits import check_place, check_sayable, check_whole
 from lorasurgery.ops.convert_options import Conversion, ConvertOptions
 from lorasurgery.ops.layout import check_name
-from lorasurgery.ops.planner import plan_edits
+from lorasurgery.ops.placement.plan import plan_edits
 from lorasurgery.ops.references import on_references
 from lorasurgery.report import ModuleReport, Progress, Report
 

@@ -25,8 +25,8 @@ from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE
 from lorasurgery.lowrank import Dense, LowRank, common, widened
 from lorasurgery.ops.compute import in_turn
-from lorasurgery.ops.edits import Contribution, Edit
-from lorasurgery.ops.planner import plan_edits
+from lorasurgery.ops.placement.edits import Contribution, Edit
+from lorasurgery.ops.placement.plan import plan_edits
 
 
 @dataclass(frozen=True)

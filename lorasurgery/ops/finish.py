@@ -15,8 +15,8 @@ from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rounding import Survival
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.carry import CONFIG, patched_config, write_carried
-from lorasurgery.ops.edits import Edit
-from lorasurgery.ops.quantized import is_narrow
+from lorasurgery.ops.placement.edits import Edit
+from lorasurgery.ops.placement.quantized import is_narrow
 from lorasurgery.ops.recorder import kept
 from lorasurgery.ops.undo_record import FOLDER, next_name, planned_record, stack, undo_folder, write_planned
 from lorasurgery.report import RECORD_NAME, ModuleReport, Report

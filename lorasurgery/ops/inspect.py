@@ -18,7 +18,7 @@ from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.module_location import place_of
 from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.odd import odd_in_adapter, odd_in_checkpoint
-from lorasurgery.ops.planner import plan_edits
+from lorasurgery.ops.placement.plan import plan_edits
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.undo_record import read_record, stack
 from lorasurgery.report import ModuleReport, Progress, Report, Spectrum, Stored

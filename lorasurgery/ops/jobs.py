@@ -27,7 +27,7 @@ from lorasurgery.linalg.norms import block_height
 from lorasurgery.linalg.rounding import Merger, Survival
 from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.compute import Turns, apply_edit, is_by_row, placed
-from lorasurgery.ops.edits import Edit
+from lorasurgery.ops.placement.edits import Edit
 from lorasurgery.ops.recorder import Recorder
 from lorasurgery.ops.undo_record import Stretch
 

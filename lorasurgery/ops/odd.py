@@ -14,7 +14,7 @@ from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import some
 from lorasurgery.module_location import place_of
-from lorasurgery.ops.quantized import scale_of
+from lorasurgery.ops.placement.quantized import scale_of
 
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 _LOUD, _FAINT = 8.0, 0.01  # scales beyond these are more often a mistake in alpha than meant

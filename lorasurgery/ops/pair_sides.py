@@ -17,7 +17,7 @@ from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, some
 from lorasurgery.module_location import Place, place_of
-from lorasurgery.ops.edits import size_of
+from lorasurgery.ops.placement.edits import size_of
 
 if TYPE_CHECKING:
     from lorasurgery.ops.extract_options import Selection

@@ -12,7 +12,7 @@ from lorasurgery.checkpoint.locate import load_bytes
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError
 from lorasurgery.ops.carry import CONFIG, tokenizer_files
-from lorasurgery.ops.edits import Edit, EditPlan, Replacement
+from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement
 from lorasurgery.report import RECORD_NAME
 
 

@@ -20,7 +20,7 @@ from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.engine.threads import own_stream
 from lorasurgery.linalg.undo import Corrections, Undoing
 from lorasurgery.ops.compute import placed
-from lorasurgery.ops.edits import Contribution, Edit
+from lorasurgery.ops.placement.edits import Contribution, Edit
 from lorasurgery.ops.undo_pack import is_kept_as_steps, pack_corrections, pack_difference
 from lorasurgery.ops.undo_record import Kept, Stretch
 

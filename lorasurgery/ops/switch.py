@@ -14,9 +14,9 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import MismatchError, UsageError, some
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
-from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.merge import check_weights, judge_retention, start_report
 from lorasurgery.ops.on_record import merged_names
+from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.rebased import Rebased
 from lorasurgery.ops.record import describe
 from lorasurgery.ops.references import on_references

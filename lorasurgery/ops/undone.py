@@ -16,8 +16,8 @@ from lorasurgery.checkpoint.header import TensorInfo, show
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.errors import FormatError, MismatchError, UsageError
-from lorasurgery.ops.block_weight import weighed_plan
-from lorasurgery.ops.edits import Edit
+from lorasurgery.ops.placement.block_weight import weighed_plan
+from lorasurgery.ops.placement.edits import Edit
 from lorasurgery.ops.undo_record import Stretch, UndoRecord
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import MismatchError, UsageError
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
-from lorasurgery.ops.block_weight import weighed_plan
-from lorasurgery.ops.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.merge import carry_out, check_weights, start_report
 from lorasurgery.ops.on_record import merged_weights
+from lorasurgery.ops.placement.block_weight import weighed_plan
+from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.targets import check_in_place, check_target, in_place_call, is_settled, settled
 from lorasurgery.ops.undo import about, record_to_undo

@@ -18,9 +18,9 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import UnsupportedError, UsageError, some
 from lorasurgery.module_location import place_of
-from lorasurgery.ops.block_weight import weighed_plan
 from lorasurgery.ops.merge import check_weights
-from lorasurgery.ops.planner import plan_edits
+from lorasurgery.ops.placement.block_weight import weighed_plan
+from lorasurgery.ops.placement.plan import plan_edits
 from lorasurgery.ops.references import on_references
 from lorasurgery.report import Progress, Report
 

@@ -18,8 +18,8 @@ from lorasurgery.engine.threads import team
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.undo import BITS, ordered
 from lorasurgery.ops.apply import Recipe
-from lorasurgery.ops.edits import EditPlan
 from lorasurgery.ops.jobs import Note, jobs_of
+from lorasurgery.ops.placement.edits import EditPlan
 from lorasurgery.ops.undo import match
 from lorasurgery.ops.undo_pack import is_kept_as_steps
 from lorasurgery.ops.undo_record import read_record, stack

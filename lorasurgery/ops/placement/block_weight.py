@@ -11,8 +11,8 @@ from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.ops.compose import Joint
-from lorasurgery.ops.edits import Contribution, Edit, EditPlan, size_of
-from lorasurgery.ops.planner import plan_edits
+from lorasurgery.ops.placement.edits import Contribution, Edit, EditPlan, size_of
+from lorasurgery.ops.placement.plan import plan_edits
 
 
 class Blocks:

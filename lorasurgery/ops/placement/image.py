@@ -14,7 +14,7 @@ from lorasurgery.adapters.image_names.dictionary import Dictionary, Slot
 from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError
-from lorasurgery.ops.edits import Contribution, Edit, EditPlan, size_of
+from lorasurgery.ops.placement.edits import Contribution, Edit, EditPlan, size_of
 
 
 class Placer:

@@ -11,10 +11,10 @@ from lorasurgery.adapters.model_names.projections import cuts_of
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError
-from lorasurgery.ops.edits import Edit, EditPlan, Replacement, RowReplacement, size_of
-from lorasurgery.ops.peft_placing import PeftPlacer
-from lorasurgery.ops.placing import Placer
-from lorasurgery.ops.quantized import scale_of
+from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement, RowReplacement, size_of
+from lorasurgery.ops.placement.image import Placer
+from lorasurgery.ops.placement.peft import PeftPlacer
+from lorasurgery.ops.placement.quantized import scale_of
 
 _COMPUTABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
