@@ -16,12 +16,12 @@ from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.linalg.methods import ELEMENTWISE
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.blend_options import BlendOptions
-from lorasurgery.ops.carry import not_followed
 from lorasurgery.ops.compose import Joint, Whole, base_models, join, whole_tensors
 from lorasurgery.ops.extract_report import rule_warning, total_error, worst
-from lorasurgery.ops.layout import check_name
+from lorasurgery.ops.factors.folders import find_adapters, run_each
+from lorasurgery.ops.factors.layout import check_name
+from lorasurgery.ops.factors.sidecars import not_followed
 from lorasurgery.ops.placement.block_weight import Blocks, weigh_joints
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run

@@ -10,7 +10,7 @@ from lorasurgery.clients.issue import Finding, Setting
 from lorasurgery.clients.servers import SERVERS, findings
 from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import UsageError
-from lorasurgery.ops.batch import find_adapters, run_each
+from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.placement.plan import plan_edits
 from lorasurgery.ops.references import on_references
 from lorasurgery.report import Report

@@ -31,9 +31,8 @@ from lorasurgery.lowrank import LowRank, Update
 from lorasurgery.ops.blend_options import BlendOptions
 from lorasurgery.ops.compose import Joint, Term
 from lorasurgery.ops.compose_write import Composed
-from lorasurgery.ops.factored import Factored, brought, unit_scale
-from lorasurgery.ops.spill import spill
-from lorasurgery.ops.workload import Workload
+from lorasurgery.ops.factors.factored import Factored, brought, unit_scale
+from lorasurgery.ops.factors.workload import Workload, spill
 from lorasurgery.report import ModuleReport, Progress
 
 BEYOND = "its update is beyond what float32 holds; look at its alphas and weights"

@@ -14,10 +14,10 @@ from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError
-from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.convert_limits import check_place, check_sayable, check_whole
 from lorasurgery.ops.convert_options import Conversion, ConvertOptions
-from lorasurgery.ops.layout import check_name
+from lorasurgery.ops.factors.folders import find_adapters, run_each
+from lorasurgery.ops.factors.layout import check_name
 from lorasurgery.ops.placement.plan import plan_edits
 from lorasurgery.ops.references import on_references
 from lorasurgery.report import ModuleReport, Progress, Report

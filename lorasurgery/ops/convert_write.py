@@ -20,7 +20,6 @@ from lorasurgery.linalg.norms import row_squares
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.blend import factor_dtype
 from lorasurgery.ops.blend_options import BlendOptions
-from lorasurgery.ops.carry import not_followed, tokenizer_files
 from lorasurgery.ops.compose import Joint, Term
 from lorasurgery.ops.compose_write import Composed
 from lorasurgery.ops.composition import Composition
@@ -28,7 +27,16 @@ from lorasurgery.ops.convert_modules import Assembly, Reduced, is_zero, join_vec
 from lorasurgery.ops.convert_options import Conversion
 from lorasurgery.ops.convert_whole import differences
 from lorasurgery.ops.extract_report import total_error
-from lorasurgery.ops.layout import Layout, by_part, check_name, loose_layout, peft_folder, peft_layout, write_layout
+from lorasurgery.ops.factors.layout import (
+    Layout,
+    by_part,
+    check_name,
+    loose_layout,
+    peft_folder,
+    peft_layout,
+    write_layout,
+)
+from lorasurgery.ops.factors.sidecars import not_followed, tokenizer_files
 from lorasurgery.report import ModuleReport, Progress, Report
 
 

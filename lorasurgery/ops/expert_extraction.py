@@ -15,8 +15,8 @@ from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.difference import Difference, Piece
-from lorasurgery.ops.expert_factors import ExpertFactors, Share, added, joined, summary
 from lorasurgery.ops.extract_options import ExtractOptions
+from lorasurgery.ops.factors.factored import ExpertFactors, Share, added, joined, summary
 from lorasurgery.ops.pairs import ExpertPair, Pair
 
 Fit = Callable[[int, Blocks, int], Fitted | None]

@@ -101,7 +101,7 @@ def _to_folder(
     report = plan_report(first, second, out, pairs, options.choice, dry_run)
     report.warnings += matched.notes
     if not dry_run:
-        from lorasurgery.ops.workload import named  # imports torch
+        from lorasurgery.ops.factors.workload import named  # imports torch
 
         chosen = resolve_device(device)
         report.device = str(chosen)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapters.model_names.cuts import Cut
 from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops.factored import Factored, Scaling
+from lorasurgery.ops.factors.factored import Factored, Scaling
 from lorasurgery.ops.pairs import Pair
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from lorasurgery.ops.extract_parts import (
     shape_of,
     surplus,
 )
-from lorasurgery.ops.factored import Factored, Scaling, file_bytes, fit, hold, too_small
+from lorasurgery.ops.factors.factored import Factored, Scaling, file_bytes, fit, hold, too_small
 from lorasurgery.ops.pairs import Pair
 from lorasurgery.report import ModuleReport
 

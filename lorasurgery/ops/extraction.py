@@ -30,15 +30,13 @@ from lorasurgery.linalg.svd import INFINITE, WORKSPACE, TruncatedSVD, batched_sv
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.difference import Difference, Found, Piece
 from lorasurgery.ops.expert_extraction import ExpertWork
-from lorasurgery.ops.expert_factors import ExpertFactors
 from lorasurgery.ops.extract_options import ExtractOptions
 from lorasurgery.ops.extract_report import LeftOut, Rounding
 from lorasurgery.ops.extract_write import AdapterDraft
-from lorasurgery.ops.factored import Factored, brought
+from lorasurgery.ops.factors.factored import ExpertFactors, Factored, brought
+from lorasurgery.ops.factors.workload import Spill, Step, Workload, named, spill
 from lorasurgery.ops.pairs import FACTORED, ExpertPair, Pair
-from lorasurgery.ops.spill import Spill, spill
 from lorasurgery.ops.verify_values import count_nonfinite
-from lorasurgery.ops.workload import Step, Workload, named
 from lorasurgery.report import ModuleReport, Progress
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from lorasurgery.checkpoint.plan import index_json
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rounding import Survival
 from lorasurgery.ops.apply import Recipe
-from lorasurgery.ops.carry import CONFIG, patched_config, write_carried
+from lorasurgery.ops.factors.sidecars import CONFIG, patched_config, write_carried
 from lorasurgery.ops.placement.edits import Edit
 from lorasurgery.ops.placement.quantized import is_narrow
 from lorasurgery.ops.recorder import kept

@@ -16,7 +16,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.module_location import place_of
-from lorasurgery.ops.batch import find_adapters, run_each
+from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.odd import odd_in_adapter, odd_in_checkpoint
 from lorasurgery.ops.placement.plan import plan_edits
 from lorasurgery.ops.references import on_references

@@ -15,7 +15,7 @@ from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import UsageError, some
 from lorasurgery.ops.apply import Recipe, Rounding, plan_files
-from lorasurgery.ops.carry import carried_files, not_followed
+from lorasurgery.ops.factors.sidecars import carried_files, not_followed
 from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.record import describe
 from lorasurgery.ops.references import on_references

@@ -17,9 +17,9 @@ from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import FormatError, OutputError, SurgeryError, UsageError, some
 from lorasurgery.hub import push as hub
 from lorasurgery.ops.base_name import check_base_model, local_bases, with_base_model
-from lorasurgery.ops.batch import find_adapters
 from lorasurgery.ops.card import make_card
 from lorasurgery.ops.card_reader import check_card
+from lorasurgery.ops.factors.folders import find_adapters
 from lorasurgery.report import Progress, Report
 
 Target = hub.Target

@@ -11,7 +11,7 @@ from lorasurgery.checkpoint.inside import to_read
 from lorasurgery.checkpoint.locate import load_bytes
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError
-from lorasurgery.ops.carry import CONFIG, tokenizer_files
+from lorasurgery.ops.factors.sidecars import CONFIG, tokenizer_files
 from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement
 from lorasurgery.report import RECORD_NAME
 

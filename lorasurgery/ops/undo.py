@@ -15,7 +15,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, SurgeryError, UsageError
 from lorasurgery.hub.reference import SCHEME, parse_reference
 from lorasurgery.ops.apply import Recipe
-from lorasurgery.ops.carry import CONFIG, carried_files, patched_config, tokenizer_files
+from lorasurgery.ops.factors.sidecars import CONFIG, carried_files, patched_config, tokenizer_files
 from lorasurgery.ops.undo_record import Merged, UndoRecord, digest, merged_adapter, read_record, stack
 from lorasurgery.report import RECORD_NAME
 

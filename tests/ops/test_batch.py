@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from lorasurgery.cli.main import main
 from lorasurgery.errors import OutputError, UsageError
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.batch import find_adapters, run_each
 from lorasurgery.ops.blend import rerank
 from lorasurgery.ops.check import check
+from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.inspect import inspect
 from lorasurgery.report import Report
 

@@ -20,8 +20,8 @@ from lorasurgery.linalg.rank import Budget, RankChoice
 from lorasurgery.ops import extraction
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.extraction import plan_groups
+from lorasurgery.ops.factors.workload import Workload
 from lorasurgery.ops.pairs import Pair, Treatment
-from lorasurgery.ops.workload import Workload
 from lorasurgery.report import Report
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
