@@ -27,7 +27,7 @@ KINDS = {
     "error of what is written": ("measure (lorasurgery/linalg/norms",),
     "thin orthogonalisation": ("linalg/krylov.py", "linalg/thin.py", "linalg/fit.py"),
     "norm of the difference": ("linalg/norms.py",),
-    "reading and subtracting": ("ops/difference.py", "read_at (", "read_all ("),
+    "reading and subtracting": ("ops/extraction/difference.py", "read_at (", "read_all ("),
     "merging: W + scale·B·A, rounded, measured": ("linalg/rounding.py", "lowrank.py"),
     "writing": ("checkpoint/files.py", "checkpoint/writer.py"),
     "other decomposition": ("linalg/svd.py", "ops/pair_work.py"),

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from lorasurgery.ops.convert_options import ConvertOptions as ConvertOptions
     from lorasurgery.ops.diff import diff as diff
     from lorasurgery.ops.extract import extract as extract
-    from lorasurgery.ops.extract_options import ExtractOptions as ExtractOptions
-    from lorasurgery.ops.extract_options import Selection as Selection
+    from lorasurgery.ops.extraction.options import ExtractOptions as ExtractOptions
+    from lorasurgery.ops.extraction.options import Selection as Selection
     from lorasurgery.ops.inspect import inspect as inspect
     from lorasurgery.ops.merge import merge as merge
     from lorasurgery.ops.plan import plan as plan

@@ -81,7 +81,7 @@ def command(
 def _options(
     target: tuple[str, ...], exclude: tuple[str, ...], full: tuple[str, ...], common: bool, **rest: Any
 ) -> Any:
-    from lorasurgery.ops.extract_options import DEFAULT_RANK, ExtractOptions, Selection
+    from lorasurgery.ops.extraction.options import DEFAULT_RANK, ExtractOptions, Selection
 
     choice = options.rank_choice(rest, DEFAULT_RANK)
     assert choice is not None

@@ -18,7 +18,7 @@ from lorasurgery.linalg.methods import ELEMENTWISE
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.blend_options import BlendOptions
 from lorasurgery.ops.compose import Joint, Whole, base_models, join, whole_tensors
-from lorasurgery.ops.extract_report import rule_warning, total_error, worst
+from lorasurgery.ops.extraction.report import rule_warning, total_error, worst
 from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.factors.layout import check_name
 from lorasurgery.ops.factors.sidecars import not_followed

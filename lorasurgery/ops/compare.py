@@ -13,7 +13,7 @@ from lorasurgery.checkpoint.header import DTYPE_BITS, TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.linalg.norms import norm_of
 from lorasurgery.lowrank import widened
-from lorasurgery.ops.difference import Difference
+from lorasurgery.ops.extraction.difference import Difference
 
 _BLOCK = 1 << 20  # elements: the block, its difference and both sides stay near the cache
 

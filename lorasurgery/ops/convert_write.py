@@ -26,7 +26,7 @@ from lorasurgery.ops.composition import Composition
 from lorasurgery.ops.convert_modules import Assembly, Reduced, is_zero, join_vectors, padded, plain_lora
 from lorasurgery.ops.convert_options import Conversion
 from lorasurgery.ops.convert_whole import differences
-from lorasurgery.ops.extract_report import total_error
+from lorasurgery.ops.extraction.report import total_error
 from lorasurgery.ops.factors.layout import (
     Layout,
     by_part,

@@ -15,10 +15,10 @@ from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.convert_limits import check_place
-from lorasurgery.ops.extract_forms import fit_pairs, host_of, narrowed, reservations, staged, to_file
-from lorasurgery.ops.extract_options import ExtractOptions
-from lorasurgery.ops.extract_report import add_excluded, plan_report, rule_warning, summarise, warning_of
-from lorasurgery.ops.pairs import Pair, group_experts, match_pairs
+from lorasurgery.ops.extraction.forms import fit_pairs, host_of, narrowed, reservations, staged, to_file
+from lorasurgery.ops.extraction.options import ExtractOptions
+from lorasurgery.ops.extraction.pairs import Pair, group_experts, match_pairs
+from lorasurgery.ops.extraction.report import add_excluded, plan_report, rule_warning, summarise, warning_of
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
 from lorasurgery.report import Progress, Report
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorasurgery.checkpoint.journal import Run
-    from lorasurgery.ops.extraction import Extraction
+    from lorasurgery.ops.extraction.decompose import Extraction
 
 
 @on_references("base", "tuned")
@@ -130,8 +130,8 @@ def _carry_out(
     pairs: Sequence[Pair], out: Path, overwrite: bool, limit: int | None, report: Report, progress: Progress | None,
 ) -> Extraction:  # fmt: skip
     """Do the work on as many ranks as there are; the first writes the adapter."""
-    from lorasurgery.ops.extract_write import write_adapter  # imports torch
-    from lorasurgery.ops.extraction import Extraction
+    from lorasurgery.ops.extraction.decompose import Extraction
+    from lorasurgery.ops.extraction.write import write_adapter  # imports torch
 
     job = Extraction(base, tuned, host, options, device, run, limit)
     run.ranks.wait()  # until all have seen the output as it was

@@ -14,8 +14,8 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import MismatchError, UsageError, some
 from lorasurgery.module_location import place_of
-from lorasurgery.ops.extract_options import DEFAULT_RANK, Selection
-from lorasurgery.ops.pairs import FACTORED, Pair, group_experts, plan_pairs
+from lorasurgery.ops.extraction.options import DEFAULT_RANK, Selection
+from lorasurgery.ops.extraction.pairs import FACTORED, Pair, group_experts, plan_pairs
 from lorasurgery.ops.references import on_references
 from lorasurgery.report import Planned, Report
 

@@ -21,7 +21,7 @@ from lorasurgery.errors import MismatchError, SurgeryError, UsageError
 from lorasurgery.linalg.rank import Budget, RankChoice
 from lorasurgery.ops.blend import rerank
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extract_options import Selection
+from lorasurgery.ops.extraction.options import Selection
 from lorasurgery.ops.merge import merge
 
 # Families whose own renames PEFT 0.21.2 trips over (laguna's shared_expert), or that pack other tensors on loading

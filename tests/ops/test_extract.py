@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extract_options import Selection
+from lorasurgery.ops.extraction.options import Selection
 from lorasurgery.ops.merge import merge
 
 FULL = ExtractOptions(RankChoice(rank=64))

@@ -17,11 +17,11 @@ from lorasurgery.engine.pipeline import Flow
 from lorasurgery.engine.ranks import Ranks
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rank import Budget, RankChoice
-from lorasurgery.ops import extraction
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extraction import plan_groups
+from lorasurgery.ops.extraction.decompose import decompose as extraction
+from lorasurgery.ops.extraction.decompose import plan_groups
+from lorasurgery.ops.extraction.pairs import Pair, Treatment
 from lorasurgery.ops.factors.workload import Workload
-from lorasurgery.ops.pairs import Pair, Treatment
 from lorasurgery.report import Report
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -20,7 +20,7 @@ from lorasurgery.adapters.model_names.cuts import Cut, numbered, read_cuts
 from lorasurgery.errors import MismatchError
 from lorasurgery.linalg.rank import Budget, RankChoice
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extract_options import Selection
+from lorasurgery.ops.extraction.options import Selection
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.unmerge import unmerge
 from lorasurgery.ops.verify import verify

@@ -19,10 +19,10 @@ from lorasurgery.adapters.model_names.patterns import any_match, exclude_only
 from lorasurgery.cli.main import main
 from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops import extraction
 from lorasurgery.ops.diff import diff
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extract_options import Selection
+from lorasurgery.ops.extraction.decompose import decompose as extraction
+from lorasurgery.ops.extraction.options import Selection
 from lorasurgery.ops.merge import merge
 from lorasurgery.report import Report
 

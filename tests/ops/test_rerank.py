@@ -17,7 +17,7 @@ from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rank import Budget, RankChoice
 from lorasurgery.ops.blend import BlendOptions, blend, rerank
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extract_options import Selection
+from lorasurgery.ops.extraction.options import Selection
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from lorasurgery.engine import runtime
 from lorasurgery.errors import MismatchError, SurgeryError
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops import extraction
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extract_options import Selection
+from lorasurgery.ops.extraction.decompose import decompose as extraction
+from lorasurgery.ops.extraction.options import Selection
 from lorasurgery.report import Report
 
 LAYERS = 3

@@ -22,8 +22,8 @@ from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import Ranks
 from lorasurgery.ops.apply import Recipe, plan_files
-from lorasurgery.ops.extract_options import Selection
-from lorasurgery.ops.pairs import group_experts, plan_pairs
+from lorasurgery.ops.extraction.options import Selection
+from lorasurgery.ops.extraction.pairs import group_experts, plan_pairs
 from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.stream import _share
 
@@ -332,7 +332,7 @@ _EXTRACT = """
 import torch
 before = peak()
 from lorasurgery import ExtractOptions, RankChoice, extract
-from lorasurgery.ops.pairs import Selection
+from lorasurgery.ops.extraction.pairs import Selection
 base, tuned, out, target, limit = sys.argv[1:]
 options = ExtractOptions(RankChoice(rank=4), Selection(target=(target,)))
 report = extract(base, tuned, out, options, device="cpu", memory_limit=int(limit) or None)

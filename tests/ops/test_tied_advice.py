@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from lorasurgery import ExtractOptions, RankChoice, extract
-from lorasurgery.ops.extract_options import Selection
+from lorasurgery.ops.extraction.options import Selection
 
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "ProphetNetForCausalLM", "T5Gemma2ForConditionalGeneration"])

@@ -17,7 +17,7 @@ from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.blend import BlendOptions, blend, rerank
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extract_options import Selection
+from lorasurgery.ops.extraction.options import Selection
 from lorasurgery.ops.inspect import inspect
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.unmerge import unmerge

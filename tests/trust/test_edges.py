@@ -78,7 +78,7 @@ def test_a_difference_that_float32_does_not_hold(tmp_path: Path) -> None:
         SurgeryError, match=r"q_proj\.weight: the two checkpoints are further apart than float32 can tell"
     ):
         extract(base, tuned, tmp_path / "o")
-    from lorasurgery.ops.extract_options import Selection
+    from lorasurgery.ops.extraction.options import Selection
 
     extract(base, tuned, tmp_path / "o", ExtractOptions(selection=Selection(exclude=("q_proj",))))
 

@@ -23,7 +23,7 @@ from lorasurgery.cli.main import main
 from lorasurgery.errors import UsageError
 from lorasurgery.nn import apply_lora
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extract_options import Selection
+from lorasurgery.ops.extraction.options import Selection
 
 NAMES = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")]
 

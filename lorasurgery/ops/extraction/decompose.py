@@ -28,19 +28,19 @@ from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.rounding import step_at_one
 from lorasurgery.linalg.svd import INFINITE, WORKSPACE, TruncatedSVD, batched_svd, finite, may_round, truncated_svd
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops.difference import Difference, Found, Piece
-from lorasurgery.ops.expert_extraction import ExpertWork
-from lorasurgery.ops.extract_options import ExtractOptions
-from lorasurgery.ops.extract_report import LeftOut, Rounding
-from lorasurgery.ops.extract_write import AdapterDraft
+from lorasurgery.ops.extraction.difference import Difference, Found, Piece
+from lorasurgery.ops.extraction.experts import ExpertWork
+from lorasurgery.ops.extraction.options import ExtractOptions
+from lorasurgery.ops.extraction.pairs import FACTORED, ExpertPair, Pair
+from lorasurgery.ops.extraction.report import LeftOut, Rounding
+from lorasurgery.ops.extraction.write import AdapterDraft
 from lorasurgery.ops.factors.factored import ExpertFactors, Factored, brought
 from lorasurgery.ops.factors.workload import Spill, Step, Workload, named, spill
-from lorasurgery.ops.pairs import FACTORED, ExpertPair, Pair
 from lorasurgery.ops.verify_values import count_nonfinite
 from lorasurgery.report import ModuleReport, Progress
 
 if TYPE_CHECKING:
-    from lorasurgery.ops.extract_options import Method
+    from lorasurgery.ops.extraction.options import Method
 
 MEASURED = 32 << 20  # bytes at a time of a difference of which only the norm is wanted
 TURNED = ("conv1d", "embedding")  # of which PEFT's factors are those of the transposed tensor

@@ -12,7 +12,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.peft_load import Problem
 from lorasurgery.errors import some
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.pairs import FACTORED, Pair
+from lorasurgery.ops.extraction.pairs import FACTORED, Pair
 from lorasurgery.report import ModuleReport, Report, percent
 
 

@@ -14,10 +14,10 @@ from lorasurgery.linalg.norms import losses, ranged, residual_norm, squared_norm
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops.difference import Difference, Piece
-from lorasurgery.ops.extract_options import ExtractOptions
+from lorasurgery.ops.extraction.difference import Difference, Piece
+from lorasurgery.ops.extraction.options import ExtractOptions
+from lorasurgery.ops.extraction.pairs import ExpertPair, Pair
 from lorasurgery.ops.factors.factored import ExpertFactors, Share, added, joined, summary
-from lorasurgery.ops.pairs import ExpertPair, Pair
 
 Fit = Callable[[int, Blocks, int], Fitted | None]
 """(expert, M, k) -> factors of its ΔW = 2^k·M, or None where nothing is left of it."""

@@ -20,7 +20,7 @@ from lorasurgery.module_location import Place, place_of
 from lorasurgery.ops.placement.edits import size_of
 
 if TYPE_CHECKING:
-    from lorasurgery.ops.extract_options import Selection
+    from lorasurgery.ops.extraction.options import Selection
 
 
 class Sides:

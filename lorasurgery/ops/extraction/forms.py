@@ -19,8 +19,8 @@ from lorasurgery.clients.host import Host
 from lorasurgery.clients.issue import Setting
 from lorasurgery.clients.servers import SERVERS, findings
 from lorasurgery.linalg.rank import Budget
-from lorasurgery.ops.extract_options import Selection
-from lorasurgery.ops.pairs import FACTORED, Pair, Treatment
+from lorasurgery.ops.extraction.options import Selection
+from lorasurgery.ops.extraction.pairs import FACTORED, Pair, Treatment
 from lorasurgery.report import Report
 
 _EXPERT = re.compile(r"\.experts\.")
