@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lorasurgery.lowrank import LowRank as LowRank
     from lorasurgery.ops.blend import blend as blend
     from lorasurgery.ops.blend import rerank as rerank
-    from lorasurgery.ops.blend_options import BlendOptions as BlendOptions
+    from lorasurgery.ops.blending.options import BlendOptions as BlendOptions
     from lorasurgery.ops.check import check as check
     from lorasurgery.ops.convert import convert as convert
     from lorasurgery.ops.convert_options import ConvertOptions as ConvertOptions

@@ -50,7 +50,7 @@ def command(
       lorasurgery blend a b c --normalize --budget 100MB -o mean
     """
     from lorasurgery.ops.blend import blend
-    from lorasurgery.ops.blend_options import BlendOptions
+    from lorasurgery.ops.blending.options import BlendOptions
 
     ending = Ending.take(chosen, dry_run=dry_run)
     choice = options.rank_choice(chosen)

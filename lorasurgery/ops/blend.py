@@ -16,8 +16,8 @@ from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.linalg.methods import ELEMENTWISE
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.blend_options import BlendOptions
-from lorasurgery.ops.compose import Joint, Whole, base_models, join, whole_tensors
+from lorasurgery.ops.blending.join import Joint, Whole, base_models, join, whole_tensors
+from lorasurgery.ops.blending.options import BlendOptions
 from lorasurgery.ops.extraction.report import rule_warning, total_error, worst
 from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.factors.layout import check_name
@@ -28,7 +28,7 @@ from lorasurgery.ops.resume import start_run
 from lorasurgery.report import ModuleReport, Progress, Report
 
 if TYPE_CHECKING:
-    from lorasurgery.ops.compose_write import Composed
+    from lorasurgery.ops.blending.write import Composed
 
 _WORTH_SAYING = 1e-4  # below this error, where it lies is of no use to anyone
 
@@ -98,8 +98,8 @@ def _run(
     options: BlendOptions, blocks: Blocks | None, device: str, out: Path, overwrite: bool, resume: bool,
     progress: Progress | None,
 ) -> None:  # fmt: skip
-    from lorasurgery.ops.compose_write import Composed
-    from lorasurgery.ops.composition import Composition  # imports torch
+    from lorasurgery.ops.blending.combine import Composition  # imports torch
+    from lorasurgery.ops.blending.write import Composed
 
     chosen = resolve_device(device)
     report.device = str(chosen)
@@ -128,7 +128,7 @@ def _run(
 
 def _finish(draft: Composed, options: BlendOptions, budget: int | None, output: Output) -> None:
     """Cut and pad the modules when all of them are known, and write them."""
-    from lorasurgery.ops.compose_write import first_keys
+    from lorasurgery.ops.blending.write import first_keys
 
     if budget:
         draft.spend(budget, uniform=options.uniform_rank)

@@ -19,10 +19,10 @@ from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.norms import row_squares
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.blend import factor_dtype
-from lorasurgery.ops.blend_options import BlendOptions
-from lorasurgery.ops.compose import Joint, Term
-from lorasurgery.ops.compose_write import Composed
-from lorasurgery.ops.composition import Composition
+from lorasurgery.ops.blending.combine import Composition
+from lorasurgery.ops.blending.join import Joint, Term
+from lorasurgery.ops.blending.options import BlendOptions
+from lorasurgery.ops.blending.write import Composed
 from lorasurgery.ops.convert_modules import Assembly, Reduced, is_zero, join_vectors, padded, plain_lora
 from lorasurgery.ops.convert_options import Conversion
 from lorasurgery.ops.convert_whole import differences

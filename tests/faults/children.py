@@ -13,7 +13,7 @@ from typing import Any
 
 _PATIENCE = 600  # seconds, after which something counts as hanging
 _PRELOADED = ["lorasurgery.cli.main", "lorasurgery.ops.stream", "lorasurgery.ops.extraction.decompose", "lorasurgery.ops.in_place",
-              "lorasurgery.ops.composition", "children"]  # fmt: skip
+              "lorasurgery.ops.blending.combine", "children"]  # fmt: skip
 
 
 class Child:

@@ -16,7 +16,8 @@ from lorasurgery.linalg import undo
 from lorasurgery.linalg.blocks import InMemory, Streamed, times, transposed_times
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.rounding import Merger
-from lorasurgery.ops import composition, jobs
+from lorasurgery.ops import jobs
+from lorasurgery.ops.blending import combine as composition
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.extraction.decompose import decompose as extraction
 from lorasurgery.ops.extraction.decompose import difference

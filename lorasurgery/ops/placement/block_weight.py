@@ -10,7 +10,7 @@ from lorasurgery.adapters.image_names.blocks import BlockWeights, check_patterns
 from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, UnsupportedError
-from lorasurgery.ops.compose import Joint
+from lorasurgery.ops.blending.join import Joint
 from lorasurgery.ops.placement.edits import Contribution, Edit, EditPlan, size_of
 from lorasurgery.ops.placement.plan import plan_edits
 

@@ -11,7 +11,7 @@ from lorasurgery.adapters.adapter import Adapter, Module
 from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.adapters.single_file.write import LooseFile
 from lorasurgery.checkpoint.output import Output
-from lorasurgery.ops.compose import Joint, Whole
+from lorasurgery.ops.blending.join import Joint, Whole
 from lorasurgery.ops.factors.factored import Factored, fit, hold, unit_scale
 from lorasurgery.ops.factors.layout import Layout, loose_layout, peft_layout, write_layout
 from lorasurgery.ops.factors.sidecars import tokenizer_files

@@ -28,9 +28,9 @@ from lorasurgery.linalg.rank import EVERYTHING, RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE
 from lorasurgery.lowrank import LowRank, Update
-from lorasurgery.ops.blend_options import BlendOptions
-from lorasurgery.ops.compose import Joint, Term
-from lorasurgery.ops.compose_write import Composed
+from lorasurgery.ops.blending.join import Joint, Term
+from lorasurgery.ops.blending.options import BlendOptions
+from lorasurgery.ops.blending.write import Composed
 from lorasurgery.ops.factors.factored import Factored, brought, unit_scale
 from lorasurgery.ops.factors.workload import Workload, spill
 from lorasurgery.report import ModuleReport, Progress
