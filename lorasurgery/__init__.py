@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from lorasurgery.ops.blend import rerank as rerank
     from lorasurgery.ops.blending.options import BlendOptions as BlendOptions
     from lorasurgery.ops.check import check as check
+    from lorasurgery.ops.conversion.options import ConvertOptions as ConvertOptions
     from lorasurgery.ops.convert import convert as convert
-    from lorasurgery.ops.convert_options import ConvertOptions as ConvertOptions
     from lorasurgery.ops.diff import diff as diff
     from lorasurgery.ops.extract import extract as extract
     from lorasurgery.ops.extraction.options import ExtractOptions as ExtractOptions

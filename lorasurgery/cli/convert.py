@@ -49,8 +49,8 @@ def command(
       lorasurgery convert adapter --to peft --portable -o portable       # for any server
       lorasurgery convert dora --to peft --portable --base llama --rank 64 -o plain
     """
+    from lorasurgery.ops.conversion.options import ConvertOptions
     from lorasurgery.ops.convert import convert
-    from lorasurgery.ops.convert_options import ConvertOptions
 
     chosen = ConvertOptions(to, portable, dtype, rank)  # type: ignore[arg-type]
     ending = Ending.take(told, dry_run=dry_run)

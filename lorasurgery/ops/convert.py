@@ -14,8 +14,8 @@ from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError
-from lorasurgery.ops.convert_limits import check_place, check_sayable, check_whole
-from lorasurgery.ops.convert_options import Conversion, ConvertOptions
+from lorasurgery.ops.conversion.limits import check_place, check_sayable, check_whole
+from lorasurgery.ops.conversion.options import Conversion, ConvertOptions
 from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.factors.layout import check_name
 from lorasurgery.ops.placement.plan import plan_edits
@@ -82,7 +82,7 @@ def convert_adapter(
                      "modules": len(plan.targets), "matched": plan.matched}  # fmt: skip
     report.summary = f"{opened.format} to {options.to}: {len(opened.deltas)} modules become {len(plan.targets)}"
     if not dry_run:
-        from lorasurgery.ops.convert_write import carry_out  # imports torch
+        from lorasurgery.ops.conversion.write import carry_out  # imports torch
 
         report.device = str(resolve_device(device))
         carry_out(plan, report, out, overwrite, progress)

@@ -14,7 +14,7 @@ from lorasurgery.clients.host import Host
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import UsageError
-from lorasurgery.ops.convert_limits import check_place
+from lorasurgery.ops.conversion.limits import check_place
 from lorasurgery.ops.extraction.forms import fit_pairs, host_of, narrowed, reservations, staged, to_file
 from lorasurgery.ops.extraction.options import ExtractOptions
 from lorasurgery.ops.extraction.pairs import Pair, group_experts, match_pairs

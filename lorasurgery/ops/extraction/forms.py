@@ -149,8 +149,8 @@ def to_file(
     budget: Budget | None = None,
 ) -> None:  # fmt: skip
     """Turn the PEFT folder into the client's file, and let go of the folder."""
+    from lorasurgery.ops.conversion.options import ConvertOptions
     from lorasurgery.ops.convert import convert_adapter
-    from lorasurgery.ops.convert_options import ConvertOptions
 
     assert client.file
     try:

@@ -13,7 +13,7 @@ from lorasurgery.clients.client import CLIENTS
 from lorasurgery.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from lorasurgery.ops.convert_options import Conversion
+    from lorasurgery.ops.conversion.options import Conversion
 
 
 def check_place(
