@@ -111,7 +111,9 @@ def kill_after(name: str, folder: Path, out: Path, tensors: int, seconds: float,
         Whether it was still at work.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lorasurgery.ops.stream", "lorasurgery.ops.extraction.decompose", "long_runs"])
+    context.set_forkserver_preload(
+        ["lorasurgery.ops.merging.stream", "lorasurgery.ops.extraction.decompose", "long_runs"]
+    )
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_slowly, args=(name, folder, out, theirs, more))
     process.start()

@@ -17,10 +17,10 @@ from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import SurgeryError, UsageError
 from lorasurgery.module_location import place_of
 from lorasurgery.ops.factors.folders import find_adapters, run_each
+from lorasurgery.ops.merging.undo.record import read_undo_record, stack
 from lorasurgery.ops.odd import odd_in_adapter, odd_in_checkpoint
 from lorasurgery.ops.placement.plan import plan_edits
 from lorasurgery.ops.references import on_references
-from lorasurgery.ops.undo_record import read_record, stack
 from lorasurgery.report import ModuleReport, Progress, Report, Spectrum, Stored
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def inspect_checkpoint(path: str | Path) -> Report:
         for t in model.tensors.values()
     ]  # fmt: skip
     report.totals = _totals(model)
-    report.totals["undo"] = [[a.name for a in read_record(p).adapters] for p in stack(Path(path))]
+    report.totals["undo"] = [[a.name for a in read_undo_record(p).adapters] for p in stack(Path(path))]
     about = unfinished(Path(path))
     if about is not None:
         report.totals["unfinished"] = str(about.get("call", ""))

@@ -14,14 +14,21 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import UsageError, some
-from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.factors.sidecars import carried_files, not_followed
+from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
+from lorasurgery.ops.merging.targets import (
+    check_in_place,
+    check_target,
+    in_place_call,
+    is_settled,
+    record_file,
+    settled,
+)
+from lorasurgery.ops.merging.undo.select import about, before_in_place, begin_record, files_changed, files_in_place
 from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.record import describe
 from lorasurgery.ops.references import on_references
 from lorasurgery.ops.resume import start_run
-from lorasurgery.ops.targets import check_in_place, check_target, in_place_call, is_settled, record_file, settled
-from lorasurgery.ops.undo import about, before_in_place, begin_record, files_changed, files_in_place
 from lorasurgery.report import Progress, Report
 
 if TYPE_CHECKING:
@@ -122,7 +129,7 @@ def _inside(
     progress: Progress | None, *, resume: bool,
 ) -> None:  # fmt: skip
     """Merge inside the base's own files."""
-    from lorasurgery.ops.in_place import run_in_place  # imports torch
+    from lorasurgery.ops.merging.in_place import run_in_place  # imports torch
 
     report.sources = [source for path in report.inputs for source in describe(path, report.warnings)]
     files = files_in_place(recipe)
@@ -142,7 +149,7 @@ def carry_out(
     Args:
         options: What decides the result besides the recipe's own.
     """
-    from lorasurgery.ops.stream import run  # imports torch
+    from lorasurgery.ops.merging.stream import run  # imports torch
 
     source = recipe.companion
     if recipe.out.suffix != ".safetensors" and not source.is_file:

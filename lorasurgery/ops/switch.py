@@ -13,17 +13,23 @@ from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import MismatchError, UsageError, some
-from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.merge import check_weights, judge_retention, start_report
-from lorasurgery.ops.on_record import merged_names
+from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
+from lorasurgery.ops.merging.targets import Rebased, check_in_place, in_place_call, is_settled, record_file, settled
+from lorasurgery.ops.merging.undo.record import top_record
+from lorasurgery.ops.merging.undo.select import (
+    about,
+    adapters_of,
+    before_in_place,
+    begin_record,
+    files_in_place,
+    merged_names,
+    record_to_undo,
+)
+from lorasurgery.ops.merging.undo.view import Undone
 from lorasurgery.ops.placement.block_weight import weighed_plan
-from lorasurgery.ops.rebased import Rebased
 from lorasurgery.ops.record import describe
 from lorasurgery.ops.references import on_references
-from lorasurgery.ops.targets import check_in_place, in_place_call, is_settled, record_file, settled
-from lorasurgery.ops.undo import about, adapters_of, before_in_place, begin_record, files_in_place, record_to_undo
-from lorasurgery.ops.undo_record import top_record
-from lorasurgery.ops.undone import Undone
 from lorasurgery.report import RECORD_NAME, Progress, Report
 
 if TYPE_CHECKING:
@@ -123,7 +129,7 @@ def _carry_out(
     progress: Progress | None, *, add: bool, resume: bool,
 ) -> None:  # fmt: skip
     """Change the files, and keep what undoing it needs."""
-    from lorasurgery.ops.in_place import run_in_place  # imports torch
+    from lorasurgery.ops.merging.in_place import run_in_place  # imports torch
 
     report.sources = [source for item in report.inputs for source in describe(item, report.warnings)]
     assert recipe.undo is not None

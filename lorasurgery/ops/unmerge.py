@@ -14,16 +14,15 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import MismatchError, UsageError
-from lorasurgery.ops.apply import Recipe, Rounding, plan_files
 from lorasurgery.ops.merge import carry_out, check_weights, start_report
-from lorasurgery.ops.on_record import merged_weights
+from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
+from lorasurgery.ops.merging.targets import check_in_place, check_target, in_place_call, is_settled, settled
+from lorasurgery.ops.merging.undo.record import UndoRecord
+from lorasurgery.ops.merging.undo.select import about, merged_weights, record_to_undo
+from lorasurgery.ops.merging.undo.view import Undone
 from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.references import on_references
-from lorasurgery.ops.targets import check_in_place, check_target, in_place_call, is_settled, settled
-from lorasurgery.ops.undo import about, record_to_undo
-from lorasurgery.ops.undo_record import UndoRecord
-from lorasurgery.ops.undone import Undone
 from lorasurgery.report import ModuleReport, Progress, Report
 
 
@@ -54,7 +53,7 @@ def undo_merge(
         name = record.path.name if record.path else ""
         options: dict[str, Any] = {"record": name, "max_shard_size": recipe.max_shard_size}
         if in_place:
-            from lorasurgery.ops.in_place import run_in_place  # imports torch
+            from lorasurgery.ops.merging.in_place import run_in_place  # imports torch
 
             report.sources = []
             identity = about(in_place_call(report), adapters, chosen.type, **options)

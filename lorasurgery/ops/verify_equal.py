@@ -17,12 +17,12 @@ from lorasurgery.engine.pipeline import Flow
 from lorasurgery.engine.threads import team
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.undo import BITS, ordered
-from lorasurgery.ops.apply import Recipe
-from lorasurgery.ops.jobs import Note, jobs_of
+from lorasurgery.ops.merging.recipe import Recipe
+from lorasurgery.ops.merging.tensor_jobs import Note, jobs_of
+from lorasurgery.ops.merging.undo.record import read_undo_record, stack
+from lorasurgery.ops.merging.undo.recorder import is_kept_as_steps
+from lorasurgery.ops.merging.undo.select import match
 from lorasurgery.ops.placement.edits import EditPlan
-from lorasurgery.ops.undo import match
-from lorasurgery.ops.undo_pack import is_kept_as_steps
-from lorasurgery.ops.undo_record import read_record, stack
 from lorasurgery.ops.verify_values import as_before, as_merged
 from lorasurgery.report import Checked, Report
 
@@ -39,7 +39,7 @@ def has_true_record(
     found = stack(Path(model.path))
     if not found or not adapters:
         return False
-    record = read_record(found[-1])
+    record = read_undo_record(found[-1])
     try:
         ordered_adapters = match(record, adapters, found)
     except SurgeryError:

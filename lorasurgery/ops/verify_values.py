@@ -15,7 +15,7 @@ from lorasurgery.engine.threads import each, team
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rounding import is_finite
 from lorasurgery.lowrank import widened
-from lorasurgery.ops.undo_record import UndoRecord, read_record, stack
+from lorasurgery.ops.merging.undo.record import UndoRecord, read_undo_record, stack
 from lorasurgery.report import Checked, Progress, Report
 
 _PIECE = 8 << 20
@@ -64,7 +64,7 @@ def check_records(model: Checkpoint) -> list[str]:
     paths = stack(Path(model.path))
     for i, path in enumerate(paths):
         try:
-            record = read_record(path)
+            record = read_undo_record(path)
             if i == len(paths) - 1:
                 found += [f"{path.name}: {text}" for text in changed_since(model, record)]
         except SurgeryError as problem:

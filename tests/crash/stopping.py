@@ -21,7 +21,7 @@ from lorasurgery.checkpoint.inplace import transaction as surgery
 from lorasurgery.errors import SurgeryError
 
 _BATCH = 80_000  # bytes: two of the world's tensors and some more
-_PRELOAD = ["lorasurgery.ops.stream", "lorasurgery.ops.extraction.decompose", "lorasurgery.ops.in_place", "long_runs", "cases",
+_PRELOAD = ["lorasurgery.ops.merging.stream", "lorasurgery.ops.extraction.decompose", "lorasurgery.ops.merging.in_place", "long_runs", "cases",
             "instrument"]  # fmt: skip
 
 

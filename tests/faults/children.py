@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _PATIENCE = 600  # seconds, after which something counts as hanging
-_PRELOADED = ["lorasurgery.cli.main", "lorasurgery.ops.stream", "lorasurgery.ops.extraction.decompose", "lorasurgery.ops.in_place",
+_PRELOADED = ["lorasurgery.cli.main", "lorasurgery.ops.merging.stream", "lorasurgery.ops.extraction.decompose", "lorasurgery.ops.merging.in_place",
               "lorasurgery.ops.blending.combine", "children"]  # fmt: skip
 
 

@@ -20,10 +20,10 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import FormatError
 from lorasurgery.linalg.undo import Corrections
+from lorasurgery.ops.merging.undo.record import read_undo_record
+from lorasurgery.ops.merging.undo.recorder import pack_corrections, unpack_corrections, unpack_difference
+from lorasurgery.ops.merging.undo.view import Undone
 from lorasurgery.ops.record import read_record
-from lorasurgery.ops.undo_pack import pack_corrections, unpack_corrections, unpack_difference
-from lorasurgery.ops.undo_record import read_record as read_undo
-from lorasurgery.ops.undone import Undone
 from lorasurgery.ops.unmerge import unmerge
 
 
@@ -41,7 +41,7 @@ def undo_record(files: Files, rng: random.Random, folder: Path) -> Work:
     path.write_bytes(bytes_of(header_, about + kept))
 
     def read() -> None:
-        record = read_undo(path)
+        record = read_undo_record(path)
         if len(record.adapters) != 1:  # they would not match those given
             return
         undone = Undone(Checkpoint.open(merged), record, [open_adapter(files.adapter)], torch.device("cpu"))

@@ -18,8 +18,8 @@ from hostile_mutate import nested
 from lorasurgery.checkpoint.inplace.recover import settle_first, unfinished
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import FormatError, MismatchError
-from lorasurgery.ops.undo_pack import unpack_corrections, unpack_difference
-from lorasurgery.ops.undo_record import read_record
+from lorasurgery.ops.merging.undo.record import read_undo_record
+from lorasurgery.ops.merging.undo.recorder import unpack_corrections, unpack_difference
 
 SHARD = "model-00001-of-00002.safetensors"
 
@@ -104,9 +104,9 @@ def test_records_that_are_none(raw: bytes, files: Files, tmp_path: Path) -> None
     path = Path(shutil.copy(files.merged / "lorasurgery-undo" / "0001.safetensors", tmp_path))
     forge(path, raw)
     with within(), pytest.raises(FormatError, match=r"0001\.safetensors: is a damaged"):
-        read_record(path)
+        read_undo_record(path)
     with pytest.raises(FormatError, match="is no undo record"):
-        read_record(files.base / SHARD)
+        read_undo_record(files.base / SHARD)
 
 
 def test_packed_bombs_are_not_unpacked() -> None:

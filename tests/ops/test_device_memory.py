@@ -16,12 +16,12 @@ from lorasurgery.linalg import undo
 from lorasurgery.linalg.blocks import InMemory, Streamed, times, transposed_times
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.rounding import Merger
-from lorasurgery.ops import jobs
 from lorasurgery.ops.blending import combine as composition
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.extraction.decompose import decompose as extraction
 from lorasurgery.ops.extraction.decompose import difference
 from lorasurgery.ops.merge import merge
+from lorasurgery.ops.merging import tensor_jobs as jobs
 from lorasurgery.ops.unmerge import unmerge
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
@@ -138,7 +138,7 @@ def test_merge_by_rows(
 
 def test_merge_of_a_whole_tensor(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor that is merged as a whole goes to the CPU at once."""
-    monkeypatch.setattr("lorasurgery.ops.jobs.is_by_rows", lambda *_, **__: False)
+    monkeypatch.setattr("lorasurgery.ops.merging.tensor_jobs.is_by_rows", lambda *_, **__: False)
     merge(folder / "base", [folder / "adapter"], tmp_path / "whole")
     full_at(monkeypatch, jobs, "apply_edit", First(1, lambda base, edit, tensor, *_, **__: tensor.name))
     report = merge(folder / "base", [folder / "adapter"], tmp_path / "full")

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError
-from lorasurgery.ops import jobs
 from lorasurgery.ops.merge import merge
+from lorasurgery.ops.merging import tensor_jobs as jobs
 from lorasurgery.ops.unmerge import unmerge
 
 

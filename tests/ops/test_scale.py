@@ -21,11 +21,11 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import Ranks
-from lorasurgery.ops.apply import Recipe, plan_files
 from lorasurgery.ops.extraction.options import Selection
 from lorasurgery.ops.extraction.pairs import group_experts, plan_pairs
+from lorasurgery.ops.merging.recipe import Recipe, plan_files
+from lorasurgery.ops.merging.stream import _share
 from lorasurgery.ops.placement.block_weight import weighed_plan
-from lorasurgery.ops.stream import _share
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="neither sparse files nor peak memory as here")
 

@@ -23,9 +23,9 @@ from lorasurgery.linalg import undo as arithmetic
 from lorasurgery.linalg.rounding import add_updates
 from lorasurgery.linalg.undo import Undoing
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops import jobs
 from lorasurgery.ops.merge import merge
-from lorasurgery.ops.undo_pack import pack_corrections, unpack_corrections
+from lorasurgery.ops.merging import tensor_jobs as jobs
+from lorasurgery.ops.merging.undo.recorder import pack_corrections, unpack_corrections
 from lorasurgery.ops.unmerge import unmerge
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]

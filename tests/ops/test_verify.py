@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from lorasurgery.cli.main import main
 from lorasurgery.ops.merge import merge
-from lorasurgery.ops.undo_record import read_record
+from lorasurgery.ops.merging.undo.record import read_undo_record
 from lorasurgery.ops.verify import verify
 from lorasurgery.report import Checked
 
@@ -195,7 +195,7 @@ def test_a_forged_record_is_not_believed(made: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "m", against=made / "base", adapters=[made / "adapter"]).totals["equal"] == "bits"
     one_value(tmp_path / "m")
     record = tmp_path / "m/lorasurgery-undo/0001.safetensors"
-    old, tensors = read_record(record), load_file(record)
+    old, tensors = read_undo_record(record), load_file(record)
     about = json.loads(bytes(tensors["about"].tolist()))
     for stretch, raw in zip(old.tensors[NAME].stretches, about["tensors"][NAME]["stretches"], strict=True):
         found = bytes(load_file(tmp_path / "m" / FIRST)[NAME].reshape(-1).view(torch.uint8).tolist())

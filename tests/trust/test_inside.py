@@ -22,8 +22,8 @@ from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import FormatError, OutputError, SurgeryError
 from lorasurgery.ops.inspect import inspect
 from lorasurgery.ops.merge import merge
+from lorasurgery.ops.merging.undo.record import read_undo_record
 from lorasurgery.ops.switch import switch
-from lorasurgery.ops.undo_record import read_record
 from lorasurgery.ops.unmerge import unmerge
 from lorasurgery.ops.verify import verify
 
@@ -167,7 +167,7 @@ def test_a_record_of_a_file_names_no_others(tmp_path: Path) -> None:
     save_file(tensors, home / "one.safetensors.lorasurgery-undo/0001.safetensors")
     keys = style / "adapter_model.safetensors"
     save_file({k: v for k, v in load_file(keys).items() if ".0." in k}, keys)
-    stolen = read_record(home / "one.safetensors.lorasurgery-undo/0001.safetensors").files
+    stolen = read_undo_record(home / "one.safetensors.lorasurgery-undo/0001.safetensors").files
     assert "bin/x" in stolen
     before = snapshot(home)
     with pytest.raises(SurgeryError):

@@ -22,9 +22,9 @@ from lorasurgery.ops.blend import blend, rerank
 from lorasurgery.ops.convert import ConvertOptions, convert
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.merge import merge
+from lorasurgery.ops.merging.undo.record import read_undo_record
 from lorasurgery.ops.push import pack, push
 from lorasurgery.ops.switch import switch
-from lorasurgery.ops.undo_record import read_record
 from lorasurgery.ops.unmerge import unmerge
 
 
@@ -276,7 +276,7 @@ def test_nothing_names_a_folder_of_this_machine(
         for secret in (b"alice-secret", b"acme-merger", str(tmp_path).encode()):
             assert secret not in file.read_bytes(), file
     records = [*out.glob("lorasurgery-undo/*"), *ck.glob("lorasurgery-undo/*")]
-    assert [a.name for r in records for a in read_record(r).adapters] == ["style"] * len(records)
+    assert [a.name for r in records for a in read_undo_record(r).adapters] == ["style"] * len(records)
 
 
 def test_switch_finds_what_it_takes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,8 +322,8 @@ def test_older_records_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../style", "/etc", "..", "", ".", "a/b", "C:x", "x\\y"])
 def test_a_name_in_a_record_leads_nowhere(name: str, tmp_path: Path) -> None:
     """The name of an adapter is looked up in folders, so it is one name."""
-    from lorasurgery.ops.undo import adapters_of
-    from lorasurgery.ops.undo_record import Merged, UndoRecord
+    from lorasurgery.ops.merging.undo.record import Merged, UndoRecord
+    from lorasurgery.ops.merging.undo.select import adapters_of
 
     (tmp_path / "x").mkdir()
     adapter(tmp_path / "style")

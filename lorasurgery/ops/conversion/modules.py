@@ -24,7 +24,7 @@ from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE
 from lorasurgery.lowrank import Dense, LowRank, common, widened
-from lorasurgery.ops.compute import in_turn
+from lorasurgery.ops.merging.arithmetic import in_turn
 from lorasurgery.ops.placement.edits import Contribution, Edit
 from lorasurgery.ops.placement.plan import plan_edits
 

@@ -16,9 +16,9 @@ from lorasurgery.checkpoint.header import TensorInfo, show
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.errors import FormatError, MismatchError, UsageError
+from lorasurgery.ops.merging.undo.record import Stretch, UndoRecord
 from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.placement.edits import Edit
-from lorasurgery.ops.undo_record import Stretch, UndoRecord
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ class Undone(Checkpoint):
         Raises:
             MismatchError: they don't come back to the bit.
         """
-        from lorasurgery.ops.undo_pack import unpack_difference
+        from lorasurgery.ops.merging.undo.recorder import unpack_difference
 
         packed = self.record.data(stretch)
         dtype = torch_dtype(self.record.tensors[name].dtype)
@@ -141,7 +141,7 @@ class Undone(Checkpoint):
         import torch
 
         from lorasurgery.engine.threads import own_stream
-        from lorasurgery.ops.undo_pack import unpack_corrections
+        from lorasurgery.ops.merging.undo.recorder import unpack_corrections
 
         edit, device = self._edits[name], self._device
         columns = prod(edit.shape[2:] if _is_stacked(edit) else edit.shape[1:])
@@ -171,7 +171,7 @@ class Undone(Checkpoint):
         return torch.device("cpu") if self.device.type == "mps" else self.device  # which has no float64
 
     def _of(self, edit: Edit, expert: int, dtype: torch.dtype, device: torch.device) -> Undoing:
-        from lorasurgery.ops.recorder import undoing_of
+        from lorasurgery.ops.merging.undo.recorder import undoing_of
 
         with self._turn:
             key = edit.tensor, expert, device.type

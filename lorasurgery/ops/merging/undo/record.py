@@ -234,7 +234,7 @@ def next_name(existing: int) -> str:
     return f"{existing + 1:04}.safetensors"
 
 
-def read_record(path: Path) -> UndoRecord:
+def read_undo_record(path: Path) -> UndoRecord:
     """Open a record; what it keeps is read when it is asked for.
 
     Raises:
@@ -329,4 +329,4 @@ _PROSE = {"base_model_name_or_path", "inference_mode", "revision", "peft_version
 def top_record(checkpoint: Path) -> UndoRecord | None:
     """The record of the last merge, None where there is none."""
     found = stack(checkpoint)
-    return read_record(found[-1]) if found else None
+    return read_undo_record(found[-1]) if found else None

@@ -20,13 +20,12 @@ from lorasurgery.engine.buffers import Buffers
 from lorasurgery.engine.pipeline import Flow, Job
 from lorasurgery.engine.threads import team
 from lorasurgery.linalg.rounding import Survival
-from lorasurgery.ops.apply import Recipe
-from lorasurgery.ops.finish import describe
-from lorasurgery.ops.jobs import Note, Slot, jobs_of
-from lorasurgery.ops.recorder import Recorder, kept
-from lorasurgery.ops.stream import TEAM, joined, listed, room
-from lorasurgery.ops.targets import check_in_place, is_touched, on_disk
-from lorasurgery.ops.undo_record import (
+from lorasurgery.ops.merging.finish import describe
+from lorasurgery.ops.merging.recipe import Recipe
+from lorasurgery.ops.merging.stream import TEAM, joined, listed, room
+from lorasurgery.ops.merging.targets import check_in_place, is_touched, on_disk
+from lorasurgery.ops.merging.tensor_jobs import Note, Slot, jobs_of
+from lorasurgery.ops.merging.undo.record import (
     UndoRecord,
     next_name,
     planned_record,
@@ -34,6 +33,7 @@ from lorasurgery.ops.undo_record import (
     undo_folder,
     write_planned,
 )
+from lorasurgery.ops.merging.undo.recorder import Recorder, kept
 from lorasurgery.report import Progress, Report, Source
 
 _RECORD = "record"

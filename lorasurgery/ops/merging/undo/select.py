@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
@@ -14,9 +15,10 @@ from lorasurgery.checkpoint.locate import load_bytes
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, SurgeryError, UsageError
 from lorasurgery.hub.reference import SCHEME, parse_reference
-from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.factors.sidecars import CONFIG, carried_files, patched_config, tokenizer_files
-from lorasurgery.ops.undo_record import Merged, UndoRecord, digest, merged_adapter, read_record, stack
+from lorasurgery.ops.merging.recipe import Recipe
+from lorasurgery.ops.merging.undo.record import Merged, UndoRecord, digest, merged_adapter, read_undo_record, stack
+from lorasurgery.ops.record import describe, read_record
 from lorasurgery.report import RECORD_NAME
 
 NO_UNDO = "--no-undo subtracts and rounds instead"
@@ -89,9 +91,9 @@ def record_to_undo(
         return None
     path = Path(undo_file) if undo_file is not None else found[-1]
     path = next((f for f in found if f.resolve() == path.resolve()), path)
-    record = read_record(path)
+    record = read_undo_record(path)
     if path in found[:-1]:
-        raise SurgeryError(_out_of_order(checkpoint, record, read_record(found[-1])))
+        raise SurgeryError(_out_of_order(checkpoint, record, read_undo_record(found[-1])))
     ordered = match(record, adapters, found if undo_file is None else [path])
     _check_strengths(record, adapters, ordered, weights, blocks)
     return record, ordered
@@ -119,7 +121,7 @@ def match(record: UndoRecord, adapters: Sequence[Adapter], records: Sequence[Pat
 def _no_fit(record: UndoRecord, wanted: str, left: Sequence[Adapter], records: Sequence[Path]) -> str:
     hashes = {digest(a): a for a in left}
     for path in reversed(records[:-1]):
-        older = read_record(path)
+        older = read_undo_record(path)
         if any(m.sha256 in hashes for m in older.adapters):
             return f"{older.names} was merged before {record.names}; undo {record.names} first ({show(str(path))})"
     if not left:
@@ -196,3 +198,46 @@ def _cached(merged: Merged) -> list[Path]:
 def about(call: str, given: Sequence[Adapter], device: str, **options: object) -> dict[str, object]:
     """What decides the result of an operation in place, so that only the same goes on after a kill."""
     return {"call": call, "adapters": [digest(a) for a in given], "device": device, **options}
+
+
+_MERGING = ("merge", "switch")
+
+
+def merged_weights(checkpoint: Path, adapters: Sequence[Adapter], warnings: list[str]) -> list[float | None]:
+    """For each adapter the strength that a record says it was merged with; None where no record speaks of it.
+
+    Args:
+        warnings: Gets what of the records can't be read.
+    """
+    undo: dict[str, float] = {}
+    for path in stack(checkpoint):
+        with suppress(SurgeryError):  # who asks goes on without it
+            undo |= {merged.sha256: merged.weight for merged in read_undo_record(path).adapters}
+    said = _said(checkpoint, warnings)
+    found: list[float | None] = []
+    for adapter in adapters:
+        hashes = _hashes([source.to_dict() for source in describe(adapter.path, [])])
+        weight = undo.get(digest(adapter)) if undo else None
+        found.append(said.get(hashes) if weight is None else weight)
+    return found
+
+
+def merged_names(checkpoint: Path) -> list[str]:
+    """The adapters that lorasurgery.json says the last operation merged."""
+    record = read_record(checkpoint, []) if checkpoint.is_dir() else {}
+    merged = record.get("command") in _MERGING
+    return [s["name"] for s in record["sources"] if s["kind"] == "adapter"] if merged else []
+
+
+def _said(checkpoint: Path, warnings: list[str]) -> dict[frozenset[str], float]:
+    """Strengths by the hashes of the adapters' files, as lorasurgery.json has them."""
+    record = read_record(checkpoint, warnings) if checkpoint.is_dir() else {}
+    if record.get("command") not in _MERGING:
+        return {}
+    adapters = [s for s in record["sources"] if s["kind"] == "adapter"]
+    weights = record["totals"].get("weights", [])
+    return {_hashes([s]): float(w) for s, w in zip(adapters, weights, strict=False) if w}
+
+
+def _hashes(sources: Sequence[dict[str, Any]]) -> frozenset[str]:
+    return frozenset(f.get("sha256") or f.get("header_sha256") or "" for s in sources for f in s["files"])

@@ -15,9 +15,9 @@ from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor, split_shards
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.errors import OutputError
+from lorasurgery.ops.merging.undo.record import UndoRecord
 from lorasurgery.ops.placement.edits import EditPlan
 from lorasurgery.ops.placement.quantized import is_narrow, is_scale
-from lorasurgery.ops.undo_record import UndoRecord
 
 Rounding = Literal["nearest", "stochastic"]
 

@@ -25,11 +25,11 @@ from lorasurgery.engine.threads import own_stream
 from lorasurgery.errors import FormatError, SurgeryError
 from lorasurgery.linalg.norms import block_height
 from lorasurgery.linalg.rounding import Merger, Survival
-from lorasurgery.ops.apply import Recipe
-from lorasurgery.ops.compute import Turns, apply_edit, is_by_row, placed
+from lorasurgery.ops.merging.arithmetic import Turns, apply_edit, is_by_row, placed
+from lorasurgery.ops.merging.recipe import Recipe
+from lorasurgery.ops.merging.undo.record import Stretch
+from lorasurgery.ops.merging.undo.recorder import Recorder
 from lorasurgery.ops.placement.edits import Edit
-from lorasurgery.ops.recorder import Recorder
-from lorasurgery.ops.undo_record import Stretch
 
 Files = Callable[[], TensorFile]
 

@@ -17,10 +17,10 @@ from lorasurgery.engine.pipeline import Flow, Job
 from lorasurgery.engine.threads import team
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rounding import Survival
-from lorasurgery.ops.apply import Recipe
-from lorasurgery.ops.finish import describe, finish
-from lorasurgery.ops.jobs import CopyJob, Note, is_by_rows, jobs_of, whole_bytes
-from lorasurgery.ops.recorder import Recorder
+from lorasurgery.ops.merging.finish import describe, finish
+from lorasurgery.ops.merging.recipe import Recipe
+from lorasurgery.ops.merging.tensor_jobs import CopyJob, Note, is_by_rows, jobs_of, whole_bytes
+from lorasurgery.ops.merging.undo.recorder import Recorder
 from lorasurgery.report import Progress, Report
 
 ROOM = 96 << 20  # bytes of weights on their way

@@ -13,12 +13,12 @@ from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import index_json
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rounding import Survival
-from lorasurgery.ops.apply import Recipe
 from lorasurgery.ops.factors.sidecars import CONFIG, patched_config, write_carried
+from lorasurgery.ops.merging.recipe import Recipe
+from lorasurgery.ops.merging.undo.record import FOLDER, next_name, planned_record, stack, undo_folder, write_planned
+from lorasurgery.ops.merging.undo.recorder import kept
 from lorasurgery.ops.placement.edits import Edit
 from lorasurgery.ops.placement.quantized import is_narrow
-from lorasurgery.ops.recorder import kept
-from lorasurgery.ops.undo_record import FOLDER, next_name, planned_record, stack, undo_folder, write_planned
 from lorasurgery.report import RECORD_NAME, ModuleReport, Report
 
 INDEX = "model.safetensors.index.json"
