@@ -23,8 +23,8 @@ from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.factors.layout import check_name
 from lorasurgery.ops.factors.sidecars import not_followed
 from lorasurgery.ops.placement.block_weight import Blocks, weigh_joints
-from lorasurgery.ops.references import on_references
-from lorasurgery.ops.resume import start_run
+from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.resume import start_run
 from lorasurgery.report import ModuleReport, Progress, Report
 
 if TYPE_CHECKING:

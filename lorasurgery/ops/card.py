@@ -15,12 +15,10 @@ from lorasurgery.checkpoint.locate import exists, load_config
 from lorasurgery.clients.issue import Setting
 from lorasurgery.clients.servers import findings
 from lorasurgery.errors import SurgeryError, UsageError
-from lorasurgery.ops.base_name import HUB_NAME
-from lorasurgery.ops.card_reader import CARD, is_licence, license_of
 from lorasurgery.ops.inspect import inspect_adapter
 from lorasurgery.ops.markdown import block, row, words
-from lorasurgery.ops.record import read_record
-from lorasurgery.ops.record_check import COLUMNS
+from lorasurgery.ops.provenance.card_reader import CARD, is_licence, license_of
+from lorasurgery.ops.provenance.record import COLUMNS, HUB_NAME, read_record
 from lorasurgery.report import Progress, Report
 
 HOME = "lorasurgery"

@@ -12,7 +12,7 @@ from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.placement.plan import plan_edits
-from lorasurgery.ops.references import on_references
+from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.report import Report
 
 

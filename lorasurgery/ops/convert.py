@@ -19,7 +19,7 @@ from lorasurgery.ops.conversion.options import Conversion, ConvertOptions
 from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.factors.layout import check_name
 from lorasurgery.ops.placement.plan import plan_edits
-from lorasurgery.ops.references import on_references
+from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.report import ModuleReport, Progress, Report
 
 

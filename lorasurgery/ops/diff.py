@@ -16,7 +16,7 @@ from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, SurgeryError, UsageError, some
 from lorasurgery.module_location import Place, place_of
 from lorasurgery.ops.blending.join import Joint, base_models, join
-from lorasurgery.ops.references import on_references
+from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.report import Change, Comparison, Progress, Report, percent
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from lorasurgery.ops.extraction.forms import fit_pairs, host_of, narrowed, reser
 from lorasurgery.ops.extraction.options import ExtractOptions
 from lorasurgery.ops.extraction.pairs import Pair, group_experts, match_pairs
 from lorasurgery.ops.extraction.report import add_excluded, plan_report, rule_warning, summarise, warning_of
-from lorasurgery.ops.references import on_references
-from lorasurgery.ops.resume import start_run
+from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.resume import start_run
 from lorasurgery.report import Progress, Report
 
 if TYPE_CHECKING:

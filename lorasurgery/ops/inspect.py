@@ -20,7 +20,7 @@ from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.merging.undo.record import read_undo_record, stack
 from lorasurgery.ops.odd import odd_in_adapter, odd_in_checkpoint
 from lorasurgery.ops.placement.plan import plan_edits
-from lorasurgery.ops.references import on_references
+from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.report import ModuleReport, Progress, Report, Spectrum, Stored
 
 if TYPE_CHECKING:

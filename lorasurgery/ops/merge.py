@@ -26,9 +26,9 @@ from lorasurgery.ops.merging.targets import (
 )
 from lorasurgery.ops.merging.undo.select import about, before_in_place, begin_record, files_changed, files_in_place
 from lorasurgery.ops.placement.block_weight import weighed_plan
-from lorasurgery.ops.record import describe
-from lorasurgery.ops.references import on_references
-from lorasurgery.ops.resume import start_run
+from lorasurgery.ops.provenance.record import describe
+from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.resume import start_run
 from lorasurgery.report import Progress, Report
 
 if TYPE_CHECKING:

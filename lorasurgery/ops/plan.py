@@ -16,7 +16,7 @@ from lorasurgery.errors import MismatchError, UsageError, some
 from lorasurgery.module_location import place_of
 from lorasurgery.ops.extraction.options import DEFAULT_RANK, Selection
 from lorasurgery.ops.extraction.pairs import FACTORED, Pair, group_experts, plan_pairs
-from lorasurgery.ops.references import on_references
+from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.report import Planned, Report
 
 TARGET = ("all-linear",)

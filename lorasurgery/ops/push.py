@@ -16,10 +16,10 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import FormatError, OutputError, SurgeryError, UsageError, some
 from lorasurgery.hub import push as hub
-from lorasurgery.ops.base_name import check_base_model, local_bases, with_base_model
 from lorasurgery.ops.card import make_card
-from lorasurgery.ops.card_reader import check_card
 from lorasurgery.ops.factors.folders import find_adapters
+from lorasurgery.ops.provenance.card_reader import check_card
+from lorasurgery.ops.provenance.record import check_base_model, local_bases, with_base_model
 from lorasurgery.report import Progress, Report
 
 Target = hub.Target

@@ -28,8 +28,8 @@ from lorasurgery.ops.merging.undo.select import (
 )
 from lorasurgery.ops.merging.undo.view import Undone
 from lorasurgery.ops.placement.block_weight import weighed_plan
-from lorasurgery.ops.record import describe
-from lorasurgery.ops.references import on_references
+from lorasurgery.ops.provenance.record import describe
+from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.report import RECORD_NAME, Progress, Report
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from lorasurgery.ops.merging.undo.select import about, merged_weights, record_to
 from lorasurgery.ops.merging.undo.view import Undone
 from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement
-from lorasurgery.ops.references import on_references
+from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.report import ModuleReport, Progress, Report
 
 

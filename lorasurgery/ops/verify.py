@@ -21,7 +21,7 @@ from lorasurgery.module_location import place_of
 from lorasurgery.ops.merge import check_weights
 from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.placement.plan import plan_edits
-from lorasurgery.ops.references import on_references
+from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.report import Progress, Report
 
 

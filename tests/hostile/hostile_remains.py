@@ -23,7 +23,7 @@ from lorasurgery.linalg.undo import Corrections
 from lorasurgery.ops.merging.undo.record import read_undo_record
 from lorasurgery.ops.merging.undo.recorder import pack_corrections, unpack_corrections, unpack_difference
 from lorasurgery.ops.merging.undo.view import Undone
-from lorasurgery.ops.record import read_record
+from lorasurgery.ops.provenance.record import read_record
 from lorasurgery.ops.unmerge import unmerge
 
 

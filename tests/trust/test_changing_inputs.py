@@ -27,7 +27,7 @@ from lorasurgery.errors import FormatError, MismatchError, SurgeryError
 from lorasurgery.nn.load import load_adapter
 from lorasurgery.ops.blend import BlendOptions, blend
 from lorasurgery.ops.merge import merge
-from lorasurgery.ops.record import read_record
+from lorasurgery.ops.provenance.record import read_record
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_loading_into_a_model(world: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_change_after_the_end(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changed when the result had its name: that is whole and stays, but no record says that it was made of these bytes."""
-    from lorasurgery.ops import references
+    from lorasurgery.ops.provenance import references
 
     plain, late = references.describe, changing(world / STYLE[0], "rewritten")
     monkeypatch.setattr(references, "describe", lambda *given: (late(), plain(*given))[1])

@@ -25,11 +25,10 @@ from lorasurgery.cli.main import main
 from lorasurgery.errors import FormatError
 from lorasurgery.ops import card
 from lorasurgery.ops.card import make_card
-from lorasurgery.ops.card_reader import MOST_FRONT, check_card, front_matter, license_of
 from lorasurgery.ops.placement.quantized import _layers
-from lorasurgery.ops.record import read_record
-from lorasurgery.ops.record_check import RECORD as HELD
-from lorasurgery.ops.record_check import check_record
+from lorasurgery.ops.provenance.card_reader import MOST_FRONT, check_card, front_matter, license_of
+from lorasurgery.ops.provenance.record import RECORD as HELD
+from lorasurgery.ops.provenance.record import check_record, read_record
 
 INDEX, RECORD, CARD = "model.safetensors.index.json", "lorasurgery.json", "README.md"
 

@@ -356,7 +356,7 @@ def test_push_says_that_a_base_is_named_by_a_path(tmp_path: Path, monkeypatch: p
 
 def test_what_is_sent_names_the_base(tmp_path: Path) -> None:
     """All that is in the config is sent, but for the name."""
-    from lorasurgery.ops.base_name import with_base_model
+    from lorasurgery.ops.provenance.record import with_base_model
 
     style = adapter(tmp_path / "style")
     sent = with_base_model(pack(style).files, "org/llama")

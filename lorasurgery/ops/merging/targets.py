@@ -28,7 +28,7 @@ from lorasurgery.ops.merging.recipe import Recipe
 from lorasurgery.ops.merging.undo.record import top_record, undo_folder
 from lorasurgery.ops.merging.undo.view import Undone
 from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement
-from lorasurgery.ops.record import record_bytes
+from lorasurgery.ops.provenance.record import record_bytes
 from lorasurgery.report import COMMAND_LINE, RECORD_NAME, Report
 
 _ONE_PROCESS = "--in-place: is the work of one process; start it without torchrun"

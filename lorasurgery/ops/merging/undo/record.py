@@ -26,7 +26,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.errors import FormatError
 from lorasurgery.hub.reference import cached_reference
-from lorasurgery.ops.record import sha256_of
+from lorasurgery.ops.provenance.record import sha256_of
 
 _LARGEST = 1 << 30  # bytes of one stretch; those that are written have some megabytes
 _KINDS = {"changed", "resized", "added"}

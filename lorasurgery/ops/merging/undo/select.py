@@ -18,7 +18,7 @@ from lorasurgery.hub.reference import SCHEME, parse_reference
 from lorasurgery.ops.factors.sidecars import CONFIG, carried_files, patched_config, tokenizer_files
 from lorasurgery.ops.merging.recipe import Recipe
 from lorasurgery.ops.merging.undo.record import Merged, UndoRecord, digest, merged_adapter, read_undo_record, stack
-from lorasurgery.ops.record import describe, read_record
+from lorasurgery.ops.provenance.record import describe, read_record
 from lorasurgery.report import RECORD_NAME
 
 NO_UNDO = "--no-undo subtracts and rounds instead"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +24,9 @@ from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.journal import new_token, partial_of
 from lorasurgery.checkpoint.locate import load_object, locate
 from lorasurgery.checkpoint.modes import Modes
-from lorasurgery.errors import FormatError, OutputError, SurgeryError
+from lorasurgery.errors import FormatError, OutputError, SurgeryError, UsageError
 from lorasurgery.hub.reference import cached_reference
-from lorasurgery.ops.base_name import is_local
-from lorasurgery.ops.card_reader import license_of
-from lorasurgery.ops.record_check import check_record
+from lorasurgery.ops.provenance.card_reader import license_of
 from lorasurgery.report import RECORD_NAME, Report, Source
 
 _HASHED_WHOLE = 256 * 10**6  # bytes of one input: more would cost a large operation a second reading
@@ -194,3 +193,109 @@ def read_record(folder: Path, warnings: list[str]) -> dict[str, Any]:
         warnings.append(f"{problem}; the record counts as none, so how this was made is not known")
         return {}
     return found
+
+
+COLUMNS = ("rank", "alpha", "delta_norm", "error", "energy", "retention", "noise", "effective_rank")
+"""Numbers of a module that a model card shows."""
+
+_MODULE: dict[str, Any] = {"name": str, "shape": [int], **{f"{name}?": float for name in COLUMNS}}
+_FILE = {"name": str, "bytes": int, "sha256?": str, "header_sha256?": str}
+_SOURCE = {"name": str, "kind": str, "revision?": str, "base_model?": str, "license?": str, "files": [_FILE]}
+_TOTALS = {"tensors_touched?": int, "retention?": float, "noise?": float, "error?": float, "energy?": float,
+           "weights?": [float]}  # fmt: skip
+RECORD: dict[str, Any] = {
+    "command": str, "call": str, "version": str, "sources": [_SOURCE], "totals": _TOTALS, "modules": [_MODULE],
+    "full": [{"name": str, "shape": [int]}], "left_out": [{"name": str, "shape": [int]}], "warnings": [str],
+}  # fmt: skip
+"""Field -> kind: a type, a list of one kind, or an object of fields; ? ends the name of one that may be missing."""
+
+_WORDS = {str: "text", int: "a whole number of at least 0", float: "a finite number", list: "a list", dict: "an object"}
+
+
+def check_record(found: Any, kind: Any = RECORD, where: str = "") -> None:
+    """Hold a record against what this program writes.
+
+    >>> check_record({"name": "a", "bytes": "8"}, {"name": str, "bytes": int})
+    Traceback (most recent call last):
+        ...
+    lorasurgery.errors.FormatError: bytes is '8'; expected a whole number of at least 0
+
+    Raises:
+        FormatError: a field is missing or of another kind; names the field.
+    """
+    if isinstance(kind, dict):
+        _expect(isinstance(found, dict), found, dict, where)
+        for name, inner in kind.items():
+            key = name.removesuffix("?")
+            if key in found:
+                check_record(found[key], inner, f"{where}.{key}" if where else key)
+            elif key == name:
+                raise FormatError(f"{where or 'it'} has no {key}")
+    elif isinstance(kind, list):
+        _expect(isinstance(found, list), found, list, where)
+        for number, item in enumerate(found):
+            check_record(item, kind[0], f"{where}[{number}]")
+    else:
+        _expect(_is(found, kind), found, kind, where)
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is str:
+        return isinstance(value, str)
+    if kind is int:
+        return type(value) is int and 0 <= value < 1 << 62
+    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+
+
+def _expect(holds: bool, found: Any, kind: type, where: str) -> None:
+    if not holds:
+        raise FormatError(f"{where or 'it'} is {repr(found)[:80]}; expected {_WORDS[kind]}")
+
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_KEY = "base_model_name_or_path"
+
+
+def check_base_model(name: str | None) -> None:
+    """Refuse what is no name on the Hub.
+
+    Raises:
+        UsageError: with what is expected.
+    """
+    if name is not None and not HUB_NAME.fullmatch(name):
+        raise UsageError(f"--base-model {show(name)}: expected the base's name on the Hub, as org/name")
+
+
+def is_local(name: Any) -> bool:
+    """Whether a base is named as only this machine knows it: by a path.
+
+    >>> is_local("/home/me/llama"), is_local("../llama"), is_local("meta-llama/Llama-3.2-1B"), is_local(None)
+    (True, True, False, False)
+    """
+    return isinstance(name, str) and bool(name) and (not HUB_NAME.fullmatch(name) or Path(name).exists())
+
+
+def local_bases(files: Mapping[str, Path]) -> list[str]:
+    """A sentence for each config among some files that would tell of this machine's folders."""
+    return [
+        f"{name}: names the base by a path of this machine ({show(config[_KEY])}), which is published with it; "
+        "`lorasurgery push … --base-model ORG/NAME` writes the name that the Hub knows into what is sent"
+        for name, config in _configs(files)
+        if is_local(config.get(_KEY))
+    ]
+
+
+def with_base_model(files: Mapping[str, Path], base_model: str | None) -> dict[str, bytes]:
+    """The configs among some files with another name for the base; the files stay."""
+    if base_model is None:
+        return {}
+    return {
+        name: (json.dumps(config | {_KEY: base_model}, indent=2, ensure_ascii=False) + "\n").encode()
+        for name, config in _configs(files)
+    }
+
+
+def _configs(files: Mapping[str, Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, file in files.items():
+        if name.rpartition("/")[2] == CONFIG_NAME:
+            yield name, load_object(file)

@@ -14,7 +14,7 @@ from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import SurgeryError
 from lorasurgery.hub.reference import parse_reference
-from lorasurgery.ops.record import describe, record
+from lorasurgery.ops.provenance.record import describe, record
 from lorasurgery.report import COMMAND_LINE, Progress, Report
 
 F = TypeVar("F", bound=Callable[..., Report])
