@@ -6,7 +6,8 @@ What stands in a record, an adapter or a file's name goes through `words` or `bl
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.locate import exists, load_config
 from lorasurgery.clients.issue import Setting
 from lorasurgery.clients.servers import findings
-from lorasurgery.errors import SurgeryError, UsageError
+from lorasurgery.errors import SurgeryError, UsageError, plain
 from lorasurgery.ops.inspect import inspect_adapter
-from lorasurgery.ops.markdown import block, row, words
 from lorasurgery.ops.provenance.card_reader import CARD, is_licence, license_of
 from lorasurgery.ops.provenance.record import COLUMNS, HUB_NAME, read_record
 from lorasurgery.report import Progress, Report
@@ -259,3 +259,44 @@ def _picture(report: Report, warnings: list[str]) -> bytes | None:
     except UsageError as problem:
         warnings.append(f"the model card has no picture: {problem}")
         return None
+
+
+_LONGEST = 1000  # characters of one text
+# an underscore inside a word is nothing to Markdown, and names of modules are full of them
+_SPECIAL = re.compile(r"^\d+(?=[.)])|^[^\w ]|(?<![^\W_])_|_(?![^\W_])|[^\w ./,-]|www(?=\.)", re.IGNORECASE)
+
+
+def words(text: str) -> str:
+    """A text inside a line, a cell or a quotation.
+
+    >>> words("model.layers.0.self_attn.q_proj")
+    'model.layers.0.self_attn.q_proj'
+    >>> words("<b>|# x")
+    '&#60;b&#62;&#124;&#35; x'
+    """
+    shown = plain(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…").strip()
+    shown = _SPECIAL.sub(_entities, shown)
+    return re.sub(" {2,}", " ", shown)
+
+
+def _entities(found: re.Match[str]) -> str:
+    return "".join(f"&#{ord(c)};" for c in found[0])
+
+
+def block(text: str, language: str = "") -> str:
+    """Code on lines of its own, between fences longer than any inside.
+
+    >>> print(block("x = 1", "python"))
+    ```python
+    x = 1
+    ```
+    """
+    lines = [plain(line) for line in text.split("\n")]
+    longest = max((len(run) for line in lines for run in re.findall("`+", line)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join([f"{fence}{language}", *lines, fence])
+
+
+def row(cells: Iterable[str]) -> str:
+    """A row of a table, of cells that are Markdown already."""
+    return f"| {' | '.join(cells)} |"

@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.cli.main import main
 from lorasurgery.errors import plain
-from lorasurgery.ops.card import make_card
-from lorasurgery.ops.markdown import block, row, words
+from lorasurgery.ops.card import block, make_card, row, words
 
 TAGS = {"h1", "h2", "p", "a", "table", "thead", "tbody", "tr", "th", "td", "pre", "code", "blockquote", "details", "summary",
         "img"}  # fmt: skip

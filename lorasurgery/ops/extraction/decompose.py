@@ -36,7 +36,7 @@ from lorasurgery.ops.extraction.report import LeftOut, Rounding
 from lorasurgery.ops.extraction.write import AdapterDraft
 from lorasurgery.ops.factors.factored import ExpertFactors, Factored, brought
 from lorasurgery.ops.factors.workload import Spill, Step, Workload, named, spill
-from lorasurgery.ops.verify_values import count_nonfinite
+from lorasurgery.ops.verify import count_nonfinite
 from lorasurgery.report import ModuleReport, Progress
 
 if TYPE_CHECKING:
