@@ -27,9 +27,8 @@ def draw(report: Report, file: str | Path, *, mode: int = 0o666) -> None:
         OutputError: the file can't be written.
     """
     check_plot_name(file)
-    from lorasurgery.plots.save import render, write_whole
     from lorasurgery.plots.sheet import sheet
-    from lorasurgery.plots.style import house_style
+    from lorasurgery.plots.style import house_style, render, write_whole
 
     with house_style():
         picture = render(sheet(report), format_of(file), title=f"lorasurgery {report.command}")
@@ -49,9 +48,8 @@ def card_picture(report: Report) -> bytes:
         UsageError: no matplotlib, or no singular values in the report.
     """
     check_matplotlib()
-    from lorasurgery.plots.save import render
     from lorasurgery.plots.sheet import card
-    from lorasurgery.plots.style import house_style
+    from lorasurgery.plots.style import house_style, render
 
     with house_style():
         return render(card(report), "png", title="lorasurgery spectrum")

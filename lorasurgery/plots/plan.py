@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from lorasurgery.errors import UsageError
-from lorasurgery.plots.bars import largest_first
-from lorasurgery.plots.grid import Grid, grid_of, keep_largest
-from lorasurgery.plots.labels import shorten
-from lorasurgery.plots.measures import RANK, Measure, measures_of, pooled
-from lorasurgery.plots.spectra import spectra_of
+from lorasurgery.plots.grid import Grid, grid_of, keep_largest, shorten
+from lorasurgery.plots.measures import RANK, Measure, largest_first, measures_of, pooled, spectra_of
 from lorasurgery.report import Comparison, ModuleReport, Report, Spectrum
 
 _MOST_KINDS, _MOST_BARS = 24, 12

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import UsageError
-from lorasurgery.plots.bars import named_bars, sums_by_kind, sums_by_layer
-from lorasurgery.plots.curves import error_by_rank, singular_curves
-from lorasurgery.plots.grid import grid_of
-from lorasurgery.plots.heatmap import cells_of, heat_map, special_cells
-from lorasurgery.plots.labels import kind_labels, shorten, width_of
+from lorasurgery.plots.curves import error_by_rank, named_bars, singular_curves, sums_by_kind, sums_by_layer
+from lorasurgery.plots.grid import grid_of, kind_labels, shorten, width_of
+from lorasurgery.plots.heatmap import cells_of, colour_bar, heat_map, shades_of, special_cells
+from lorasurgery.plots.measures import spectra_of, storage
 from lorasurgery.plots.plan import Plan, bars_title, heading, map_title, notes, plan
-from lorasurgery.plots.shades import colour_bar, shades_of
-from lorasurgery.plots.spectra import spectra_of, storage
 from lorasurgery.plots.style import WIDTH
 from lorasurgery.report import Report, Spectrum
 

@@ -8,8 +8,18 @@ from itertools import pairwise
 import families
 import pytest
 
-from lorasurgery.plots.grid import Column, Grid, grid_of, keep_largest
-from lorasurgery.plots.labels import kind_labels, numbered_columns, rows_of_words, short_names, shorten, stack_names
+from lorasurgery.plots.grid import (
+    Column,
+    Grid,
+    grid_of,
+    keep_largest,
+    kind_labels,
+    numbered_columns,
+    rows_of_words,
+    short_names,
+    shorten,
+    stack_names,
+)
 from lorasurgery.plots.measures import COSINE, DELTA_NORM, ERROR, RELATIVE, measures_of, pooled
 from lorasurgery.report import Change, Comparison, ModuleReport, Report
 

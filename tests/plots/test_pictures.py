@@ -17,7 +17,7 @@ import pytest
 from lorasurgery.errors import OutputError, UsageError
 from lorasurgery.plots import card_picture, check_plot_name, draw
 from lorasurgery.plots.plan import notes, plan
-from lorasurgery.plots.save import write_whole
+from lorasurgery.plots.style import write_whole
 from lorasurgery.report import Change, Comparison, ModuleReport, Report, Spectrum
 
 pytest.importorskip("matplotlib")

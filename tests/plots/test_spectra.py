@@ -8,7 +8,7 @@ import families
 import numpy as np
 import pytest
 
-from lorasurgery.plots.spectra import (
+from lorasurgery.plots.measures import (
     error_curve,
     falling,
     median_curve,
