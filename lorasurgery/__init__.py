@@ -49,12 +49,12 @@ __all__ = [
 ]  # fmt: skip
 _HOMES = {
     "adapters.formats": ("open_adapter",), "checkpoint.reader": ("Checkpoint",), "errors": ("SurgeryError",),
-    "linalg.rank": ("Budget", "RankChoice"), "lowrank": ("LowRank",), "ops.blend": ("BlendOptions", "blend"),
-    "ops.check": ("check",), "ops.convert": ("ConvertOptions", "convert"), "ops.diff": ("diff",),
-    "ops.extract": ("ExtractOptions", "extract"), "ops.inspect": ("inspect",), "ops.merge": ("merge",),
-    "ops.pairs": ("Selection",), "ops.plan": ("plan",), "ops.push": ("Target", "push"), "ops.rerank": ("rerank",),
+    "linalg.rank": ("Budget", "RankChoice"), "lowrank": ("LowRank",), "plots": ("draw",), "report": ("Report",),
+    "ops.blend": ("blend", "rerank"), "ops.blending.options": ("BlendOptions",), "ops.check": ("check",),
+    "ops.convert": ("convert",), "ops.conversion.options": ("ConvertOptions",), "ops.diff": ("diff",),
+    "ops.extract": ("extract",), "ops.extraction.options": ("ExtractOptions", "Selection"),
+    "ops.inspect": ("inspect",), "ops.merge": ("merge",), "ops.plan": ("plan",), "ops.push": ("Target", "push"),
     "ops.switch": ("switch",), "ops.unmerge": ("unmerge",), "ops.verify": ("verify",),
-    "plots": ("draw",), "report": ("Report",),
 }  # fmt: skip
 _PLACES = {name: home for home, names in _HOMES.items() for name in names}
 

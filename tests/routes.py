@@ -10,7 +10,6 @@ The size of the package and its import circles stand beside.
 
 from __future__ import annotations
 
-import ast
 import sys
 import tempfile
 import threading
@@ -21,12 +20,11 @@ from typing import Any
 
 import models
 import torch
+from import_graph import PACKAGE, circles
 from table import ROWS
 
 import lorasurgery
 from lorasurgery.linalg.rank import RankChoice
-
-PACKAGE = Path(lorasurgery.__file__).parent
 
 
 class Route:
@@ -76,50 +74,6 @@ def _place(frame: FrameType | None) -> tuple[str, str]:
     if frame is None:
         return "", ""
     return Path(frame.f_code.co_filename).relative_to(PACKAGE).as_posix(), frame.f_code.co_qualname
-
-
-def circles() -> list[list[str]]:
-    """Groups of files that import one another, inside functions too (Tarjan's strongly connected components)."""
-    files = {p: _module(p) for p in PACKAGE.rglob("*.py")}
-    graph = {name: _imports(path, set(files.values())) - {name} for path, name in files.items()}
-    found, index, low, stack = list[list[str]](), dict[str, int](), dict[str, int](), list[str]()
-
-    def visit(name: str) -> None:
-        index[name] = low[name] = len(index)
-        stack.append(name)
-        for other in sorted(graph[name]):
-            if other not in index:
-                visit(other)
-                low[name] = min(low[name], low[other])
-            elif other in stack:
-                low[name] = min(low[name], index[other])
-        if low[name] == index[name]:
-            group = stack[stack.index(name) :]
-            del stack[stack.index(name) :]
-            if len(group) > 1:
-                found.append(sorted(group))
-
-    for name in sorted(graph):
-        if name not in index:
-            visit(name)
-    return found
-
-
-def _module(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def _imports(path: Path, known: set[str]) -> set[str]:
-    """The package's modules that a file imports anywhere, but for what a package's __init__ offers lazily."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            inner = {f"{node.module}.{a.name}" for a in node.names}
-            found |= {n if n in known else node.module for n in inner}
-    return found & known
 
 
 def main() -> None:

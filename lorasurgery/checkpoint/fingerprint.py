@@ -7,6 +7,7 @@ also changes with permissions and hard links, and then a result is refused that 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -142,3 +143,12 @@ def _differs(name: str, before: Identity) -> str:
 
 def _changed(path: Path, how: str) -> str:
     return f"{show(str(path))}: was changed while it was read ({how}); leave it alone and repeat the command"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read a megabyte at a time."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while got := file.readinto(buffer):
+            digest.update(buffer[:got])
+    return digest.hexdigest()

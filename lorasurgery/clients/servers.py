@@ -1,18 +1,17 @@
 """What each program that serves adapters rejects, gets wrong or drops: the table of programs and of their rules.
 
-Sources and versions are in docs/formats.md ("What servers take"); the rules themselves are in peft_check.py,
+Sources and versions are in docs/formats.md ("What servers take"); the rules themselves are in peft_load.py,
 language_servers.py and diffusers_comfyui.py.
 """
 
 from __future__ import annotations
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.clients import diffusers_comfyui, language_servers
-from lorasurgery.clients import peft_load as peft_check
+from lorasurgery.clients import diffusers_comfyui, language_servers, peft_load
 from lorasurgery.clients.issue import Finding, Rule, Setting
 
 _RULES: dict[str, tuple[Rule, ...]] = {
-    "peft": peft_check.RULES,
+    "peft": peft_load.RULES,
     "vllm": language_servers.VLLM,
     "sglang": language_servers.SGLANG,
     "llama.cpp": language_servers.LLAMA_CPP,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -122,3 +123,12 @@ def _large_pages(size: int) -> Tensor:
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def spans(nbytes: int, step: int = 8 << 20) -> Iterator[tuple[int, int]]:
+    """(first byte, length) of the pieces in which bytes are read.
+
+    >>> list(spans(20, 8))
+    [(0, 8), (8, 8), (16, 4)]
+    """
+    return ((start, min(step, nbytes - start)) for start in range(0, nbytes, step))

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.dtypes import typed_name
-from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.linalg.methods import ELEMENTWISE
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.blending.join import Joint, Whole, base_models, join, whole_tensors
+from lorasurgery.ops.blending.join import Joint, Whole, base_models, join, weigh_joints, whole_tensors
 from lorasurgery.ops.blending.options import BlendOptions
-from lorasurgery.ops.extraction.report import rule_warning, total_error, worst
+from lorasurgery.ops.blending.write import factor_dtype
 from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.factors.layout import check_name
+from lorasurgery.ops.factors.losses import rule_warning, total_error, worst
 from lorasurgery.ops.factors.sidecars import not_followed
-from lorasurgery.ops.placement.block_weight import Blocks, weigh_joints
+from lorasurgery.ops.placement.block_weight import Blocks
 from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.ops.provenance.resume import start_run
 from lorasurgery.report import ModuleReport, Progress, Report
@@ -166,18 +166,6 @@ def _upper(joint: Joint, options: BlendOptions) -> int:
         return max(t.delta.rank for t in joint.terms) if dense else joint.rank
     asked = options.choice.upper(*joint.shape)
     return asked if dense else min(asked, joint.rank)
-
-
-def factor_dtype(sources: Sequence[Adapter], options: BlendOptions) -> str:
-    """The widest dtype among the factors; float16 and bfloat16 together, or an exact blend, need float32."""
-    if options.dtype:
-        return options.dtype
-    found = {a.weights.tensors[name].dtype for a in sources for d in a.deltas.values() for name in d.names}
-    exact = len(sources) > 1 and options.choice is None
-    if exact or len(found) != 1 or max(DTYPE_BITS[d] for d in found) > 16:
-        return "F32"
-    only = found.pop()
-    return only if only in ("F16", "BF16") else "BF16"
 
 
 def _bytes(sources: Sequence[Adapter]) -> int:

@@ -13,7 +13,7 @@ from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
-from lorasurgery.errors import UsageError, some
+from lorasurgery.errors import some
 from lorasurgery.ops.factors.sidecars import carried_files, not_followed
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
 from lorasurgery.ops.merging.targets import (
@@ -25,7 +25,7 @@ from lorasurgery.ops.merging.targets import (
     settled,
 )
 from lorasurgery.ops.merging.undo.select import about, before_in_place, begin_record, files_changed, files_in_place
-from lorasurgery.ops.placement.block_weight import weighed_plan
+from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
 from lorasurgery.ops.provenance.record import describe
 from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.ops.provenance.resume import start_run
@@ -159,22 +159,6 @@ def carry_out(
     job = start_run(report.command, recipe.out, report.inputs, options, device, resume=resume, ranks=ranks())
     run(recipe, job, report, device, progress)
     report.resumed = job.resumed
-
-
-def check_weights(weights: Sequence[float], adapters: int) -> list[float]:
-    """Give every adapter its strength; the n-th weight belongs to the n-th adapter, the rest are 1.
-
-    >>> check_weights([0.5], 2)
-    [0.5, 1.0]
-    """
-    if not adapters:
-        raise UsageError("no adapter given; name at least one adapter folder")
-    if len(weights) > adapters:
-        raise UsageError(f"{len(weights)} weights for {adapters} adapters; the n-th -w belongs to the n-th adapter")
-    for weight in weights:
-        if not math.isfinite(weight):
-            raise UsageError(f"weight {weight} is not a finite number")
-    return [float(w) for w in weights] + [1.0] * (adapters - len(weights))
 
 
 def start_report(command: str, recipe: Recipe, inputs: list[str], weights: list[float], dry_run: bool) -> Report:

@@ -13,7 +13,7 @@ from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import MismatchError, UsageError, some
-from lorasurgery.ops.merge import check_weights, judge_retention, start_report
+from lorasurgery.ops.merge import judge_retention, start_report
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
 from lorasurgery.ops.merging.targets import Rebased, check_in_place, in_place_call, is_settled, record_file, settled
 from lorasurgery.ops.merging.undo.record import top_record
@@ -27,7 +27,7 @@ from lorasurgery.ops.merging.undo.select import (
     record_to_undo,
 )
 from lorasurgery.ops.merging.undo.view import Undone
-from lorasurgery.ops.placement.block_weight import weighed_plan
+from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
 from lorasurgery.ops.provenance.record import describe
 from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.report import RECORD_NAME, Progress, Report

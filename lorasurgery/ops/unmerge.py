@@ -14,13 +14,13 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import MismatchError, UsageError
-from lorasurgery.ops.merge import carry_out, check_weights, start_report
+from lorasurgery.ops.merge import carry_out, start_report
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
 from lorasurgery.ops.merging.targets import check_in_place, check_target, in_place_call, is_settled, settled
 from lorasurgery.ops.merging.undo.record import UndoRecord
 from lorasurgery.ops.merging.undo.select import about, merged_weights, record_to_undo
 from lorasurgery.ops.merging.undo.view import Undone
-from lorasurgery.ops.placement.block_weight import weighed_plan
+from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
 from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.report import ModuleReport, Progress, Report

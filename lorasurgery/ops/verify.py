@@ -20,22 +20,20 @@ from lorasurgery.checkpoint.inplace.recover import in_the_middle, unfinished
 from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.engine.buffers import Buffers
+from lorasurgery.engine.buffers import Buffers, spans
 from lorasurgery.engine.pipeline import Flow
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
-from lorasurgery.engine.threads import each, team
+from lorasurgery.engine.threads import team
 from lorasurgery.errors import SurgeryError, UnsupportedError, UsageError, some
-from lorasurgery.linalg.rounding import is_finite
 from lorasurgery.linalg.undo import BITS, ordered
-from lorasurgery.lowrank import widened
 from lorasurgery.module_location import place_of
-from lorasurgery.ops.merge import check_weights
+from lorasurgery.ops.extraction.difference import count_nonfinite
 from lorasurgery.ops.merging.recipe import Recipe
 from lorasurgery.ops.merging.tensor_jobs import Note, jobs_of
 from lorasurgery.ops.merging.undo.record import UndoRecord, read_undo_record, stack
 from lorasurgery.ops.merging.undo.recorder import is_kept_as_steps
 from lorasurgery.ops.merging.undo.select import match
-from lorasurgery.ops.placement.block_weight import weighed_plan
+from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
 from lorasurgery.ops.placement.edits import EditPlan
 from lorasurgery.ops.placement.plan import plan_edits
 from lorasurgery.ops.provenance.references import on_references
@@ -376,21 +374,6 @@ def find_nonfinite(model: Checkpoint, report: Report, progress: Progress | None)
     return found
 
 
-def count_nonfinite(model: Checkpoint, info: TensorInfo) -> int:
-    """How many values of a tensor are NaN or infinite; it is read in pieces, several at a time."""
-    dtype, counts = torch_dtype(info.dtype), []
-
-    def look(span: tuple[int, int]) -> None:
-        raw = bytearray(span[1])
-        model.fill(info.name, memoryview(raw), span[0])
-        values = torch.frombuffer(raw, dtype=dtype)
-        if not is_finite(values):
-            counts.append(int((~torch.isfinite(values.to(widened(dtype)))).sum()))
-
-    each(look, _spans(info.nbytes))
-    return sum(counts)
-
-
 def _read_through(model: Checkpoint, info: TensorInfo) -> int:
     for _ in model.chunks(info.name):  # it must be there, and readable
         pass
@@ -447,11 +430,7 @@ def as_before(base: Checkpoint, record: UndoRecord, name: str) -> bool:
 
 def _hash(model: Checkpoint, name: str, start: int, size: int) -> str:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(size, _PIECE)))
-    for at, length in _spans(size):
+    for at, length in spans(size):
         model.fill(name, buffer[:length], start + at)
         digest.update(buffer[:length])
     return digest.hexdigest()
-
-
-def _spans(size: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(_PIECE, size - start)) for start in range(0, size, _PIECE))

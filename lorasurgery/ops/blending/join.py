@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter, Delta, Kind
-from lorasurgery.adapters.model_names.naming import is_embedding, is_head
+from lorasurgery.adapters.model_names.naming import is_embedding, is_head, module_of
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
 from lorasurgery.lowrank import LowRank, Update
+from lorasurgery.ops.placement.block_weight import Blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -194,3 +195,28 @@ def _equal(a: Adapter, b: Adapter, name: str) -> bool:
 
 def _kind(kind: str, shape: tuple[int, int]) -> str:
     return f"a {kind} update of {shape[0]}×{shape[1]}"
+
+
+def weigh_joints(
+    joints: Sequence[Joint], given: Sequence[str], adapters: Sequence[Adapter]
+) -> tuple[list[Joint], Blocks | None]:
+    """The same for the terms of a blend: what is left of its modules, and the weights for its added vectors.
+
+    Raises:
+        UnsupportedError: a block weight for a tensor stored whole, which a blend takes as it is.
+    """
+    if not given:
+        return list(joints), None
+    blocks = Blocks(given, adapters)
+    for joint in joints:
+        weighed = [replace(t, weight=t.weight * blocks.of(t.adapter, joint.path)) for t in joint.terms]
+        joint.terms = [t for t in weighed if t.weight]
+    for adapter in adapters:
+        for name in adapter.replaced:
+            factor = blocks.of(adapter, module_of(name))
+            if factor != 1:
+                raise UnsupportedError(
+                    f"{adapter.path}: {name} is stored whole, so a blend can't give it a block weight of {factor:g}; "
+                    "merge can"
+                )
+    return [j for j in joints if j.terms], blocks

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.methods import METHODS, Method
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.merge import check_weights
+from lorasurgery.ops.placement.block_weight import check_weights
 
 if TYPE_CHECKING:
     pass

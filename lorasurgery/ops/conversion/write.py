@@ -19,14 +19,12 @@ from lorasurgery.checkpoint.output import Output
 from lorasurgery.errors import MismatchError, SurgeryError
 from lorasurgery.linalg.norms import row_squares
 from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.blend import factor_dtype
 from lorasurgery.ops.blending.combine import Composition
 from lorasurgery.ops.blending.join import Joint, Term
 from lorasurgery.ops.blending.options import BlendOptions
-from lorasurgery.ops.blending.write import Composed
+from lorasurgery.ops.blending.write import Composed, factor_dtype
 from lorasurgery.ops.conversion.modules import Assembly, Reduced, is_zero, join_vectors, padded, plain_lora
 from lorasurgery.ops.conversion.options import Conversion
-from lorasurgery.ops.extraction.report import total_error
 from lorasurgery.ops.factors.layout import (
     Layout,
     by_part,
@@ -36,6 +34,7 @@ from lorasurgery.ops.factors.layout import (
     peft_layout,
     write_layout,
 )
+from lorasurgery.ops.factors.losses import total_error
 from lorasurgery.ops.factors.sidecars import not_followed, tokenizer_files
 from lorasurgery.report import ModuleReport, Progress, Report
 

@@ -28,7 +28,7 @@ from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.rounding import step_at_one
 from lorasurgery.linalg.svd import INFINITE, WORKSPACE, TruncatedSVD, batched_svd, finite, may_round, truncated_svd
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops.extraction.difference import Difference, Found, Piece
+from lorasurgery.ops.extraction.difference import Difference, Found, Piece, count_nonfinite
 from lorasurgery.ops.extraction.experts import ExpertWork
 from lorasurgery.ops.extraction.options import ExtractOptions
 from lorasurgery.ops.extraction.pairs import FACTORED, ExpertPair, Pair
@@ -36,7 +36,6 @@ from lorasurgery.ops.extraction.report import LeftOut, Rounding
 from lorasurgery.ops.extraction.write import AdapterDraft
 from lorasurgery.ops.factors.factored import ExpertFactors, Factored, brought
 from lorasurgery.ops.factors.workload import Spill, Step, Workload, named, spill
-from lorasurgery.ops.verify import count_nonfinite
 from lorasurgery.report import ModuleReport, Progress
 
 if TYPE_CHECKING:

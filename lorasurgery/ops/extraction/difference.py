@@ -13,11 +13,13 @@ from torch import Tensor
 
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import TensorInfo
-from lorasurgery.engine.buffers import Arena, Buffers
+from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.buffers import Arena, Buffers, spans
 from lorasurgery.engine.threads import each, scratch
 from lorasurgery.linalg.blocks import InMemory, Streamed
 from lorasurgery.linalg.norms import summed
-from lorasurgery.linalg.rounding import same_but_rounded
+from lorasurgery.linalg.rounding import is_finite, same_but_rounded
+from lorasurgery.lowrank import widened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -304,3 +306,18 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _itemsize(info: TensorInfo) -> int:
     return torch_dtype(info.dtype).itemsize
+
+
+def count_nonfinite(model: Checkpoint, info: TensorInfo) -> int:
+    """How many values of a tensor are NaN or infinite; it is read in pieces, several at a time."""
+    dtype, counts = torch_dtype(info.dtype), []
+
+    def look(span: tuple[int, int]) -> None:
+        raw = bytearray(span[1])
+        model.fill(info.name, memoryview(raw), span[0])
+        values = torch.frombuffer(raw, dtype=dtype)
+        if not is_finite(values):
+            counts.append(int((~torch.isfinite(values.to(widened(dtype)))).sum()))
+
+    each(look, spans(info.nbytes))
+    return sum(counts)

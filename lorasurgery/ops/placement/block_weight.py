@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.image_names.blocks import BlockWeights, check_patterns, names_of, parse_block_weight
 from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import MismatchError, UnsupportedError
-from lorasurgery.ops.blending.join import Joint
+from lorasurgery.errors import MismatchError, UsageError
 from lorasurgery.ops.placement.edits import Contribution, Edit, EditPlan, size_of
 from lorasurgery.ops.placement.plan import plan_edits
+
+if TYPE_CHECKING:
+    pass
 
 
 class Blocks:
@@ -102,31 +106,6 @@ def _weigh(edit: Edit, blocks: Blocks) -> None:
     edit.replacement = replace(old, weight=old.weight * factor) if factor else None
 
 
-def weigh_joints(
-    joints: Sequence[Joint], given: Sequence[str], adapters: Sequence[Adapter]
-) -> tuple[list[Joint], Blocks | None]:
-    """The same for the terms of a blend: what is left of its modules, and the weights for its added vectors.
-
-    Raises:
-        UnsupportedError: a block weight for a tensor stored whole, which a blend takes as it is.
-    """
-    if not given:
-        return list(joints), None
-    blocks = Blocks(given, adapters)
-    for joint in joints:
-        weighed = [replace(t, weight=t.weight * blocks.of(t.adapter, joint.path)) for t in joint.terms]
-        joint.terms = [t for t in weighed if t.weight]
-    for adapter in adapters:
-        for name in adapter.replaced:
-            factor = blocks.of(adapter, module_of(name))
-            if factor != 1:
-                raise UnsupportedError(
-                    f"{adapter.path}: {name} is stored whole, so a blend can't give it a block weight of {factor:g}; "
-                    "merge can"
-                )
-    return [j for j in joints if j.terms], blocks
-
-
 def _path(term: Contribution) -> str:
     return module_of(term.diff) if term.delta is None else term.delta.parameter or term.delta.path
 
@@ -147,3 +126,19 @@ def _tensors(plan: EditPlan, adapters: Sequence[Adapter]) -> dict[tuple[int, str
             key = (places[id(edit.replacement.adapter)], module_of(edit.replacement.name))
             found.setdefault(key, []).append(edit.tensor)
     return found
+
+
+def check_weights(weights: Sequence[float], adapters: int) -> list[float]:
+    """Give every adapter its strength; the n-th weight belongs to the n-th adapter, the rest are 1.
+
+    >>> check_weights([0.5], 2)
+    [0.5, 1.0]
+    """
+    if not adapters:
+        raise UsageError("no adapter given; name at least one adapter folder")
+    if len(weights) > adapters:
+        raise UsageError(f"{len(weights)} weights for {adapters} adapters; the n-th -w belongs to the n-th adapter")
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise UsageError(f"weight {weight} is not a finite number")
+    return [float(w) for w in weights] + [1.0] * (adapters - len(weights))

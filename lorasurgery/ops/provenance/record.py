@@ -20,6 +20,7 @@ from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.adapters.peft.config import read_config
 from lorasurgery.adapters.peft.read import CONFIG_NAME, WEIGHTS_NAME, is_peft
 from lorasurgery.checkpoint.files import WriteFile, sync_folder
+from lorasurgery.checkpoint.fingerprint import sha256_of
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.journal import new_token, partial_of
 from lorasurgery.checkpoint.locate import load_object, locate
@@ -118,15 +119,6 @@ def _file(path: Path, name: str, *, whole: bool) -> dict[str, Any]:
             start = file.read(8)
             found["header_sha256"] = hashlib.sha256(start + file.read(int.from_bytes(start, "little"))).hexdigest()
     return found
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read a megabyte at a time."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with path.open("rb", buffering=0) as file:
-        while got := file.readinto(buffer):
-            digest.update(buffer[:got])
-    return digest.hexdigest()
 
 
 def record(report: Report, call: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from lorasurgery._version import __version__
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.files import Place, read_back
+from lorasurgery.checkpoint.fingerprint import sha256_of
 from lorasurgery.checkpoint.header import DTYPE_BITS, show
 from lorasurgery.checkpoint.inside import LEADS_OUT, is_inside, leads_out
 from lorasurgery.checkpoint.journal import UNDO_FOLDER
@@ -26,7 +27,6 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.errors import FormatError
 from lorasurgery.hub.reference import cached_reference
-from lorasurgery.ops.provenance.record import sha256_of
 
 _LARGEST = 1 << 30  # bytes of one stretch; those that are written have some megabytes
 _KINDS = {"changed", "resized", "added"}
