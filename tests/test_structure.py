@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "_version", "errors", "report", "module_location", "engine", "lowrank", "linalg", "checkpoint", "adapters", "clients",
     "hub", "plots", "ops.provenance", "ops.placement", "ops.factors", "ops.merging", "ops.blending", "ops.conversion",
-    "ops.extraction", "ops", "cli", "__main__", "",
+    "ops.extraction", "ops.examining", "ops", "cli", "__main__", "",
 ]  # fmt: skip
 # What a room knows nothing of, though it stands lower.
 APART = {
