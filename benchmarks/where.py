@@ -30,7 +30,7 @@ KINDS = {
     "reading and subtracting": ("ops/extraction/difference.py", "read_at (", "read_all ("),
     "merging: W + scale·B·A, rounded, measured": ("linalg/rounding.py", "lowrank.py"),
     "writing": ("checkpoint/files.py", "checkpoint/writer.py"),
-    "other decomposition": ("linalg/svd.py", "ops/pair_work.py"),
+    "other decomposition": ("linalg/svd.py", "ops/extraction/decompose.py"),
     "interpreter, imports, waiting": ("importlib", "<frozen", "site-packages", "lib/python3"),
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from lorasurgery.linalg.krylov import LEAST, Coarse
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extraction.decompose import decompose as extraction
+from lorasurgery.ops.extraction import decompose as extraction
 from lorasurgery.report import Report
 
 SHAPES = {"wide": (300, 2500), "tall": (2500, 300), "few rows": (7, 5000), "one": (1, 1)}

@@ -18,8 +18,8 @@ from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.rounding import Merger
 from lorasurgery.ops.blending import combine as composition
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extraction.decompose import decompose as extraction
-from lorasurgery.ops.extraction.decompose import difference
+from lorasurgery.ops.extraction import decompose as extraction
+from lorasurgery.ops.extraction import difference
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.merging import tensor_jobs as jobs
 from lorasurgery.ops.unmerge import unmerge

@@ -18,7 +18,7 @@ from lorasurgery.engine.ranks import Ranks
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rank import Budget, RankChoice
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extraction.decompose import decompose as extraction
+from lorasurgery.ops.extraction import decompose as extraction
 from lorasurgery.ops.extraction.decompose import plan_groups
 from lorasurgery.ops.extraction.pairs import Pair, Treatment
 from lorasurgery.ops.factors.workload import Workload

@@ -21,7 +21,7 @@ from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.diff import diff
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extraction.decompose import decompose as extraction
+from lorasurgery.ops.extraction import decompose as extraction
 from lorasurgery.ops.extraction.options import Selection
 from lorasurgery.ops.merge import merge
 from lorasurgery.report import Report

@@ -16,7 +16,7 @@ from lorasurgery.engine import runtime
 from lorasurgery.errors import MismatchError, SurgeryError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.extract import ExtractOptions, extract
-from lorasurgery.ops.extraction.decompose import decompose as extraction
+from lorasurgery.ops.extraction import decompose as extraction
 from lorasurgery.ops.extraction.options import Selection
 from lorasurgery.report import Report
 
