@@ -1,4 +1,4 @@
-"""Files read and written at given places, from several threads at once, and copied by the system."""
+"""Files read and written at given offsets, from several threads at once; copies by the system; a scratch file."""
 
 from __future__ import annotations
 

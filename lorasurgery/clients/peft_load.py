@@ -1,4 +1,4 @@
-"""What PEFT would do with an adapter on a model whose modules are known: from names alone, nothing is loaded."""
+"""What PEFT would do with an adapter on a model, and what it would not load, mostly in silence: from names alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""huggingface_hub's client, with its own settings for endpoint, token and cache, and its failures in one line."""
+"""huggingface_hub's client: its settings, its failures in one line, and weight files read in ranges."""
 
 from __future__ import annotations
 

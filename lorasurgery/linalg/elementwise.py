@@ -1,4 +1,4 @@
-"""Blending that works entry by entry: TIES, DARE and magnitude pruning, in row blocks of matrices held in factors.
+"""Blending that works entry by entry: TIES, DARE, magnitude pruning, and TIES in a shared space (KnOTS).
 
 Definitions and sources are in docs/maths.md. Only the result is ever dense: every block of every term is made when
 it is needed, twice where a term's entries must be ranked first.

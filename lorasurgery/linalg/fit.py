@@ -1,4 +1,4 @@
-"""The factors of a truncated SVD as they are stored: one side fitted anew, in the pass that measures the error."""
+"""The factors of a truncated SVD as they are stored: one side refitted, the error measured, the rank that is kept."""
 
 from __future__ import annotations
 

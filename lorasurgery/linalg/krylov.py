@@ -1,4 +1,4 @@
-"""A block Krylov basis of a matrix, grown one block a pass: two GEMMs, then thin orthogonalisation."""
+"""A block Krylov basis of a matrix, grown one block a pass, in bfloat16 where the processor is made for that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frobenius norms of large matrices, and the residual of a factored update, measured rather than inferred."""
+"""Frobenius norms and residuals, measured rather than inferred, for numbers whose squares overflow too."""
 
 from __future__ import annotations
 

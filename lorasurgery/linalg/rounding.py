@@ -1,4 +1,4 @@
-"""Casting an updated weight to its storage dtype, once, and how much of the update survives it."""
+"""Casting an updated weight to its storage dtype, once; what survives it, and what differs by rounding alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thin QR of a tall matrix: by the Gram matrix of its columns where that is safe, else by Householder."""
+"""Thin matrices, a few columns wide: products and orthonormal columns; QR by the Gram matrix where that is safe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sections of a model card, as Markdown. No network, no files but a config.
+"""The sections of a model card, as Markdown in which what files say is quoted as it stands. No network.
 
 What stands in a record, an adapter or a file's name goes through `words` or `block`, so that it is read as it stands.
 """

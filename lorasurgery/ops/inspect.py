@@ -1,4 +1,4 @@
-"""inspect on a checkpoint: what its headers tell, without reading a tensor."""
+"""inspect: what the headers of a checkpoint or an adapter tell, and what in them is allowed but seldom meant."""
 
 from __future__ import annotations
 

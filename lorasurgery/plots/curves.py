@@ -1,4 +1,4 @@
-"""Curves of a spectrum: how singular values fall, and what each rank would lose and weigh."""
+"""Curves and bars: how singular values fall, what each rank would lose and weigh, and sums by layer and kind."""
 
 from __future__ import annotations
 

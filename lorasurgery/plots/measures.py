@@ -1,4 +1,4 @@
-"""What can be drawn of a module: a title in plain words, unit and scale, and how several modules become one cell."""
+"""What can be drawn of a module: a title, a unit and a scale; its spectrum, and how several modules become one."""
 
 from __future__ import annotations
 

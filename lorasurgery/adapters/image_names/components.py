@@ -1,4 +1,4 @@
-"""Which part of an image model a name belongs to: the denoiser (U-Net or transformer) or one of the text encoders.
+"""What tells an image model from a language model, and which of its parts a name belongs to.
 
 One adapter file may hold updates for all of them, and one checkpoint may hold all of them, each under prefixes of its
 own; this is the table that brings both to the same part.

@@ -1,4 +1,4 @@
-"""transformers' own table of renames as a last resort: asked only when a path would otherwise be an error.
+"""What an installed library knows of a model: its skeleton on the meta device, its renames, its rules of loading.
 
 The tool works without transformers, and a plan that finds all its names never imports it (it would import torch).
 Facts: transformers 5.23, `conversion_mapping.get_checkpoint_conversion_mapping`, `WeightRenaming.rename_source_key`.

@@ -1,4 +1,4 @@
-"""Which modules PEFT's target_modules means (peft 0.21.2, tuners_utils.check_target_module_exists)."""
+"""PEFT's patterns: which modules target_modules means, and which rank_pattern or alpha_pattern means a module."""
 
 from __future__ import annotations
 

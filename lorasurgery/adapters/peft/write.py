@@ -1,4 +1,4 @@
-"""Writing PEFT's adapter folders: keys, the smallest exact target_modules, and adapter_config.json."""
+"""Writing PEFT's adapter folders: keys, the smallest exact target_modules, and adapter_config.json, new or derived."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the header of an adapter file says about alpha: diffusers' lora_adapter_metadata, or a plain `alpha`."""
+"""What the header of an adapter file says: alpha in its several spellings, and the hashes that image tools keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has no factors, as PEFT takes it: modules_to_save, or a tensor that it loads into the model by its name."""
+"""What extract writes: factors, modules cut from one tensor or joined from several, and tensors stored whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules as they will be written: factors, their singular values and error; cut to a budget, padded to one rank."""
+"""Modules as they will be written, and fused experts: factors, singular values and error; cut to a budget, padded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules worked on in any order, by as many ranks as there are, and taken in the order given."""
+"""Modules worked on in any order, on as many ranks as there are, taken in the order given, and kept for --resume."""
 
 from __future__ import annotations
 
