@@ -7,9 +7,10 @@ TESTS ?=
 ONLY ?=
 MINUTES ?= 30
 BENCH ?=
+OLDEST := $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do $$p -c '' 2> /dev/null && echo $$p && break; done)
 MUTANTS ?=
 
-.PHONY: help install demo test test-slow fuzz mutants lint types check docs architectures site bench clean
+.PHONY: help install demo test test-slow oldest fuzz mutants lint types check docs architectures site bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,6 +35,14 @@ test: $(STAMP) ## Run the tests (minutes; needs no network once installed)
 
 test-slow: $(STAMP) ## The proofs that take minutes each
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(TESTS)
+
+oldest: ## What works without torch, on the oldest supported Python, where the machine has it
+	@if [ -z "$(OLDEST)" ]; then echo "== oldest: this machine has no Python 3.10; lint and types alone hold for it"; exit 0; fi; \
+	echo "== oldest: $(OLDEST)"; \
+	test -x .venv-oldest/bin/python || $(OLDEST) -m venv .venv-oldest; \
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check 'safetensors>=0.5' 'numpy>=1.26' 'click>=8.1.8' 'rich>=13.8' \
+		'huggingface_hub>=0.30' 'pyyaml>=6.0' 'zstandard>=0.23' && \
+	PYTHONPATH=$(CURDIR) .venv-oldest/bin/python tests/oldest.py
 
 fuzz: $(STAMP) ## Read hostile files for MINUTES=30 and say what was not refused in one line, in bounded time and memory
 	@echo "== fuzz: $(MINUTES) minutes"
