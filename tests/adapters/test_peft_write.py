@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
 
-from lorasurgery.adapters.peft.write import exact_suffixes, exact_targets
+from lorasurgery.adapters.peft.patterns import PatternTable
+from lorasurgery.adapters.peft.write import exact_suffixes, exact_targets, rank_fields
 from lorasurgery.clients.peft import saved_names
 
 
@@ -73,3 +79,36 @@ def test_a_saved_module_that_no_name_means_alone_is_told() -> None:
     """A path that ends another, and one that would shut a target out, must be stored otherwise."""
     assert saved_names({"norm"}, {"norm", "a.norm"}, []) == ([], {"norm"})
     assert saved_names({"a.norm"}, {"a.norm", "a.norm.linear"}, ["a.norm.linear"]) == ([], {"a.norm"})
+
+
+PATHS = st.lists(st.sampled_from(["a", "b", "out", "0"]), min_size=1, max_size=4).map(".".join)
+
+
+def as_peft_has_it(pattern: Mapping[str, float], default: float, path: str) -> float:
+    return pattern.get(get_pattern_key(pattern.keys(), path), default)
+
+
+@given(st.dictionaries(PATHS, st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=8))
+def test_every_module_has_its_rank_and_alpha(modules: dict[str, tuple[int, int]]) -> None:
+    """PEFT and our own reader take each module's own numbers from the config, though paths end others."""
+    ranks, alphas = ({p: pair[i] for p, pair in modules.items()} for i in range(2))
+    fields = rank_fields(ranks, {p: float(a) for p, a in alphas.items()})
+    for name, default, wanted in (("rank_pattern", "r", ranks), ("alpha_pattern", "lora_alpha", alphas)):
+        pattern, rest = fields[name], fields[default]
+        ours = PatternTable(pattern, name)
+        for path, number in wanted.items():
+            assert as_peft_has_it(pattern, rest, path) == number
+            assert ours.first(path, rest) == number
+
+
+def test_peft_builds_the_layers_that_were_meant() -> None:
+    """A module at the root whose path ends another's: each gets its own rank in a model."""
+    inner = torch.nn.ModuleDict({"out": torch.nn.Linear(8, 8)})
+    model = torch.nn.ModuleDict({"out": torch.nn.Linear(8, 8), "block": inner, "other": torch.nn.Linear(8, 8)})
+    ranks = {"out": 1, "block.out": 3, "other": 3}
+    fields = rank_fields(ranks, {path: float(r) for path, r in ranks.items()})
+    made = get_peft_model(model, LoraConfig(target_modules=["out", "other"], **fields))
+    found = {
+        p.removeprefix("base_model.model."): m.r["default"] for p, m in made.named_modules() if hasattr(m, "lora_A")
+    }
+    assert found == ranks

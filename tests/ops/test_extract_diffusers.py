@@ -82,6 +82,18 @@ def test_merge_peft_and_diffusers_give_the_tuned_model_back(name: str, tmp_path:
     goes_into_diffusers(name, tmp_path)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_modules_with_ranks_of_their_own(name: str, tmp_path: Path) -> None:
+    """--energy gives each module its own rank, also where one module's path ends another's; PEFT merges what merge does."""
+    if small.save_pair(name, tmp_path) is None:
+        pytest.skip(f"{name} is not made small here")
+    options = ExtractOptions(RankChoice(energy=0.8))
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "x", options, device="cpu")
+    merge(tmp_path / "base", [tmp_path / "x"], tmp_path / "m", device="cpu", allow_loss=True)
+    model = PeftModel.from_pretrained(small.load(name, tmp_path / "base"), tmp_path / "x")
+    assert_tuned(model.merge_and_unload().state_dict(), small.load(name, tmp_path / "m").state_dict())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(small.adapter_classes()) - set(KINDS) - set(DEPTHWISE)))
 def test_every_class_with_adapters(name: str, tmp_path: Path) -> None:

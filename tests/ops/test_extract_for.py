@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from lorasurgery import ExtractOptions, RankChoice, check, extract
+from lorasurgery import Budget, ExtractOptions, RankChoice, check, extract
 from lorasurgery.errors import UsageError
 
 UNET = {
@@ -100,3 +100,16 @@ def test_ranks_are_one_for_sglang(llama: Path, tmp_path: Path) -> None:
     extract(llama / "base", llama / "tuned", tmp_path / "a", options)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == {} and config["alpha_pattern"] == {}
+
+
+@pytest.mark.parametrize("client", ["comfyui", "kohya", "diffusers"])
+def test_a_budget_that_the_file_exceeds_is_said(unet: Path, tmp_path: Path, client: str) -> None:
+    """The budget is kept for the factors; where names and joined modules take more, the report gives both numbers."""
+    for budget in (40_000, 80_000, 200_000):
+        out = tmp_path / f"{budget}.safetensors"
+        options = ExtractOptions(RankChoice(budget=Budget(size=budget)), client=client)
+        made = extract(unet / "base", unet / "tuned", out, options)
+        size = out.stat().st_size
+        assert size < 1.05 * budget
+        said = [w for w in made.warnings if f"{budget:,}" in w and f"{size:,}" in w and "does not hold" in w]
+        assert bool(said) == (size > budget)

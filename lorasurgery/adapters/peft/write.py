@@ -86,18 +86,25 @@ class PeftLayout:
 
 
 def rank_fields(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
-    """r and lora_alpha by the commonest values, and patterns with full paths, which cannot overlap, for the others.
+    """r and lora_alpha by the commonest values, and a pattern for each module that has others.
+
+    PEFT takes the first pattern that matches a path's end (0.21.2, other.get_pattern_key) and sorts patterns when it
+    saves, so a path that another one ends in is anchored.
 
     >>> rank_fields({"a.q": 4, "b.q": 4, "b.v": 2}, {"a.q": 4.0, "b.q": 4.0, "b.v": 2.0})["rank_pattern"]
     {'b.v': 2}
+    >>> rank_fields({"out": 2, "a.out": 4, "b.out": 4}, {"out": 2.0, "a.out": 2.0, "b.out": 2.0})["rank_pattern"]
+    {'^out': 2}
     """
     r = _commonest(ranks.values(), 8)
     alpha = _commonest(alphas.values(), float(r))
+    ends = {path[i + 1 :] for path in ranks for i, letter in enumerate(path) if letter == "."}
+    keys = {path: f"^{path}" if path in ends else path for path in sorted(ranks)}
     return {
         "r": r,
         "lora_alpha": _whole(alpha),
-        "rank_pattern": {p: k for p, k in sorted(ranks.items()) if k != r},
-        "alpha_pattern": {p: _whole(a) for p, a in sorted(alphas.items()) if a != alpha},
+        "rank_pattern": {key: ranks[path] for path, key in keys.items() if ranks[path] != r},
+        "alpha_pattern": {key: _whole(alphas[path]) for path, key in keys.items() if alphas[path] != alpha},
     }
 
 
