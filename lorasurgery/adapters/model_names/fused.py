@@ -18,13 +18,13 @@ from lorasurgery.adapters.model_names.renames import model_types
 _CONVERTED = frozenset((
     "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe "
     "glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next qwen3_omni_moe "
-    "solar_open"
+    "qwen3_omni_moe_text qwen3_omni_moe_thinker solar_open"
 ).split())  # fmt: skip
 # Families with a matrix for each expert on disk and one parameter in memory.
 _STACKED = _CONVERTED | frozenset((
-    "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 flint glm4v_moe_text glm5_next hy_v3 jamba kimi_k25 "
-    "kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash minimax minimax_m2 mistral_large4_text mixtral nemotron_h "
-    "phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen4_exp_text"
+    "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 flint glm4v_moe_text glm5_next glm5_next_text hy_v3 jamba "
+    "kimi_k25 kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash minimax minimax_m2 mistral_large4_text mixtral "
+    "nemotron_h phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen4_exp_text"
 ).split())  # fmt: skip
 # Parameters stored (experts, in, out) that PEFT turns: `is_transposed` of the experts' module, or of the conversion.
 _TRANSPOSED = frozenset(("gpt_oss", "openai_privacy_filter", "aria", "aria_text"))
