@@ -1,1 +1,1 @@
-"""Benchmarks of lorasurgery beside its peers; see README.md."""
+"""Benchmarks of lorasurgery against its peers; see README.md."""

@@ -1,4 +1,4 @@
-"""Adapters of a Llama shape made of random factors with a falling spectrum, for benchmarks."""
+"""Adapters of a Llama shape with random factors and a falling spectrum, for benchmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 
 def llama_modules(hidden: int, inner: int, layers: int) -> Iterator[tuple[str, int, int]]:
-    """(path, out, in) of the seven linear modules of each layer."""
+    """Yield (path, out, in) for the seven linear modules of each layer."""
     for i in range(layers):
         stem = f"model.layers.{i}"
         for p in "qkvo":
@@ -32,7 +32,7 @@ def make_adapter(
     dtype: torch.dtype,
     rslora: bool = False,
 ) -> Path:
-    """Write a PEFT adapter, or find it there; σᵢ falls as i^-½, as adapters of trained models do."""
+    """Write a PEFT adapter, or find an existing one; σᵢ falls as i^-½, as in adapters of trained models."""
     if (folder / "adapter_config.json").exists():
         return folder
     generator = torch.Generator().manual_seed(seed)

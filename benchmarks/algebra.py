@@ -37,7 +37,7 @@ Work = Callable[[], Factors]
 
 
 def factors(m: int, n: int, rank: int, seed: int, device: str) -> LowRank:
-    """Random factors with a falling spectrum."""
+    """Return random factors with a falling spectrum."""
     generator = torch.Generator().manual_seed(seed)
     fall = torch.arange(1, rank + 1) ** -0.25
     up = torch.randn(m, rank, generator=generator) * fall / m**0.5
@@ -46,14 +46,14 @@ def factors(m: int, n: int, rank: int, seed: int, device: str) -> LowRank:
 
 
 def recompressed(terms: list[LowRank], rank: int) -> Factors:
-    """What lorasurgery does for one module."""
+    """Do what lorasurgery does for one module."""
     with torch.inference_mode():
         kept = recompress(terms, rank).truncate(rank)
     return kept.up, kept.down
 
 
 def clock(work: Callable[[], Any], runs: int, device: str) -> tuple[list[float], Any]:
-    """Times in seconds, the GPU waited for, after a run that doesn't count if there are several; the last result."""
+    """Return the times in seconds, waiting for the GPU, after a warm-up if there are several, and the last result."""
     times, result = [], None
     for _ in range(runs + (runs > 1)):
         start = time.perf_counter()
@@ -65,7 +65,7 @@ def clock(work: Callable[[], Any], runs: int, device: str) -> tuple[list[float],
 
 
 def in_turn(contenders: list[tuple[str, int, Work]], device: str) -> list[tuple[str, list[float], Factors]]:
-    """Times of each contender, round by round, after a round that doesn't count; its last result."""
+    """Return each contender's times, round by round after a warm-up round, and its last result."""
     times: dict[str, list[float]] = {name: [] for name, _, _ in contenders}
     last: dict[str, Factors] = {}
     for i in range(-1, max(runs for _, runs, _ in contenders)):
@@ -77,7 +77,7 @@ def in_turn(contenders: list[tuple[str, int, Work]], device: str) -> list[tuple[
 
 
 def error(terms: list[LowRank], result: Factors) -> float:
-    """‖ΔW − up@down‖/‖ΔW‖ of the dense matrices in float64."""
+    """Return ‖ΔW − up@down‖/‖ΔW‖ from the dense matrices in float64."""
     dense = torch.zeros(terms[0].shape, dtype=torch.float64, device=terms[0].up.device)
     for t in terms:
         dense += t.scale * (t.up.double() @ t.down.double())
@@ -86,7 +86,7 @@ def error(terms: list[LowRank], result: Factors) -> float:
 
 
 def operations(device: str, options: Options, sizes: list[tuple[int, int]]) -> list[Row]:
-    """One module in memory: rank 64 to 32, and two of rank 64 to one of 64."""
+    """Measure one module in memory: rank 64 to 32, and two of rank 64 to one of 64."""
     rows, runs, dense = [], 4 * options.runs, options.peer_runs
     for m, n in sizes:
         a, b = (factors(m, n, RANK, seed, device) for seed in (0, 1))
@@ -118,7 +118,7 @@ def _blends(a: LowRank, b: LowRank, runs: int, dense: int, device: str) -> list[
 
 
 def processes(options: Options, shape: Shape) -> list[Row]:
-    """Whole processes on files."""
+    """Measure whole processes on files."""
     a, b = (str(options.adapter(shape, RANK, seed)) for seed in (0, 1))
     peers = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers"]
     out = options.work / "out-algebra"
@@ -144,7 +144,7 @@ def processes(options: Options, shape: Shape) -> list[Row]:
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """The operation on the CPU (and the GPU when asked for), then the processes."""
+    """Measure the operation on the CPU (and on request the GPU), then the processes."""
     sizes = [(256, 256)] if options.tiny else [(2048, 2048), (5632, 2048), (4096, 4096)]
     rows: list[Row] = []
     for device in ["cpu"] + ["cuda"] * (options.cuda and torch.cuda.is_available()):
@@ -154,7 +154,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> list[str]:
-    """One table, with each peer's time beside ours."""
+    """Write one table, with each peer's time next to ours."""
     mine = {(r["where"], r["what"]): r for r in result["rows"] if r["name"] == "lorasurgery"}
     lines = []
     for r in result["rows"]:

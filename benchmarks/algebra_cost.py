@@ -27,7 +27,7 @@ Point = dict[str, float]
 
 
 def by_rank(device: str) -> list[Point]:
-    """4096×4096 from rank r to r/2."""
+    """Measure 4096×4096 from rank r to r/2."""
     points = []
     for r in (8, 16, 32, 64, 128, 256, 512):
         term = factors(4096, 4096, r, 0, device)
@@ -36,7 +36,7 @@ def by_rank(device: str) -> list[Point]:
 
 
 def by_width(device: str) -> list[Point]:
-    """d×d from rank 64 to 32."""
+    """Measure d×d from rank 64 to 32."""
     return [
         _point(d, [factors(d, d, 64, 0, device)], 32, device, lowrank=d <= 8192)
         for d in (512, 1024, 2048, 4096, 8192, 16384)
@@ -44,7 +44,7 @@ def by_width(device: str) -> list[Point]:
 
 
 def by_adapters(device: str) -> list[Point]:
-    """k adapters of rank 16 on 4096×4096 to rank 64 (or all they have)."""
+    """Measure k adapters of rank 16 on 4096×4096 to rank 64 (or to their total rank if that is less)."""
     points = []
     for k in (2, 5, 10, 20, 50):
         terms = [factors(4096, 4096, 16, i, device).times(1 / k) for i in range(k)]
@@ -64,7 +64,7 @@ def _point(x: float, terms: list[Any], rank: int, device: str, *, lowrank: bool)
 
 
 def draw(found: dict[str, list[Point]], target: Path, device: str) -> None:
-    """Three log-log panels; ours in a solid line, the dense product with svd_lowrank dashed."""
+    """Draw three log-log panels; ours as a solid line, the dense product with svd_lowrank dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -95,7 +95,7 @@ def draw(found: dict[str, list[Point]], target: Path, device: str) -> None:
 
 
 def fifty(work: Path) -> None:
-    """50 adapters of rank 16 on 32 layers of 7 modules (4096, 11008), bfloat16, blended to rank 64 as one process."""
+    """Blend 50 rank-16 adapters on 32 layers of 7 modules (4096, 11008), bfloat16, to rank 64 in one process."""
     shape = {"hidden": 4096, "inner": 11008, "layers": 32}
     paths = [
         str(make_adapter(work / f"fifty/a{i:02}", **shape, rank=16, seed=i, dtype=torch.bfloat16)) for i in range(50)
@@ -110,7 +110,7 @@ def fifty(work: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print, and draw when asked to."""
+    """Measure, print, and draw on request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fifty", action="store_true", help="only the fifty adapters")
     parser.add_argument("--plot", type=Path)

@@ -1,7 +1,7 @@
-"""extract and merge of a 7B shape on a GPU, beside what the transfers to it take.
+"""extract and merge of a 7B shape on a GPU, compared with the time of the transfers.
 
-python benchmarks/run.py --only cuda                             # 32 layers, 40 GB of disk; the page says what came out
-python benchmarks/cuda.py --layers 1 --hidden 256 --device cpu   # tries the code where no GPU is
+python benchmarks/run.py --only cuda                             # 32 layers, 40 GB of disk; results on the page
+python benchmarks/cuda.py --layers 1 --hidden 256 --device cpu   # tries the code without a GPU
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BUFFER = 2**30
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Bandwidth, whole processes of extract and merge, kernels' times, and errors."""
+    """Measure bandwidth, whole processes of extract and merge, kernel times, and errors."""
     device, shape = options.device, options.shape(32, vocab=32000)
     base, tuned = make_pair(options.work, shape)
     adapter = options.adapter(shape, RANKS["merge"])
@@ -57,7 +57,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def processes(options: Options, base: Path, tuned: Path, adapter: Path) -> list[Row]:
-    """extract and merge in turn, with the errors of what they wrote."""
+    """Run extract and merge interleaved, and compute the errors of their output."""
     device = options.device
 
     def look(out: Path) -> Row:
@@ -78,7 +78,7 @@ def processes(options: Options, base: Path, tuned: Path, adapter: Path) -> list[
 
 
 def bandwidth(device: str, size: int) -> dict[str, float]:
-    """Bytes a second to the device and back, from pinned and from pageable memory: medians of ten."""
+    """Return bytes per second to the device and back, for pinned and pageable memory: medians of ten."""
     there = torch.empty(size, dtype=torch.uint8, device=device)
     found = {}
     for kind in ("pinned", "pageable"):
@@ -104,7 +104,7 @@ def _wait(device: str) -> None:
 
 
 def kernels(base: Path, tuned: Path, out: Path, device: str) -> dict[str, float]:
-    """Seconds of kernels and of copies in the second of two extractions, and the device's memory at most."""
+    """Return the seconds of kernels and of copies in the second of two extractions, and the device's peak memory."""
     from lorasurgery import ExtractOptions, RankChoice, extract
 
     choice = ExtractOptions(RankChoice(rank=RANKS["extract"]))
@@ -115,7 +115,7 @@ def kernels(base: Path, tuned: Path, out: Path, device: str) -> dict[str, float]
             report = extract(base, tuned, out, choice, device=device)
             _wait(device)
     remove(out)
-    work = {True: 0.0, False: 0.0}  # of copies, and of all else
+    work = {True: 0.0, False: 0.0}  # of copies, and of everything else
     for event in seen.key_averages():
         if on_gpu == (event.device_type == DeviceType.CUDA):
             time_spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -125,7 +125,7 @@ def kernels(base: Path, tuned: Path, out: Path, device: str) -> dict[str, float]
 
 
 def module_errors(base: Path, tuned: Path, adapter: Path, device: str) -> list[Row]:
-    """Error and least possible error of one module of each shape, in float64."""
+    """Return the error and the least possible error for one module of each shape, in float64."""
     before, after, factors = Weights(base), Weights(tuned), Factors(adapter)
     chosen = {before.shapes[f"{p}.weight"]: p for p in factors.paths()}
     rows = []
@@ -143,7 +143,7 @@ def _linear_bytes(base: Path) -> int:
 
 
 def render(result: dict[str, Any]) -> list[str]:
-    """Bandwidth, processes beside their bounds, kernels, errors."""
+    """Write bandwidth, processes with their bounds, kernels and errors."""
     s, b, k = result["shape"], result["bandwidth"], result["kernels"]
     bounds = {
         "extract": 2 * result["changed"] / b["to, pinned"],
@@ -170,7 +170,7 @@ def render(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Measure and print; nothing is kept for the page."""
+    """Measure and print; nothing is saved for the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096, help="inner is 43/16 of it, as in Llama 7B")
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Options.work)
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--keep", action="store_true", help="keep the pair")
     args = parser.parse_args()
     if args.device != "cpu" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Environments of their own for peers whose pins are not ours, made once below the folder of work data."""
+"""Separate environments for peers with other pins, made once in the folder of work data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# torch first: asked for together with others, pip may choose a build with gigabytes of CUDA
+# torch first: if it is requested together with others, pip may choose a build with gigabytes of CUDA
 STEPS = {
     "mergekit": [["torch==2.13.0"], ["-r", str(HERE / "requirements-mergekit.txt")]],
     # axolotl alone: its 58 requirements (xformers, bitsandbytes, triton, gradio …) are not needed to merge
@@ -22,7 +22,7 @@ STEPS = {
 
 
 def environment(name: str, work: Path) -> Path | None:
-    """The folder of a peer's programs, installed when it is not there; None where it can't be installed."""
+    """Return the folder of a peer's programs, installed if missing; None if it can't be installed."""
     folder = work / f"{name}-venv"
     mark = folder / f"{name}.installed"
     if not mark.exists():
@@ -39,7 +39,7 @@ def environment(name: str, work: Path) -> Path | None:
 
 
 def installed(folder: Path, *packages: str) -> dict[str, str]:
-    """Versions of packages in an environment; nothing where it is missing."""
+    """Return the versions of packages in an environment; nothing if it is missing."""
     places = [str(p) for p in folder.glob("lib/python*/site-packages")]
     found = {d.metadata["Name"]: d.version for d in distributions(path=places)}
     return {p: found[p] for p in packages if p in found}

@@ -1,4 +1,4 @@
-"""Errors of what was written, in float64 and from the files alone, a block of rows at a time."""
+"""Errors of the output, in float64 and from the files alone, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Factors:
         self._tensors = load_file(folder / "adapter_model.safetensors")
 
     def paths(self) -> list[str]:
-        """The modules that have factors, in the order of the file's names."""
+        """Return the modules that have factors, in the order of the file's names."""
         tail = ".lora_A.weight"
         return [n.removeprefix(PREFIX).removesuffix(tail) for n in self._tensors if n.endswith(tail)]
 
     def of(self, path: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
-        """(scale·up, down) in float64."""
+        """Return (scale·up, down) in float64."""
         down, up = (self._tensors[f"{PREFIX}{path}.lora_{x}.weight"].to(device, torch.float64) for x in "AB")
         alpha = self._config.get("alpha_pattern", {}).get(path, self._config["lora_alpha"])
         r = down.shape[0]
@@ -38,7 +38,7 @@ class Factors:
 
 
 def extraction_error(base: Path, tuned: Path, adapter: Path, device: str = "cpu") -> float:
-    """‖ΔW − BA‖/‖ΔW‖ over all changed matrices."""
+    """Return ‖ΔW − BA‖/‖ΔW‖ over all changed matrices."""
     factors, before, after = Factors(adapter), Weights(base), Weights(tuned)
     lost = whole = 0.0
     for name in before.shapes:
@@ -48,7 +48,7 @@ def extraction_error(base: Path, tuned: Path, adapter: Path, device: str = "cpu"
 
 
 def _sums(a: Tensor, b: Tensor, factors: Factors, path: str, device: str) -> tuple[float, float]:
-    """‖ΔW − BA‖² and ‖ΔW‖² of one tensor."""
+    """Return ‖ΔW − BA‖² and ‖ΔW‖² of one tensor."""
     if torch.equal(a, b):
         return 0.0, 0.0
     up, down = factors.of(path, device)
@@ -61,18 +61,18 @@ def _sums(a: Tensor, b: Tensor, factors: Factors, path: str, device: str) -> tup
 
 
 def optimal_error(delta: Tensor, rank: int) -> float:
-    """The least ‖ΔW − BA‖/‖ΔW‖ that this rank can have, from the eigenvalues of the Gram matrix in float64."""
+    """Return the least possible ‖ΔW − BA‖/‖ΔW‖ at this rank, from the Gram matrix's eigenvalues in float64."""
     delta = delta.double() if delta.shape[0] <= delta.shape[1] else delta.double().mT
     squares = torch.linalg.eigvalsh(delta @ delta.mT).clamp_min(0)
     return float((squares[: len(squares) - rank].sum() / squares.sum()).sqrt())
 
 
 def merge_error(base: Path, adapter: Path, merged: Path, samples: int = 7, device: str = "cpu") -> dict[str, float]:
-    """How far a merged checkpoint is from float64's result rounded once, over some modules spread evenly.
+    """Compare a merged checkpoint with float64's result rounded once, over some evenly spread modules.
 
     Returns:
-        differ: share of elements that are not the correctly rounded ones; max: the largest deviation;
-        relative: the norm of all deviations beside the norm of the result.
+        differ: share of elements that are not correctly rounded; max: the largest deviation;
+        relative: the norm of all deviations relative to the norm of the result.
     """
     factors, before, after = Factors(adapter), Weights(base), Weights(merged)
     paths = [n.removesuffix(".weight") for n in before.shapes if n.removesuffix(".weight") in set(factors.paths())]
@@ -92,7 +92,7 @@ def merge_error(base: Path, adapter: Path, merged: Path, samples: int = 7, devic
 
 
 def nearest_bfloat16(x: Tensor) -> Tensor:
-    """The nearest bfloat16 of each float64, as float64: through float32 rounded to odd, so that it is rounded once."""
+    """Return the nearest bfloat16 of each float64, as float64: via float32 rounded to odd, so it is rounded once."""
     near = x.float()
     bits = near.view(torch.int32)
     beyond = near.double().abs() > x.abs()

@@ -1,4 +1,4 @@
-"""extract against mergekit-extract-lora on the same pair, which needs minutes."""
+"""extract against mergekit-extract-lora on the same pair, which takes minutes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANK = 64
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Make the pair, run both in turn, and compute the errors of what they wrote."""
+    """Make the pair, run both interleaved, and compute the errors of their output."""
     shape = options.shape(7)
     base, tuned = make_pair(options.work, shape)
 
@@ -36,14 +36,14 @@ def measure(options: Options) -> dict[str, Any]:
     if "mergekit" not in options.without and (place := environment("mergekit", options.environments)):
         command = [str(place / "mergekit-extract-lora"), "--model", str(tuned), "--base-model", str(base)]
         command += ["--out-path", str(out["mergekit"]), "--max-rank", str(RANK)]
-        # it may end with a complaint about the network after everything is written
+        # it may fail with a network error after everything is written
         found.append(Contender("mergekit", command, out["mergekit"], options.peer_runs, look=look, tolerant=True))
     rows = interleave(found, options.logs, keep=options.keep)
     return {"shape": vars(shape), "bytes": folder_bytes(base), "rank": RANK, "rows": rows}
 
 
 def render(result: dict[str, Any]) -> list[str]:
-    """The size, the table, the ratio of the errors."""
+    """Write the size, the table and the ratio of the errors."""
     s, rows = result["shape"], result["rows"]
     extra = [("error of ΔW", "error", ".5f"), ("adapter MB", "adapter", ",.1f")]
     lines = [

@@ -1,4 +1,4 @@
-"""What no merge can beat: copying a checkpoint's files to the disk, and reading them once.
+"""The limits of any merge: copying a checkpoint's files to the disk, and reading them once.
 
 python -m benchmarks.limits copy FROM TO      cp without sharing of blocks, then fsync of each file and the folder
 python -m benchmarks.limits read FROM         reads of 16 MB into one buffer
@@ -15,7 +15,7 @@ BLOCK = 16 * 2**20
 
 
 def copy(source: Path, target: Path) -> None:
-    """cp every file, then wait until the disk has them."""
+    """Copy every file with cp, then wait until the disk has them."""
     target.mkdir(parents=True)
     whole = ["--reflink=never"] if sys.platform == "linux" else []
     subprocess.run(["cp", *whole, *map(str, sorted(source.iterdir())), str(target)], check=True)
@@ -26,7 +26,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def read(source: Path) -> None:
-    """Read every file from beginning to end and drop what was read."""
+    """Read every file from beginning to end and discard the data."""
     buffer = bytearray(BLOCK)
     for path in sorted(source.iterdir()):
         with path.open("rb", buffering=0) as file:

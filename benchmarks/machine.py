@@ -1,4 +1,4 @@
-"""What was measured on, and with which versions: facts as the system tells them."""
+"""The machine and the versions of a measurement, as the system reports them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("lorasurgery", "torch", "safetensors", "numpy", "transformers", "pef
 
 
 def machine(work: Path) -> dict[str, str]:
-    """Processor, cores, memory, disk of the work data, system, and the GPU if there is one."""
+    """Return processor, cores, memory, disk of the work data, system, and the GPU if there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {"processor": _processor(), "cores": str(cores)}
     found |= {"memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB", "disk": _disk(work)}
@@ -27,7 +27,7 @@ def machine(work: Path) -> dict[str, str]:
 
 
 def versions(work: Path) -> dict[str, str]:
-    """Our packages and the peers' in their environments."""
+    """Return the versions of our packages and of the peers' in their environments."""
     found = {}
     for name in PACKAGES:
         try:
@@ -51,7 +51,7 @@ def _processor() -> str:
 
 
 def _disk(work: Path) -> str:
-    """File system and device of the folder, and what the kernel says of the device's kind."""
+    """Return the folder's file system and device, and what the kernel says about the kind of device."""
     parts = [p for p in psutil.disk_partitions(all=True) if work.resolve().is_relative_to(p.mountpoint)]
     if not parts:
         return "unknown"

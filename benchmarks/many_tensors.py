@@ -1,11 +1,11 @@
-"""Very many, very small tensors: what each command takes beside reading and writing the same headers and bytes.
+"""Very many very small tensors: each command compared with reading and writing the same headers and bytes.
 
 `python benchmarks/many_tensors.py --count 100000` makes two checkpoints of that many matrices of 4×4 and an adapter for
 all of them, and prints a row for each command. The floor of a command is a process that imports torch, checks the
 headers of the command's inputs, reads each of their tensors once, and writes a file like the command's output tensor by
 tensor, synced; nothing is computed, and no journal, report or record is kept. All of it goes through Checkpoint and
-TensorFile, as in the command itself. `busy` is what the processors spent on the process, which other programs don't
-change much; the ratio is of those.
+TensorFile, as in the command itself. `busy` is the process's CPU time, which other programs hardly change; the ratio is
+computed from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-if __name__ == "__main__":  # run as a script, whose folder stands first where imports look
+if __name__ == "__main__":  # run as a script, whose folder is first on the import path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.measure import OURS, Run, run
@@ -28,7 +28,7 @@ from benchmarks.measure import OURS, Run, run
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 SLACK = 256_000_000
-CONFIG: dict[str, str] = {}  # no class of a library, whose import would be most of it
+CONFIG: dict[str, str] = {}  # no library class: importing it would dominate
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class Case:
     """A command.
 
     Args:
-        words: Its command line; `@` stands before the names of what lies in the folder.
-        reads: The inputs that it must read, as often as it must. writes: A file like the one that it makes.
-        start: What its output is a copy of beforehand, for those that work in place.
+        words: Its command line; `@` marks names in the folder.
+        reads: The inputs that it must read, repeated if it reads them repeatedly.
+        writes: A file like the one that it makes.
+        start: What its output is copied from first, for commands that work in place.
     """
 
     words: str
@@ -64,7 +65,7 @@ CASES = {
 
 
 def make(folder: Path, count: int, side: int) -> None:
-    """base, tuned (every matrix of which differs) and adapter, of rank 2 for every matrix."""
+    """Make base, tuned (in which every matrix differs) and adapter, with rank 2 for every matrix."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     names = [f"model.layers.{i // len(KINDS)}.{KINDS[i % len(KINDS)]}" for i in range(count)]
@@ -87,7 +88,7 @@ def make(folder: Path, count: int, side: int) -> None:
 
 
 def floor(reads: list[Path], like: Path | None, out: Path) -> None:
-    """Check headers, read every tensor once, write a file like another one, and nothing else."""
+    """Check headers, read every tensor once and write a file like another one, and nothing else."""
     from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
     from lorasurgery.checkpoint.reader import Checkpoint
     from lorasurgery.checkpoint.writer import TensorFile
@@ -107,7 +108,7 @@ def floor(reads: list[Path], like: Path | None, out: Path) -> None:
 
 
 def measure(case: Case, folder: Path, runs: int) -> tuple[Run, Run]:
-    """The command and its floor, each the quickest of some runs."""
+    """Measure the command and its floor, each the fastest of several runs."""
     logs = folder / "logs"
     like = ["--like", str(_weights(folder / case.writes))] if case.writes else []
     reads = [str(_weights(folder / name)) for name in case.reads]
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=4)
     parser.add_argument("--only", help="commands, separated by commas")
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where inputs lie; made anew when it is not there")
+    parser.add_argument("--folder", type=Path, help="folder of the inputs; created if missing")
     parser.add_argument("--floor", type=Path, nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--like", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Whole processes, measured from outside: wall seconds and the peak resident memory the system accounts to them."""
+"""Whole processes, measured from outside: wall seconds and the peak resident memory the system reports."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ print([time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrs
 
 @dataclass(frozen=True)
 class Run:
-    """One finished process: seconds, the processors' seconds, peak resident bytes, exit status, its output's end."""
+    """One finished process: wall seconds, CPU seconds, peak resident bytes, exit status, the end of its output."""
 
     seconds: float
     busy: float
@@ -43,11 +43,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Contender:
-    """A command to be measured: where it writes, how often it runs, and what is looked up in its last output.
+    """A command to measure: where it writes, how often it runs, and what is looked up in its last output.
 
     Args:
-        scratch: what else it makes, removed before and after each run.
-        tolerant: a result counts though the exit status is not 0.
+        scratch: other files it makes, removed before and after each run.
+        tolerant: accept the result even if the exit status is not 0.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Contender:
 
 
 def torch_alone(runs: int) -> Contender:
-    """An interpreter that imports torch and ends: what every command of ours must pay before it computes."""
+    """Return an interpreter that imports torch and exits: the cost of every command of ours before it computes."""
     return Contender(TORCH, [sys.executable, "-c", "import torch"], None, runs)
 
 
@@ -69,7 +69,7 @@ def run(command: list[str], log: Path, env: dict[str, str] | None = None) -> Run
     """Run a command offline and measure it as a whole process, interpreter start and imports included."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     log.parent.mkdir(parents=True, exist_ok=True)
-    # A child's ru_maxrss begins with its parent's size, so a small process of its own starts and measures it.
+    # A child's ru_maxrss starts at its parent's size, so a small separate process starts and measures it.
     measured = subprocess.run(
         [sys.executable, "-S", "-c", _WATCH, str(log), *command],
         env=os.environ | offline | (env or {}), cwd=ROOT, check=True, capture_output=True, text=True,
@@ -81,7 +81,7 @@ def run(command: list[str], log: Path, env: dict[str, str] | None = None) -> Run
 
 
 def interleave(contenders: list[Contender], logs: Path, *, keep: bool = False) -> list[Row]:
-    """Run the contenders in turn, round by round, and give a row for each; outputs are removed unless kept."""
+    """Run the contenders round by round and return a row for each; outputs are removed unless kept."""
     rows = {c.name: _row(c) for c in contenders}
     for i in range(max(c.runs for c in contenders)):
         for contender in contenders:
@@ -101,7 +101,7 @@ def _row(contender: Contender) -> Row:
 
 
 def _once(contender: Contender, row: Row, logs: Path) -> None:
-    """One run from a clean disk cache of writes: before it and after it all that waits to be written is written."""
+    """Run once with a clean write cache: all pending writes are flushed before and after."""
     _clear(contender)
     os.sync()
     done = run(contender.command, logs / "".join(c if c.isalnum() else "-" for c in contender.name), contender.env)
@@ -131,7 +131,7 @@ def _clear(contender: Contender) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder if it is there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""Peak memory of every command that reads weights, beyond that of an interpreter with torch, beside its bound."""
+"""Peak memory of every command that reads weights, above that of an interpreter with torch, with its bound."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXTRACT_RANK, MERGE_RANK = 64, 16
 
 @dataclass(frozen=True)
 class Case:
-    """A command with what its bound is made of."""
+    """A command and the parts of its bound."""
 
     name: str
     arguments: list[str]
@@ -34,12 +34,12 @@ class Case:
     adapters: int
 
     def bound(self) -> int:
-        """Bytes beyond the interpreter with torch."""
+        """Return the allowed bytes above the interpreter with torch."""
         return 3 * 4 * self.largest + self.adapters + SLACK
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Every command in turn, as often as runs says but three times at most; the highest counts."""
+    """Measure every command, `runs` times but at most three; the highest value counts."""
     runs = min(options.runs, 3)
     found = cases(options)
     rows = interleave([torch_alone(runs), *(_contender(c, runs) for c in found)], options.logs, keep=True)
@@ -51,7 +51,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def cases(options: Options) -> list[Case]:
-    """All commands, in an order in which each finds what the ones before it wrote."""
+    """Return all commands, ordered so that each finds the output of the ones before it."""
     small, large = options.shape(2), options.shape(10)
     base, tuned = (str(p) for p in make_pair(options.work, small))
     model = make_pair(options.work, large, tuned=False)[0]
@@ -76,12 +76,12 @@ def cases(options: Options) -> list[Case]:
 
 
 def _largest(folder: Path) -> int:
-    """Elements of the largest tensor."""
+    """Return the number of elements of the largest tensor."""
     return max(torch.Size(s).numel() for s in Weights(folder).shapes.values())
 
 
 def _adapter_bytes(base: Path, rank: int) -> int:
-    """Bytes of bfloat16 factors for all linear layers."""
+    """Return the bytes of bfloat16 factors for all linear layers."""
     shapes = [s for n, s in Weights(base).shapes.items() if ".layers." in n and len(s) == 2]
     return sum(2 * rank * (m + n) for m, n in shapes)
 
@@ -93,7 +93,7 @@ def _contender(case: Case, runs: int) -> Contender:
 
 
 def render(result: dict[str, Any]) -> list[str]:
-    """One row a command: what it took beyond the interpreter with torch, and the bound."""
+    """Write one row per command: its memory above the interpreter with torch, and the bound."""
     start = max(result["baseline"]["peak"])
     lines = [_line(r, start) for r in result["rows"]]
     head = ["", "peak MB", "beyond torch, MB", "bound, MB", "share of the bound", "seconds", "runs"]

@@ -33,7 +33,7 @@ AXOLOTL = (
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Make the checkpoint and the adapter, run all in turn, and compare what they wrote."""
+    """Make the checkpoint and the adapter, run all interleaved, and compare their output."""
     shape = options.shape(10)
     base, _ = make_pair(options.work, shape, tuned=False)
     adapter = options.adapter(shape, RANK)
@@ -42,7 +42,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def contenders(options: Options, base: Path, adapter: Path) -> list[Contender]:
-    """Ours, the limits, and the peers that can be installed."""
+    """Return ours, the limits, and the peers that can be installed."""
 
     def look(out: Path) -> Row:
         return merge_error(base, adapter, out)
@@ -69,7 +69,7 @@ def contenders(options: Options, base: Path, adapter: Path) -> list[Contender]:
 
 
 def _mergekit(place: Path, base: Path, adapter: Path, out: Path, work: Path) -> tuple[list[str], Path]:
-    """Its command, with the configuration written, and the folder where it keeps the merged model in between."""
+    """Write its configuration and return its command and the folder of its intermediate merged model."""
     recipe, cache = work / "mergekit.yml", work / "mergekit-merged"
     lines = ["merge_method: passthrough", "dtype: bfloat16", "models:", f"  - model: {base}+{adapter}"]
     recipe.write_text("\n".join(lines) + "\n")
@@ -78,7 +78,7 @@ def _mergekit(place: Path, base: Path, adapter: Path, out: Path, work: Path) -> 
 
 
 def render(result: dict[str, Any]) -> list[str]:
-    """The size, the table, and what the limits mean."""
+    """Write the size, the table, and what the limits mean."""
     s, rows = result["shape"], result["rows"]
     extra = [("differ", "differ", ".4%"), ("largest", "max", ".2e"), ("relative", "relative", ".2e")]
     return [

@@ -1,4 +1,4 @@
-"""What the runner's command line chooses, for every section."""
+"""The choices of the runner's command line, for every section."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY = Shape(256, 688, 2, 512)
 
 @dataclass(frozen=True)
 class Options:
-    """How often, how large, where, and against whom."""
+    """Number of runs, sizes, folders and peers."""
 
     work: Path = ROOT / ".bench"
     runs: int = 5
@@ -31,21 +31,21 @@ class Options:
     keep: bool = False
     cuda: bool = False
     device: str = "cuda"
-    environments: Path = ROOT / ".bench"  # where the peers' lie
+    environments: Path = ROOT / ".bench"  # the peers' environments
 
     def shape(self, layers: int, hidden: int = 4096, inner: int = 11008, vocab: int = 8192) -> Shape:
-        """A section's shape, unless the command line says otherwise."""
+        """Return a section's shape, unless the command line says otherwise."""
         if self.tiny:
             hidden, inner, layers, vocab = TINY.hidden, TINY.inner, min(layers, TINY.layers), TINY.vocab
         return Shape(self.hidden or hidden, self.inner or inner, self.layers or layers, self.vocab or vocab)
 
     def adapter(self, shape: Shape, rank: int, seed: int = 0) -> Path:
-        """An adapter of all linear layers in bfloat16, made or found."""
+        """Make or find an adapter of all linear layers in bfloat16."""
         sizes = {"hidden": shape.hidden, "inner": shape.inner, "layers": shape.layers}
         folder = self.work / f"{shape.name}-rank{rank}-{seed}"
         return make_adapter(folder, **sizes, rank=rank, seed=seed, dtype=torch.bfloat16)
 
     @property
     def logs(self) -> Path:
-        """Where what the processes printed is kept."""
+        """Return the folder for the output of the processes."""
         return self.work / "logs"

@@ -1,4 +1,4 @@
-"""Markdown for docs/benchmarks.md: tables of measured rows, and the page itself from the results that are there."""
+"""Markdown for docs/benchmarks.md: tables of measured rows, and the page itself from the existing results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.measure import TORCH, Row
 
-KEPT = Path(__file__).parent / "kept"  # figures from machines that `make bench` has no access to
+KEPT = Path(__file__).parent / "kept"  # figures from machines that `make bench` cannot reach
 HEAD = """# Benchmarks
 
 Made by `make bench` from what it measured; do not edit. `benchmarks/README.md` says how each section is measured.
@@ -24,28 +24,28 @@ mapped file pages included. MB are 10⁶ bytes.
 
 
 def seconds(value: float) -> str:
-    """Seconds with as many digits as mean something."""
+    """Format seconds with as many digits as are significant."""
     digits = 1 if abs(value) >= 9.95 else 2 if abs(value) >= 0.0995 else 5
     return f"{value:.{digits}f}"
 
 
 def megabytes(value: float) -> str:
-    """Bytes in MB."""
+    """Format bytes in MB."""
     return f"{value / 1e6:,.0f}" if value >= 1e7 else f"{value / 1e6:.1f}"
 
 
 def span(values: Sequence[float]) -> str:
-    """The least and the greatest."""
+    """Format the least and the greatest."""
     return f"{seconds(min(values))}–{seconds(max(values))}"
 
 
 def median(row: Row, key: str = "seconds") -> float:
-    """A row's median."""
+    """Return a row's median."""
     return statistics.median(row[key])
 
 
 def beyond_start(rows: Sequence[Row], size: int) -> str:
-    """Ours less torch's import, which was measured in the same rounds, and the report's own seconds."""
+    """Report ours minus torch's import, measured in the same rounds, and the report's own seconds."""
     start = next(median(r) for r in rows if r["name"] == TORCH)
     rest, inner = median(rows[0]) - start, median(rows[0], "inner")
     return (
@@ -55,13 +55,13 @@ def beyond_start(rows: Sequence[Row], size: int) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
-    """Lines of a Markdown table whose first `words` columns are words and the others numbers."""
+    """Return the lines of a Markdown table whose first `words` columns are words and the others numbers."""
     marks = ["---"] * words + ["---:"] * (len(head) - words)
     return [f"| {' | '.join(head)} |", f"|{'|'.join(marks)}|", *(f"| {' | '.join(r)} |" for r in rows)]
 
 
 def contenders(rows: Sequence[Row], extra: Sequence[tuple[str, str, str]] = ()) -> list[str]:
-    """The table of contenders, ours first, with further (head, key, format) columns from what was looked up."""
+    """Return the table of contenders, ours first, with extra (head, key, format) columns from the looked-up values."""
     head = ["", "seconds", "min–max", "runs", "and until on disk", "times ours", "peak MB", "memory, times ours"]
     ours, lines = rows[0], []
     for row in rows:
@@ -79,7 +79,7 @@ def contenders(rows: Sequence[Row], extra: Sequence[tuple[str, str, str]] = ()) 
 
 
 def facts(result: dict[str, Any]) -> list[str]:
-    """The line of date, machine and versions."""
+    """Return the line with date, machine and versions."""
     where = result["machine"]
     parts = [where["processor"], f"{where['cores']} cores", where["memory"], where["disk"], where["system"]]
     parts += [where["gpu"]] if "gpu" in where else []
@@ -88,7 +88,7 @@ def facts(result: dict[str, Any]) -> list[str]:
 
 
 def render(sections: Sequence[ModuleType], results: Path, target: Path) -> None:
-    """Write the page from the results that are there, else what was kept by hand; what was not measured says so."""
+    """Write the page from the existing results, else from those kept by hand; missing sections say so."""
     lines = [HEAD]
     for section in sections:
         lines += [f"## {section.TITLE}", "", section.METHOD, ""]

@@ -27,9 +27,9 @@ CONFIG = {
     "eos_token_id": 2,
 }
 SIGNAL_RANK = 128
-NOISE = 0.28  # of the signal's norm, spread over all directions as rounding and long training do
+NOISE = 0.28  # of the signal's norm, spread over all directions, as after rounding and long training
 STRENGTH = 0.03  # ‖ΔW‖/‖W‖
-ORIGINALS = 2  # layers with numbers of their own; the others are these, rolled along both axes
+ORIGINALS = 2  # layers with their own numbers; the others are these, rolled along both axes
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """A folder's name that says the sizes."""
+        """Return a folder name that states the sizes."""
         return f"bench-llama-{self.hidden}x{self.inner}x{self.layers}-{self.vocab}"
 
     def tensors(self) -> Shapes:
-        """The shape of each tensor, in the order of the files."""
+        """Return the shape of each tensor, in the order of the files."""
         shapes: Shapes = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
         for path, out, into in llama_modules(self.hidden, self.inner, self.layers):
             shapes[f"{path}.weight"] = (out, into)
@@ -56,15 +56,15 @@ class Shape:
         return shapes | {"model.norm.weight": (self.hidden,), "lm_head.weight": (self.vocab, self.hidden)}
 
     def with_layers(self, layers: int) -> Shape:
-        """The same sizes with another number of layers."""
+        """Return the same sizes with another number of layers."""
         return replace(self, layers=layers)
 
     def bytes(self) -> int:
-        """Bytes of the tensors in bfloat16."""
+        """Return the bytes of the tensors in bfloat16."""
         return sum(2 * torch.Size(s).numel() for s in self.tensors().values())
 
     def config(self) -> str:
-        """config.json."""
+        """Return config.json."""
         heads = max(self.hidden // 128, 1)
         sizes = {"hidden_size": self.hidden, "intermediate_size": self.inner, "num_hidden_layers": self.layers}
         sizes |= {"vocab_size": self.vocab, "num_attention_heads": heads, "num_key_value_heads": heads}
@@ -72,7 +72,7 @@ class Shape:
 
 
 def make_pair(work: Path, shape: Shape, *, tuned: bool = True) -> tuple[Path, Path]:
-    """Make (base, tuned) under `work` in bfloat16, or find them there; all linear layers of tuned differ."""
+    """Make or find (base, tuned) under `work` in bfloat16; all linear layers of tuned differ."""
     folder = work / shape.name
     base, other = folder / "base", folder / "tuned"
     wanted = [p for p in (base, *[other] * tuned) if not (p / "config.json").exists()]
@@ -83,12 +83,12 @@ def make_pair(work: Path, shape: Shape, *, tuned: bool = True) -> tuple[Path, Pa
                 for path, writer in writers.items():
                     writer.put(name, after if path == other else before)
         for path in wanted:
-            (path / "config.json").write_text(shape.config())  # last: it says that the folder is whole
+            (path / "config.json").write_text(shape.config())  # last: it marks the folder as complete
     return base, other
 
 
 def _tensors(shape: Shape) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, base, tuned) of every tensor, kind by kind, so that no more than two originals are held."""
+    """Yield (name, base, tuned) for every tensor, kind by kind, so that at most two originals are in memory."""
     shapes = shape.tensors()
     for name, sizes in shapes.items():
         if len(sizes) == 1:
@@ -114,7 +114,7 @@ def _generator(name: str) -> torch.Generator:
 
 
 def _matrix(name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """A random matrix in bfloat16, and the same with its update."""
+    """Return a random matrix in bfloat16, and the same with its update."""
     generator = _generator(name)
     weight = (0.02 * torch.randn(shape, generator=generator)).to(torch.bfloat16)
     return weight, _update(weight.float(), generator).add_(weight).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What others do to merge, blend and resize, written from their descriptions; never imported by lorasurgery.
+"""How others merge, blend and resize, written from their descriptions; never imported by lorasurgery.
 
 python -m benchmarks.peers merge BASE ADAPTER OUT                      PEFT: load, merge_and_unload, save
 python -m benchmarks.peers blend A B OUT HIDDEN INNER LAYERS RANK      PEFT: add_weighted_adapter, svd
@@ -25,7 +25,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def dense_resize(up: Tensor, down: Tensor, scale: float, rank: int, *, lowrank: bool = False) -> tuple[Tensor, Tensor]:
-    """The dense product, then torch.linalg.svd; or torch.svd_lowrank with q = 2·rank and niter 2 (sd-scripts #2240)."""
+    """Form the dense product, then torch.linalg.svd, or svd_lowrank with q = 2·rank and niter 2 (sd-scripts #2240)."""
     dense = scale * (up @ down)
     if lowrank:
         u, s, v = torch.svd_lowrank(dense, q=2 * rank, niter=2)
@@ -53,16 +53,16 @@ class PeftLayer:
             self.layer.lora_A[f"a{i}"].weight.data = term.down.clone()
 
     def blend(self, weights: list[float], rank: int) -> tuple[Tensor, Tensor]:
-        """add_weighted_adapter with its default combination."""
+        """Run add_weighted_adapter with its default combination."""
         names = [f"a{i}" for i in range(len(weights))]
-        if "mixed" in self.model.peft_config:  # else PEFT keeps the one that is there
+        if "mixed" in self.model.peft_config:  # otherwise PEFT keeps the existing one
             self.model.delete_adapter("mixed")
         self.model.add_weighted_adapter(names, weights, "mixed", combination_type="svd", svd_rank=rank)
         return self.layer.lora_B["mixed"].weight, self.layer.lora_A["mixed"].weight
 
 
 def _merge(base: str, adapter: str, out: str) -> None:
-    """The process a PEFT user runs: load the model and the adapter, merge, save."""
+    """Do what a PEFT user does: load the model and the adapter, merge, save."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -71,7 +71,7 @@ def _merge(base: str, adapter: str, out: str) -> None:
 
 
 def _blend(a: str, b: str, out: str, hidden: str, inner: str, layers: str, rank: str) -> None:
-    """The process a PEFT user runs: build the model, load both adapters, combine, save."""
+    """Do what a PEFT user does: build the model, load both adapters, combine, save."""
     from peft import PeftModel
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -81,7 +81,7 @@ def _blend(a: str, b: str, out: str, hidden: str, inner: str, layers: str, rank:
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model = model.to_empty(device="cpu")  # its weights are never looked at, so nobody has to make them
+    model = model.to_empty(device="cpu")  # its weights are never read, so they need not be initialized
     both = PeftModel.from_pretrained(model, a, adapter_name="a")
     both.load_adapter(b, "b")
     both.add_weighted_adapter(["a", "b"], [0.7, 0.3], "mixed", combination_type="svd", svd_rank=int(rank))

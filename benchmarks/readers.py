@@ -1,11 +1,11 @@
-"""Whether another library reads safetensors better than lorasurgery's reader: GB/s and memory of each.
+"""Does another library read safetensors better than lorasurgery's reader? GB/s and memory of each.
 
 python benchmarks/readers.py CHECKPOINT [--cache warm] [--runs 5]     # a folder or a file
 
-Every reader that is installed runs as a process of its own, in turn, and adds up all bytes once as 64-bit integers,
-for some hand out memory maps of which nothing is read before that; all must come to the same sum. The clock runs from
-opening to the last tensor, imports apart; the memory is the whole process's, mapped file pages included. *Warm*: the
-files lie in the page cache; *cold*: the system was asked to forget them.
+Every installed reader runs in its own process, interleaved, and adds up all bytes once as 64-bit integers, because some
+return memory maps that are not read until then; all sums must be equal. The time is measured from opening to the last
+tensor, without imports; the memory is that of the whole process, including mapped file pages. *Warm*: the files are in
+the page cache; *cold*: the system was asked to drop them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MASK = 2**64 - 1
 
 @dataclass(frozen=True)
 class Reader:
-    """One way to read all tensors: what it is called, the function, the package it needs, its settings."""
+    """One way to read all tensors: its name, the function, the package it needs, its settings."""
 
     name: str
     read: Callable[[Path], Iterable[int]]
@@ -48,14 +48,14 @@ class Reader:
 
 
 def use(tensor: Tensor) -> int:
-    """The sum of a tensor's bytes as 64-bit integers."""
+    """Return the sum of a tensor's bytes as 64-bit integers."""
     flat = tensor.reshape(-1).view(torch.uint8)
     whole = flat.numel() // 8 * 8
     return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())
 
 
 def plain(path: Path) -> Iterator[int]:
-    """The files' data from beginning to end, 16 MB at a time into the same memory: the limit."""
+    """Read the files' data from beginning to end, 16 MB at a time into the same memory: the limit."""
     buffer = torch.empty(BLOCK, dtype=torch.uint8)
     for file in files(path):
         with file.open("rb", buffering=0) as source:
@@ -65,7 +65,7 @@ def plain(path: Path) -> Iterator[int]:
 
 
 def in_pieces(path: Path, threads: int) -> Iterator[int]:
-    """Checkpoint.fill into memory that is used again, 8 MB at a time, as merge reads."""
+    """Use Checkpoint.fill with reused memory, 8 MB at a time, as merge does."""
     with Checkpoint.open(path) as base, ThreadPoolExecutor(threads) as pool:
         buffers = [torch.empty(PIECE, dtype=torch.uint8) for _ in range(threads)]
 
@@ -82,13 +82,13 @@ def in_pieces(path: Path, threads: int) -> Iterator[int]:
 
 
 def whole(path: Path) -> Iterator[int]:
-    """Checkpoint.read: every tensor into memory of its own, as what is merged as a whole is read."""
+    """Use Checkpoint.read: every tensor into its own memory, as for tensors that are merged whole."""
     with Checkpoint.open(path) as base:
         yield from (use(base.read(name)) for name in base.tensors)
 
 
 def safetensors(path: Path) -> Iterator[int]:
-    """safe_open and get_tensor, file by file."""
+    """Use safe_open and get_tensor, file by file."""
     from safetensors import safe_open
 
     for file in files(path):
@@ -97,7 +97,7 @@ def safetensors(path: Path) -> Iterator[int]:
 
 
 def fastsafetensors(path: Path) -> Iterator[int]:
-    """fastsafetensors' loader as its examples use it, without GPUDirect, a file at a time."""
+    """Use fastsafetensors' loader as in its examples, without GPUDirect, one file at a time."""
     from fastsafetensors import SafeTensorsFileLoader
 
     for file in files(path):
@@ -110,7 +110,7 @@ def fastsafetensors(path: Path) -> Iterator[int]:
 
 
 def fastsafetensors_bounded(path: Path) -> Iterator[int]:
-    """fastsafetensors' loader in chunks as small as the largest tensor allows, its memory borrowed."""
+    """Use fastsafetensors' loader in chunks as small as the largest tensor allows, borrowing its memory."""
     from fastsafetensors import ParallelLoader
 
     loader = ParallelLoader(
@@ -122,7 +122,7 @@ def fastsafetensors_bounded(path: Path) -> Iterator[int]:
 
 
 def runai(path: Path, owned: bool = True) -> Iterator[int]:
-    """runai-model-streamer over all files; its memory is set from outside."""
+    """Use runai-model-streamer over all files; its memory is set from outside."""
     from runai_model_streamer import SafetensorsStreamer
 
     with SafetensorsStreamer() as streamer:
@@ -147,17 +147,17 @@ READERS = (
 
 
 def files(path: Path) -> list[Path]:
-    """The checkpoint's safetensors files."""
+    """Return the checkpoint's safetensors files."""
     return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
 def sizes(path: Path) -> list[int]:
-    """Bytes of every tensor."""
+    """Return the bytes of every tensor."""
     return [info.nbytes for info in Checkpoint.open(path).tensors.values()]
 
 
 def installed(package: str) -> str | None:
-    """A package's version; None where it is not installed."""
+    """Return a package's version; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -165,7 +165,7 @@ def installed(package: str) -> str | None:
 
 
 def prepare(path: Path, cache: str) -> None:
-    """Bring the files into the page cache, or ask the system to drop them from it."""
+    """Load the files into the page cache, or ask the system to drop them from it."""
     for _ in plain(path) if cache == "warm" else ():
         pass
     for file in files(path) if cache == "cold" else ():
@@ -175,7 +175,7 @@ def prepare(path: Path, cache: str) -> None:
 
 
 def measure(path: Path, cache: str, runs: int, logs: Path) -> list[list[str]]:
-    """Rows of the table: a reader, its speed and its memory, or that it isn't there."""
+    """Return the rows of the table: a reader with its speed and memory, or a note that it isn't installed."""
     there = {i: r for i, r in enumerate(READERS) if installed(r.package)}
     speeds, peaks, sums = {i: [0.0] * 0 for i in there}, {i: [0] * 0 for i in there}, set()
     for _ in range(runs):
@@ -206,14 +206,14 @@ def only(reader: Reader, path: Path) -> None:
     """Read once and print seconds and the sum."""
     if reader.package != "lorasurgery":
         __import__(reader.package.replace("-", "_"))
-    torch.set_num_threads(1)  # adding up takes the same everywhere
+    torch.set_num_threads(1)  # so that adding up costs the same for all
     start = time.perf_counter()
     found = sum(reader.read(path)) & MASK
     print(json.dumps({"seconds": time.perf_counter() - start, "sum": found}))
 
 
 def main() -> None:
-    """Measure and print a table of Markdown."""
+    """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm")

@@ -1,10 +1,10 @@
-"""Run the benchmarks, keep what they measured, and write docs/benchmarks.md from it.
+"""Run the benchmarks, save the results, and write docs/benchmarks.md from them.
 
-python benchmarks/run.py                           # every section but cuda, more than an hour
+python benchmarks/run.py                           # every section except cuda, more than an hour
 python benchmarks/run.py --only merge --runs 5     # one section; --only may be repeated
-python benchmarks/run.py --cuda                    # with the GPU's sections
-python benchmarks/run.py --render                  # only write the page from the results that are there
-python benchmarks/run.py --tiny                    # try everything in a minute, apart from the real results
+python benchmarks/run.py --cuda                    # include the GPU sections
+python benchmarks/run.py --render                  # only write the page from existing results
+python benchmarks/run.py --tiny                    # try everything in a minute, separate from the real results
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SECTIONS: tuple[ModuleType, ...] = (merge, extract, algebra, memory, scaling, cu
 
 
 def main() -> int:
-    """Measure what was chosen, then write the page."""
+    """Measure the chosen sections, then write the page."""
     args = _arguments()
     work = args.work / "tiny" if args.tiny else args.work
     results = args.results or work / "results"
@@ -39,7 +39,7 @@ def main() -> int:
     for section in [] if args.render else _chosen(args.only, args.cuda):
         try:
             _measure(section, _options(args, work), results)
-        except (Exception, SystemExit):  # the others are measured all the same
+        except (Exception, SystemExit):  # the others are still measured
             traceback.print_exc()
             failed = True
     if not args.keep:
@@ -63,11 +63,11 @@ def _arguments() -> argparse.Namespace:
         "--without", action="append", default=[], help="a peer: peft, mergekit, axolotl, dense; repeatable"
     )
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU too")
-    parser.add_argument("--tiny", action="store_true", help="small shapes and a page of their own, below WORK/tiny")
-    parser.add_argument("--render", action="store_true", help="measure nothing, write the page")
+    parser.add_argument("--tiny", action="store_true", help="small shapes and a separate page, in WORK/tiny")
+    parser.add_argument("--render", action="store_true", help="measure nothing, only write the page")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints, adapters and outputs")
     for name in ("hidden", "inner", "layers", "vocab"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the section's own")
+        parser.add_argument(f"--{name}", type=int, help="override the section's own value")
     parser.add_argument("--sizes", type=float, nargs="+", default=[1, 2, 4, 8], help="of scaling, in GB")
     parser.add_argument("--work", type=Path, default=Options.work, help="checkpoints, environments, results")
     parser.add_argument("--results", type=Path, help="default: WORK/results")
@@ -83,7 +83,7 @@ def _options(args: argparse.Namespace, work: Path) -> Options:
 
 
 def _chosen(only: list[str] | None, with_cuda: bool) -> list[ModuleType]:
-    """The sections to measure; cuda by name or with --cuda, and only where a GPU is."""
+    """Return the sections to measure; cuda only by name or with --cuda, and only if there is a GPU."""
     found = [s for s in SECTIONS if s.NAME in (only or []) or (not only and (s is not cuda or with_cuda))]
     if cuda in found and not torch.cuda.is_available():
         print("cuda: no GPU, not measured", file=sys.stderr)
@@ -94,7 +94,7 @@ def _chosen(only: list[str] | None, with_cuda: bool) -> list[ModuleType]:
 
 
 def _measure(section: ModuleType, options: Options, results: Path) -> None:
-    """Measure one section and keep its figures with the day, the machine and the versions."""
+    """Measure one section and save its figures with the date, the machine and the versions."""
     print(f"== {section.NAME}", file=sys.stderr)
     options.work.mkdir(parents=True, exist_ok=True)
     found = section.measure(options)

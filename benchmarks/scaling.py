@@ -1,4 +1,4 @@
-"""extract and merge against the size of the model, and extract against the number of threads, with a picture."""
+"""extract and merge by model size, and extract by number of threads, with a picture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLOURS = {"extract": ("#0072B2", "o"), "merge": ("#D55E00", "s")}
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Each size in turn, its files removed afterwards; threads on the smallest."""
+    """Measure each size in turn, removing its files afterwards; threads on the smallest."""
     points: list[dict[str, Any]] = []
     threads: list[Row] = []
     for shape in shapes(options):
@@ -46,7 +46,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def shapes(options: Options) -> list[Shape]:
-    """A shape for each size in GB: as many layers as come nearest to it."""
+    """Return a shape for each size in GB, with the number of layers that comes nearest."""
     if options.tiny:
         return [options.shape(1).with_layers(n) for n in (1, 2, 3)]
     ends = options.shape(1)
@@ -56,7 +56,7 @@ def shapes(options: Options) -> list[Shape]:
 
 
 def commands(options: Options, shape: Shape, base: Path, tuned: Path) -> list[Contender]:
-    """Both commands for one size, and an interpreter that only imports torch."""
+    """Measure both commands for one size, and an interpreter that only imports torch."""
     adapter = options.adapter(shape, RANKS["merge"])
     merge = [*OURS, "merge", str(base), str(adapter), "-o", str(options.work / "out-scaling-merge")]
     return [
@@ -67,7 +67,7 @@ def commands(options: Options, shape: Shape, base: Path, tuned: Path) -> list[Co
 
 
 def by_threads(options: Options, base: Path, tuned: Path) -> list[Contender]:
-    """extract with 1, 2, 4 … threads, up to the cores that there are."""
+    """Measure extract with 1, 2, 4 … threads, up to the number of cores."""
     counts = [n for n in (1, 2, 4, 8, 16, 32) if n <= max(os.cpu_count() or 1, 2)]
     command, out = _extract(options, base, tuned), options.work / "out-scaling-extract"
     return [
@@ -83,13 +83,13 @@ def _extract(options: Options, base: Path, tuned: Path) -> list[str]:
 
 
 def _lines(points: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Least-squares lines of the seconds of whole processes against GB."""
+    """Fit least-squares lines to the seconds of whole processes against GB."""
     gigabytes = [p["bytes"] / 1e9 for p in points]
     return {what: fit(gigabytes, [page.median(p["rows"][what]) for p in points]) for what in RANKS}
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
-    """Slope, intercept and R² of the least-squares line."""
+    """Return slope, intercept and R² of the least-squares line."""
     slope, intercept = np.polyfit(x, y, 1)
     rest = np.asarray(y) - (slope * np.asarray(x) + intercept)
     whole = np.asarray(y) - np.mean(y)
@@ -97,7 +97,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
 
 
 def render(result: dict[str, Any]) -> list[str]:
-    """The picture, a table of sizes, the lines, and a table of threads."""
+    """Write the picture, a table of sizes, the lines, and a table of threads."""
     sizes, threads = [], []
     for p in result["points"]:
         start = page.median(p["rows"][TORCH])
@@ -129,7 +129,7 @@ def _cells(row: Row, start: float) -> list[str]:
 
 
 def draw(result: dict[str, Any], target: Path) -> None:
-    """Seconds and memory against size, seconds against threads; the same file from the same figures."""
+    """Draw seconds and memory against size, and seconds against threads; the same figures give the same file."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Checkpoint folders written and read one tensor at a time, so that their size doesn't matter."""
+"""Checkpoint folders written and read one tensor at a time, whatever their size."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-SHARD = 2_000_000_000  # bytes of a shard at most, as on the Hub
+SHARD = 2_000_000_000  # maximum bytes per shard, as on the Hub
 Shapes = dict[str, tuple[int, ...]]
 
 
 class Writer(AbstractContextManager["Writer"]):
-    """A folder of bfloat16 shards with their index; tensors are put in any order, headers are written first."""
+    """A folder of bfloat16 shards with their index; headers are written first, tensors in any order."""
 
     def __init__(self, folder: Path, shapes: Shapes, shard: int = SHARD) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class Weights:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of a folder's safetensors files."""
+    """Return the bytes of a folder's safetensors files."""
     return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""What exact undo costs and saves: sizes of the record, seconds beside a plain merge, and drift beside PEFT's.
+"""What exact undo costs and saves: record sizes, seconds compared with a plain merge, and drift compared with PEFT.
 
 python benchmarks/undo.py BASE [--cycles 100]      # a folder with one model.safetensors that transformers can load
 
@@ -36,7 +36,7 @@ SIZES = (2e-4, 2e-3, 2e-2, 0.2, 2.0)
 
 
 def table_of_sizes(base: Path, work: Path, rank: int = 16) -> None:
-    """The record's bytes beside those of the tensors it is of, and that all tensors come back."""
+    """Print the record's size relative to the tensors it covers, and check that all tensors are restored."""
     print(f"| dtype | {' | '.join(f'update {size:.4g} of ‖W‖' for size in SIZES)} |\n|---|{'---:|' * len(SIZES)}")
     for name, dtype in DTYPES.items():
         model, cells = cast(base, work / name, dtype), []
@@ -59,7 +59,7 @@ def table_of_sizes(base: Path, work: Path, rank: int = 16) -> None:
 
 
 def table_of_times(base: Path, work: Path, runs: int = 5) -> None:
-    """Medians of interleaved runs within one process, files cached."""
+    """Print medians of interleaved runs within one process, files cached."""
     model = cast(base, work / "model", torch.bfloat16)
     one, two = (adapter(model, work / f"a{i}", 16, 2e-3, seed=i) for i in (1, 2))
     merge(model, [one], work / "undoable", undo=True)
@@ -84,7 +84,7 @@ def table_of_times(base: Path, work: Path, runs: int = 5) -> None:
 
 
 def table_of_drift(base: Path, work: Path, cycles: int) -> None:
-    """The share of the touched values that are the base's after so many switches and a last unmerge."""
+    """Print the share of touched values that equal the base's after so many switches and a final unmerge."""
     model = cast(base, work / "drift", torch.bfloat16)
     loras = [adapter(model, work / f"l{i}", 16, 2e-3 * (i + 1), seed=i) for i in range(5)]
     order, chosen = random.Random(0), [0]
@@ -104,12 +104,12 @@ def table_of_drift(base: Path, work: Path, cycles: int) -> None:
 
 
 def peft_drift(model: Path, loras: list[Path], chosen: list[int], work: Path) -> list[tuple[int, float, float]]:
-    """The same cycles in PEFT: merge, unmerge, the next adapter; measured after some of them."""
+    """Run the same cycles in PEFT: merge, unmerge, the next adapter; measured after some of them."""
     from peft import PeftModel
     from transformers import AutoModel
 
     named = []
-    for i, lora in enumerate(loras):  # PEFT wants target_modules
+    for i, lora in enumerate(loras):  # PEFT requires target_modules
         factors = load_file(lora / "adapter_model.safetensors")
         kinds = {k.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for k in factors}
         named.append(work / f"peft{i}")

@@ -1,9 +1,9 @@
-"""Where the time of extract and merge goes: py-spy's samples by function, beside the floor of the machine.
+"""Where extract and merge spend their time: py-spy's samples by function, with the machine's lower bound.
 
 python benchmarks/where.py extract BASE TUNED        # rank 64
 python benchmarks/where.py merge BASE ADAPTER
 
-The floor is what the work must cost: bytes over the bandwidth measured here, multiplications over the rate of GEMMs.
+The lower bound is bytes divided by the bandwidth measured here, and multiplications divided by the GEMM rate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KINDS = {
 
 
 def samples(command: list[str]) -> tuple[Counter[str], float]:
-    """Samples of running threads by kind of work, and the wall seconds."""
+    """Return samples of running threads by kind of work, and the wall seconds."""
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw"
         start = time.monotonic()
@@ -61,7 +61,7 @@ def samples(command: list[str]) -> tuple[Counter[str], float]:
 
 
 def _kind(stack: str) -> str:
-    """The first frame, from the innermost out, that says what it is about."""
+    """Return the kind of work of the innermost frame that is recognized."""
     frames = stack.split(";")[::-1]
     for frame in frames:
         for kind, marks in KINDS.items():
@@ -71,7 +71,7 @@ def _kind(stack: str) -> str:
 
 
 def rates() -> dict[str, float]:
-    """Products in float32 of the shapes in question (FLOP/s), reading cached files and writing new ones (B/s)."""
+    """Measure float32 products of these shapes (FLOP/s), reading cached files and writing new ones (B/s)."""
     a, x = torch.randn(4096, 4096), torch.randn(4096, BLOCK)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
         file, data = Path(scratch) / "file", bytearray(64 << 20)
@@ -102,7 +102,7 @@ def _read(file: Path, data: bytearray) -> None:
 
 
 def floors(operation: str, base: Checkpoint, speed: dict[str, float]) -> dict[str, float]:
-    """Seconds that the parts must take on all cores together, whatever the program."""
+    """Return the seconds that the parts must take on all cores together, in any program."""
     matrices = [t for n, t in base.tensors.items() if len(t.shape) == 2 and ".layers." in n]
     elements = sum(t.shape[0] * t.shape[1] for t in matrices)
     if operation == "merge":

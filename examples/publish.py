@@ -1,9 +1,9 @@
-"""Publish an adapter, and use it as anybody would: plan, extract --push, merge and load, straight from the Hub.
+"""Publish an adapter and use it as anybody would: plan, extract --push, merge and load, straight from the Hub.
 
-    python examples/publish.py                          # a Hub of our own on 127.0.0.1; nothing leaves this machine
+    python examples/publish.py                          # a local Hub on 127.0.0.1; nothing leaves this machine
     python examples/publish.py --repo me/minilm-docs    # the real one, with the login of `hf auth login`
 
-At the real one it makes three private repositories: me/minilm-docs, me/minilm-docs-base and me/minilm-docs-tuned.
+On the real one it creates three private repositories: me/minilm-docs, me/minilm-docs-base and me/minilm-docs-tuned.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Names:
 
 
 def main() -> int:
-    """Run it; the exit status says whether its sanity bounds hold."""
+    """Run the example; the exit status says whether its sanity bounds hold."""
     parser = arguments(__doc__)
     parser.add_argument("--repo", help="publish on the real Hub, as ORG/NAME")
     parser.add_argument("--as-reader", nargs=3, help=argparse.SUPPRESS)
@@ -56,26 +56,26 @@ def main() -> int:
         names = Names(f"{args.repo}-base", f"{args.repo}-tuned", args.repo)
         return publish(names, base, tuned, work, os.environ | {"HF_HUB_OFFLINE": "0"})
     with LocalHub(work / "hub") as hub:
-        print(f"\nA Hub of our own, on this machine only:\n$ export HF_ENDPOINT={hub.url}")
+        print(f"\nA local Hub, on this machine only:\n$ export HF_ENDPOINT={hub.url}")
         return publish(Names(), base, tuned, work, os.environ | hub.environment(), hub)
 
 
 def publish(names: Names, base: Path, tuned: Path, work: Path, env: Env, hub: LocalHub | None = None) -> int:
-    """From two checkpoints here to an adapter there, and back."""
+    """Go from two local checkpoints to an adapter on the Hub, and back."""
     print("\nBoth models go to the Hub, each in one commit:")
     cli("push", base, names.base, "--private", env=env)
     commit = cli("push", tuned, names.tuned, "--private", env=env)["pushed"]["commit"]
 
-    print("\nWhat would a LoRA take? Of a model on the Hub, only headers are fetched:")
+    print("\nWhat would a LoRA take? For a model on the Hub, only headers are fetched:")
     bounds = plan(names.base, env, hub)
 
-    print("\nFrom the Hub to the Hub, with the tuned model as it is now, whatever is pushed later:")
+    print("\nFrom the Hub to the Hub, pinned to the tuned model's current commit:")
     source = f"{names.tuned}@{commit}"
     cli("extract", names.base, source, "-o", work / "adapter", "--push", names.adapter, "--private", env=env)
 
-    print("\nWhoever may read it can merge it:")
+    print("\nAnyone with read access can merge it:")
     cli("merge", names.base, names.adapter, "-o", work / "merged", env=env)
-    print("\nand load it, here in a process that knows nothing but the names:")
+    print("\nand load it, here in a process that knows only the names:")
     found = in_another_process(names, work / "merged", env)
     print("\nIts model card begins:\n")
     print("\n".join(f"  {line}".rstrip() for line in found["card"][:16]))
@@ -84,7 +84,7 @@ def publish(names: Names, base: Path, tuned: Path, work: Path, env: Env, hub: Lo
 
 
 def plan(model: str, env: Env, hub: LocalHub | None) -> dict[str, bool]:
-    """Plan, and count what the Hub was asked for; only our own tells."""
+    """Plan, and count the requests; only the local Hub reports them."""
     if hub:
         hub.log.clear()
     whole = cli("plan", model, env=env)["totals"]["model_bytes"]
@@ -96,7 +96,7 @@ def plan(model: str, env: Env, hub: LocalHub | None) -> dict[str, bool]:
 
 
 def in_another_process(names: Names, merged: Path, env: Env) -> dict[str, Any]:
-    """Run `read` where only the names and the login are known."""
+    """Run `read` in a process that knows only the names and the login."""
     command = [sys.executable, "-W", "ignore", __file__, "--as-reader", names.base, names.adapter, str(merged)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -108,11 +108,11 @@ def in_another_process(names: Names, merged: Path, env: Env) -> dict[str, Any]:
 
 
 def read(base: str, adapter: str, merged: str) -> dict[str, Any]:
-    """Load a published adapter in two ways, and say how far what they give is from the merged checkpoint.
+    """Load a published adapter in two ways, and return their distances from the merged checkpoint.
 
     Args:
         base, adapter: Repositories on the Hub.
-        merged: A checkpoint here.
+        merged: A local checkpoint.
     """
     from huggingface_hub import hf_hub_download
     from peft import PeftModel

@@ -1,10 +1,11 @@
-"""Which rank will do? Size and error of adapters of many ranks, beside what they are worth on held-out text.
+"""Which rank is enough? Size and error of adapters of many ranks, and their quality on held-out text.
 
     python examples/rank_against_quality.py
 
-A fine-tune of all-MiniLM-L6-v2 is extracted at fixed ranks, at the least ranks that hold a share of the change's energy
-(--energy), and within a share of the model's size (--budget), where all modules compete for the bytes. All adapters are
-put on one model in memory and switched on in turn. With matplotlib there is a picture, rank/rank-against-quality.svg.
+A fine-tune of all-MiniLM-L6-v2 is extracted at fixed ranks, at the lowest ranks that hold a share of the change's
+energy (--energy), and within a share of the model's size (--budget), where all modules compete for the bytes. All
+adapters are added to one model in memory and activated in turn. If matplotlib is installed, a picture is drawn too:
+rank/rank-against-quality.svg.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lorasurgery.nn import load_adapter, set_adapter
 RANKS = (2, 4, 8, 16, 32, 64, 128)
 ENERGIES = (0.5, 0.8)
 BUDGETS = (5, 20)  # per cent of the model
-# Three of Okabe & Ito's colours, each with a mark of its own: no choice is told by colour alone.
+# Three of Okabe & Ito's colours, each with its own marker: nothing is distinguished by colour alone.
 LOOKS = {"rank": ("#0072B2", "o", "-"), "energy": ("#D55E00", "s", ":"), "budget": ("#009E73", "^", "--")}
 
 Row = dict[str, Any]
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """Run it; the exit status says whether its sanity bounds hold."""
+    """Run the example; the exit status says whether its sanity bounds hold."""
     args = arguments(__doc__).parse_args()
     base, tuned = models(args.work, args.quick)
     rows = extract_all(args.work / "rank", base, tuned, args.quick)
@@ -45,13 +46,13 @@ def main() -> int:
 
 
 def extract_all(work: Path, base: Path, tuned: Path, quick: bool) -> list[Row]:
-    """One adapter for each choice, with what extract reports of it."""
+    """Extract one adapter for each choice of ranks, with the report of each."""
     ranks, energies, budgets = ((4, 16), (0.3,), (2,)) if quick else (RANKS, ENERGIES, BUDGETS)
     print("\nThe same rank in every module:")
     rows = [extract_one(work, base, tuned, "rank", str(rank)) for rank in ranks]
-    print("\nThe least rank of each module that holds a share of its ‖ΔW‖²:")
+    print("\nThe lowest rank of each module that holds a share of its ‖ΔW‖²:")
     rows += [extract_one(work, base, tuned, "energy", str(share)) for share in energies]
-    print("\nA share of the model's bytes, spent where they hold most:")
+    print("\nA share of the model's bytes, spent where they are worth most:")
     whole = (base / "model.safetensors").stat().st_size
     for percent in budgets:
         rows.append(extract_one(work, base, tuned, "budget", f"{percent}%") | {"most": whole * percent / 100})
@@ -59,8 +60,8 @@ def extract_all(work: Path, base: Path, tuned: Path, quick: bool) -> list[Row]:
 
 
 def extract_one(work: Path, base: Path, tuned: Path, kind: str, value: str) -> Row:
-    """Extract by one choice of ranks."""
-    adapter = work / f"{kind}-{value.replace('.', '_').rstrip('%')}"  # it is the adapter's name in memory, too
+    """Extract with one choice of ranks."""
+    adapter = work / f"{kind}-{value.replace('.', '_').rstrip('%')}"  # also the adapter's name in memory
     totals = cli("extract", base, tuned, "-o", adapter, f"--{kind}", value, "--overwrite")["totals"]
     return {
         "kind": kind, "value": value, "adapter": adapter, "error": totals["error"], "energy": totals["energy"],
@@ -70,7 +71,7 @@ def extract_one(work: Path, base: Path, tuned: Path, kind: str, value: str) -> R
 
 
 def score(rows: list[Row], bench: Bench, base: Path) -> None:
-    """Put every adapter on one model, and see what each makes of the held-out text."""
+    """Add every adapter to one model, and score each on the held-out text."""
     model = load_model(base)
     for row in rows:
         load_adapter(model, row["adapter"], row["adapter"].name)
@@ -80,7 +81,7 @@ def score(rows: list[Row], bench: Bench, base: Path) -> None:
 
 
 def show_rows(rows: list[Row], ends: dict[str, dict[str, float]]) -> None:
-    """Print all choices between base and tuned model."""
+    """Print all choices, between base and tuned model."""
 
     def quality(found: dict[str, Any]) -> list[str]:
         return [f"{found['mean']:.5f}", f"{found['top1']:.1%}"]
@@ -92,14 +93,14 @@ def show_rows(rows: list[Row], ends: dict[str, dict[str, float]]) -> None:
         lines.append([f"--{row['kind']} {row['value']}", ranks, *sizes, *quality(row)])
     lines.append(["tuned", *[""] * 4, *quality(ends["tuned"])])
     show(
-        "what an adapter takes, and what it gives on held-out docstrings",
+        "adapter size against quality on held-out docstrings",
         ("", "ranks", "adapter", "of model", "error of ΔW", "cosine to tuned", "top-1"),
         lines,
     )
 
 
 def draw(rows: list[Row], ends: dict[str, dict[str, float]], file: Path) -> None:
-    """Draw error, distance and top-1 against size, if matplotlib is there."""
+    """Draw error, distance and top-1 against size, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
@@ -129,7 +130,7 @@ def draw(rows: list[Row], ends: dict[str, dict[str, float]], file: Path) -> None
 
 
 def curves(ax: Axes, rows: list[Row], values: list[float]) -> None:
-    """One curve for each way to choose ranks, over the size; the fixed ranks stand above."""
+    """Draw one curve over size for each way to choose ranks; the fixed ranks are on the upper axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     points = [(row["kind"], row["bytes"] / 1e6, value) for row, value in zip(rows, values, strict=True)]
@@ -149,22 +150,22 @@ def curves(ax: Axes, rows: list[Row], values: list[float]) -> None:
 
 
 def mark(ax: Axes, name: str, height: float) -> None:
-    """A line for a whole model, its name beside the plot, where no curve is."""
+    """Draw a line for a whole model, with its name next to the plot, where there is no curve."""
     ax.axhline(height, color="#6b6b6b", linewidth=1)
     ax.annotate(name, (1.01, height), xycoords=("axes fraction", "data"), color="#6b6b6b", va="center")
 
 
 def check(rows: list[Row]) -> int:
-    """Sanity bounds."""
+    """Check the sanity bounds."""
     fixed = [row for row in rows if row["kind"] == "rank"]
     errors, cosines = [row["error"] for row in fixed], [row["mean"] for row in fixed]
     shares = [row for row in rows if row["kind"] == "energy"]
     budgets = [row for row in rows if row["kind"] == "budget"]
     return verdict({
         "error falls and cosine rises with rank": errors == sorted(errors, reverse=True) and cosines == sorted(cosines),
-        "--energy holds what it was told to": all(row["energy"] >= float(row["value"]) for row in shares),
-        "--budget keeps within it": all(row["bytes"] <= row["most"] for row in budgets),
-        "--budget has no more error than a fixed rank of its size": all(
+        "--energy keeps the requested share": all(row["energy"] >= float(row["value"]) for row in shares),
+        "--budget is not exceeded": all(row["bytes"] <= row["most"] for row in budgets),
+        "--budget has no more error than a fixed rank of the same size": all(
             budget["error"] <= row["error"] for budget in budgets for row in fixed if row["bytes"] <= budget["bytes"]
         ),
     })  # fmt: skip
