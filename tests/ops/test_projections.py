@@ -95,6 +95,8 @@ def test_rows_go_where_they_belong(fused_base: bool, kind: str, config: dict[str
     adapter(tmp_path / "adapter", modules, kind)
     report = merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     assert report.totals["adapter_tensors_matched"] == len(modules)
+    assert {m.kind for m in report.modules} == {"linear"} | ({"bias"} if kind == "bias" else set())
+    assert all(m.name.endswith(".bias") == (m.kind == "bias") for m in report.modules)
     before, found = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "out"))
     factors = load_file(tmp_path / "adapter/adapter_model.safetensors")
     for module, parts in GROUPINGS.items():
@@ -140,6 +142,7 @@ def test_one_part_alone_and_back_again(fused_base: bool, tmp_path: Path) -> None
         (True, {"self_attn.q_proj": 12}, IN), (True, {"self_attn.k_proj": 24}, IN), (True, {"self_attn.v_proj": 6}, IN),
         (True, {"mlp.up_proj": 40}, IN), (True, {"self_attn.q_proj": 24}, 8), (False, {"self_attn.qkv_proj": 47}, IN),
         (False, {"mlp.gate_up_proj": 40}, 8), (True, {"self_attn.qkv_proj": 48, "self_attn.q_proj": 24}, IN),
+        (True, {"self_attn.qkv_proj": 48, "self_attn.v_proj": 12}, IN),
     ],
     ids=str,
 )  # fmt: skip
