@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg import norms
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.unmerge import unmerge
 
@@ -114,6 +115,21 @@ def test_rows_go_where_they_belong(fused_base: bool, kind: str, config: dict[str
             added = torch.cat([factors[f"base_model.model.{LAYER}{n}.lora_B.bias"] for n in named]).double()
             new = torch.cat([found[f"{LAYER}{n}.bias"] for n in disk]).double()
             torch.testing.assert_close(new, old + 2 * added, atol=1e-6, rtol=1e-6)
+
+
+def test_a_part_that_ends_within_a_block_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a fused tensor is worked on by blocks, each module's rows get its magnitudes and no others do."""
+    monkeypatch.setattr(norms, "_BLOCK_BYTES", 64 * IN * 4)
+    modules = {"mlp.gate_proj": 100, "mlp.up_proj": 100}
+    name, old = f"{LAYER}mlp.gate_up_proj.weight", random(200, IN, seed=1)
+    (tmp_path / "base").mkdir()
+    save_file({name: old}, tmp_path / "base/model.safetensors")
+    adapter(tmp_path / "adapter", modules, "dora")
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    factors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    right = [expected(rows, factors, module, "dora") for module, rows in zip(modules, old.split(100), strict=True)]
+    found = load_file(tmp_path / "out/model.safetensors")[name]
+    torch.testing.assert_close(found.double(), torch.cat(right), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("fused_base", [True, False])
