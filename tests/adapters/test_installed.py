@@ -34,6 +34,19 @@ def test_a_config_that_no_model_has_is_not_built(change: dict[str, Any]) -> None
     assert installed_model(LLAMA | change) is None
 
 
+@pytest.mark.parametrize(
+    ("taken", "refused"),
+    [({"depths": [500] * 4}, {"depths": [500] * 3 + [501]}), ({"max_window_layers": 2000}, {"max_window_layers": 2001}),
+     ({"max_window_layers": 50, "num_experts": 2000}, {"max_window_layers": 51, "num_experts": 2000}),
+     ({"num_labels": 100_000}, {"num_labels": 100_001})],
+    ids=str,
+)  # fmt: skip
+def test_the_largest_numbers_that_are_built(taken: dict[str, Any], refused: dict[str, Any]) -> None:
+    """2,000 layers, 100,000 experts in all layers together, 100,000 labels: a model that has just these is known."""
+    assert installed_model(LLAMA | taken) is not None
+    assert installed_model(LLAMA | refused) is None
+
+
 def test_no_weights_are_made() -> None:
     """A model of 70 billion parameters is known by names alone."""
     model = installed_model(LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,

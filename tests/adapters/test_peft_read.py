@@ -50,6 +50,12 @@ def test_saved_modules_alone(key: str, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, old[name]) for name, tensor in new.items())
 
 
+def test_a_saved_parameter_of_the_model_itself(tmp_path: Path) -> None:
+    """A name without a dot, such as CLIP's logit_scale, is the base's name as it stands."""
+    weights = {f"{PREFIX}logit_scale": torch.ones(1)}
+    assert read_peft(folder(tmp_path / "adapter", weights)).replaced == {"logit_scale": f"{PREFIX}logit_scale"}
+
+
 def test_rows_alone(tmp_path: Path) -> None:
     """New rows of an embedding need no factors either."""
     base = models.save(models.make("llama"), tmp_path / "base")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lorasurgery.checkpoint import reader
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import FormatError, SurgeryError
 
@@ -38,6 +39,18 @@ def link_out(folder: Path) -> None:
     target = folder.parent / "elsewhere.safetensors"
     (folder / "model-00002-of-00002.safetensors").rename(target)
     (folder / "model-00002-of-00002.safetensors").symlink_to(target)
+
+
+def test_the_shard_that_was_asked_for_longest_ago_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more shards than may be open at once, those in use stay open."""
+    monkeypatch.setattr(reader, "_MAX_OPEN", 2)
+    with Checkpoint.open(sharded(tmp_path, 3)) as checkpoint:
+        names = [checkpoint.file_of[f"w{i}"] for i in range(3)]
+        first, second = (checkpoint.file(name) for name in names[:2])
+        assert checkpoint.file(names[0]) is first
+        checkpoint.file(names[2])
+        assert checkpoint.file(names[0]) is first
+        assert checkpoint.file(names[1]) is not second
 
 
 BROKEN: dict[str, Callable[[Path], object]] = {

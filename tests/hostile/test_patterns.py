@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lorasurgery.adapters import path_regex
-from lorasurgery.adapters.path_regex import PathRegex, PathText, PatternError
+from lorasurgery.adapters.path_regex import Budget, PathRegex, PathText, PatternError
 from lorasurgery.adapters.peft.patterns import PatternTable, Selection
 from lorasurgery.errors import FormatError, SurgeryError
 
@@ -83,7 +83,8 @@ def test_letters_of_other_alphabets(pattern: str) -> None:
 
 
 ENDLESS = ["(a+)+b", "(a*)*b", "(a|a)*b", "(a|aa)+b", "(.*a){30}b", "((((a*)*)*)*)*b", "(a{1,1000}){1,1000}b",
-           ".*.*.*.*.*.*.*.*b", "(?:a?){500}a{500}b", "(?=(a+)+b)a", "(x+x+)+y|(a+a+)+b"]  # fmt: skip
+           ".*.*.*.*.*.*.*.*b", "(?:a?){500}a{500}b", "(?=(a+)+b)a", "(x+x+)+y|(a+a+)+b",
+           f"({'(bc)*' * 50}a)+b"]  # fmt: skip
 
 
 @pytest.mark.parametrize("pattern", ENDLESS)
@@ -94,6 +95,13 @@ def test_expressions_that_would_never_end(pattern: str) -> None:
             assert not PathRegex(pattern).fullmatch(PathText("a" * length))
         table = PatternTable({pattern: 1}, "adapter_config.json: rank_pattern")
         assert all(table.first(f"{'a' * 100}.{i}", 0) == 0 for i in range(300))
+
+
+@pytest.mark.parametrize("pattern", ["a{4000}b?", "a{0,4000}b?", "(ab?){4000}", "(ab?){0,4000}", "(ab?)*"])
+def test_every_round_of_a_repetition_counts(pattern: str) -> None:
+    """However a repetition is written, thousands of rounds cost thousands of steps of what a config may take."""
+    with pytest.raises(PatternError, match="takes too long"):
+        PathRegex(pattern).fullmatch(PathText("a" * 5000, Budget(10_000)))
 
 
 REAL = {

@@ -77,6 +77,16 @@ def test_a_matrix_in_spans_gives_the_same_bits() -> None:
     assert whole.error == parts.error
 
 
+def test_numbers_that_are_small_because_there_are_many() -> None:
+    """A long column's numbers may lie below float16's normal ones though its size does not: a power of two helps."""
+    column = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    delta = torch.zeros(4096, 8)
+    delta[:, 3] = 1.5e-8 * column / column.norm()
+    found = fitted(delta, exact_svd(delta).truncate(1), 1.0, torch.float16)
+    assert found.error == pytest.approx(true_error(delta, found), rel=1e-3)
+    assert found.error < 3e-3 * float(delta.norm())
+
+
 def test_a_direction_too_small_for_the_dtype() -> None:
     """float16 turns its column into zeros: the others are not harmed."""
     delta = torch.diag(torch.tensor([1.0, 1e-16]))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasurgery.errors import SurgeryError
-from lorasurgery.linalg.rounding import Survival, add_updates, round_to
+from lorasurgery.linalg.rounding import Survival, _dot, add_updates, round_to
 from lorasurgery.lowrank import LowRank
 
 NARROW = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -115,3 +115,20 @@ def test_overflow_is_an_error() -> None:
 def test_nothing_to_add_survives_whole() -> None:
     """Without an update nothing is lost: retention 1, noise 0."""
     assert (Survival(0, 0, 0).retention, Survival(0, 0, 0).noise) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(("size", "dtypes"), [(1.0, ["float32"]), (0.0, ["float32"]), (1e-30, ["float32", "float64"])])
+def test_products_are_formed_again_only_where_they_leave_the_dtype(
+    size: float, dtypes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products too small for float32 are told in float64; where all is well, or zero, one pass is enough."""
+    taken, dot = [], torch.dot
+
+    def noted(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        taken.append(str(one.dtype).removeprefix("torch."))
+        return dot(one, two)
+
+    monkeypatch.setattr(torch, "dot", noted)
+    values = torch.full((2, 2), size)
+    assert _dot(values, values) == pytest.approx(4 * size**2, rel=1e-6, abs=0)
+    assert taken == dtypes

@@ -7,14 +7,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorasurgery.engine.pipeline import Flow
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.extract import extract
 from lorasurgery.ops.merge import merge
+from lorasurgery.ops.merging import in_place as in_place_work
+from lorasurgery.ops.merging import stream
 
 WIDE, TALL = 6144, 10240
 LARGEST = 4 * WIDE * TALL  # 252 MB in float32
@@ -136,6 +140,32 @@ def test_limited_extraction_gives_the_same_bytes(tmp_path: Path, monkeypatch: py
     plain, tight = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", "tight"))
     assert plain.keys() == tight.keys()
     assert all(torch.equal(plain[n], tight[n]) for n in plain)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_half_of_the_limit_is_for_weights_on_their_way(
+    in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read, computed and written at the same time leaves the other half to what the work itself needs."""
+    rooms = []
+
+    class Noted(Flow):
+        def __init__(self, room: int, *threads: Any) -> None:
+            rooms.append(room)
+            super().__init__(room, *threads)
+
+    monkeypatch.setattr(stream, "Flow", Noted)
+    monkeypatch.setattr(in_place_work, "Flow", Noted)
+    save_file({"q_proj.weight": torch.eye(8)}, tmp_path / "base.safetensors")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    factors = {"A": torch.ones(2, 8), "B": torch.ones(8, 2)}
+    named = {f"base_model.model.q_proj.lora_{side}.weight": factor for side, factor in factors.items()}
+    save_file(named, tmp_path / "adapter/adapter_model.safetensors")
+    out = None if in_place else tmp_path / "out.safetensors"
+    merge(tmp_path / "base.safetensors", [tmp_path / "adapter"], out, in_place=in_place, memory_limit=64_000_000)
+    assert rooms
+    assert max(rooms) <= 32_000_000
 
 
 def test_limits_that_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasurgery.errors import SurgeryError
+from lorasurgery.linalg import norms
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.unmerge import unmerge
 
@@ -95,6 +96,8 @@ def test_rows_go_where_they_belong(fused_base: bool, kind: str, config: dict[str
     adapter(tmp_path / "adapter", modules, kind)
     report = merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     assert report.totals["adapter_tensors_matched"] == len(modules)
+    assert {m.kind for m in report.modules} == {"linear"} | ({"bias"} if kind == "bias" else set())
+    assert all(m.name.endswith(".bias") == (m.kind == "bias") for m in report.modules)
     before, found = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "out"))
     factors = load_file(tmp_path / "adapter/adapter_model.safetensors")
     for module, parts in GROUPINGS.items():
@@ -112,6 +115,21 @@ def test_rows_go_where_they_belong(fused_base: bool, kind: str, config: dict[str
             added = torch.cat([factors[f"base_model.model.{LAYER}{n}.lora_B.bias"] for n in named]).double()
             new = torch.cat([found[f"{LAYER}{n}.bias"] for n in disk]).double()
             torch.testing.assert_close(new, old + 2 * added, atol=1e-6, rtol=1e-6)
+
+
+def test_a_part_that_ends_within_a_block_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a fused tensor is worked on by blocks, each module's rows get its magnitudes and no others do."""
+    monkeypatch.setattr(norms, "_BLOCK_BYTES", 64 * IN * 4)
+    modules = {"mlp.gate_proj": 100, "mlp.up_proj": 100}
+    name, old = f"{LAYER}mlp.gate_up_proj.weight", random(200, IN, seed=1)
+    (tmp_path / "base").mkdir()
+    save_file({name: old}, tmp_path / "base/model.safetensors")
+    adapter(tmp_path / "adapter", modules, "dora")
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    factors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    right = [expected(rows, factors, module, "dora") for module, rows in zip(modules, old.split(100), strict=True)]
+    found = load_file(tmp_path / "out/model.safetensors")[name]
+    torch.testing.assert_close(found.double(), torch.cat(right), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("fused_base", [True, False])
@@ -140,6 +158,7 @@ def test_one_part_alone_and_back_again(fused_base: bool, tmp_path: Path) -> None
         (True, {"self_attn.q_proj": 12}, IN), (True, {"self_attn.k_proj": 24}, IN), (True, {"self_attn.v_proj": 6}, IN),
         (True, {"mlp.up_proj": 40}, IN), (True, {"self_attn.q_proj": 24}, 8), (False, {"self_attn.qkv_proj": 47}, IN),
         (False, {"mlp.gate_up_proj": 40}, 8), (True, {"self_attn.qkv_proj": 48, "self_attn.q_proj": 24}, IN),
+        (True, {"self_attn.qkv_proj": 48, "self_attn.v_proj": 12}, IN),
     ],
     ids=str,
 )  # fmt: skip

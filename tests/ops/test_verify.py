@@ -208,6 +208,16 @@ def test_a_forged_record_is_not_believed(made: Path, tmp_path: Path) -> None:
     assert not report.totals["holds"]
 
 
+def test_a_tensor_too_many_hides_no_other(tmp_path: Path) -> None:
+    """What is compared does not end with the first tensor that has nothing to be compared with."""
+    save_file({"b.weight": torch.ones(2, 2), "c.weight": torch.ones(2)}, tmp_path / "base.safetensors")
+    changed = {"a.weight": torch.ones(2), "b.weight": torch.eye(2), "c.weight": torch.ones(2)}
+    save_file(changed, tmp_path / "model.safetensors")
+    report = verify(tmp_path / "model.safetensors", against=tmp_path / "base.safetensors")
+    states = {m.name: m.state for m in report.modules if isinstance(m, Checked)}
+    assert states == {"a.weight": "extra", "b.weight": "differs"}
+
+
 def test_adapters(made: Path, tmp_path: Path) -> None:
     """An adapter is read through; a value that is not finite, a tensor without meaning and a scale of 0 are named."""
     report = verify(made / "adapter", against=made / "base")

@@ -101,6 +101,19 @@ def test_a_forged_journal_in_a_forged_pipeline(tmp_path: Path) -> None:
     assert about_files_of(folder, tmp_path, ck) is None
 
 
+def test_a_file_behind_a_link_is_passed_over(tmp_path: Path) -> None:
+    """Nothing is read through a link for the proof; what the same line says of the other files still counts."""
+    ck, folder = checkpoint(tmp_path / "ck"), tmp_path / "remains"
+    (ck / SHARD).rename(ck / "elsewhere.bin")
+    (ck / SHARD).symlink_to("elsewhere.bin")
+    folder.mkdir()
+    other = SHARD.replace("00001-of", "00002-of")
+    true = [[name, 0, 0, 64, zlib.crc32((ck / name).read_bytes()[:64])] for name in (SHARD, other)]
+    for listed, about in ((true[:1], None), (true, ABOUT["about"])):
+        (folder / "journal").write_bytes(lines(ABOUT, {"ready": listed, "done": {}}, {"applied": True}))
+        assert about_files_of(folder, ck, ck) == about
+
+
 @pytest.mark.parametrize("applied", [True, False])
 @pytest.mark.parametrize("named", ["folder", "file"])
 def test_a_true_one_counts(named: str, applied: bool, tmp_path: Path) -> None:
