@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 
 from lorasurgery.adapters.adapter import Adapter, Delta, Module
 from lorasurgery.adapters.image_names.translate import Piece, Target
-from lorasurgery.adapters.magnitude import LycorisMagnitude
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import SurgeryError, UnsupportedError
@@ -148,7 +147,7 @@ class Assembly:
         whole = vectors[target.sources[0]]
         if whole is None:
             return None
-        if isinstance(first.magnitude, LycorisMagnitude) and whole.numel() != first.shape[0]:  # (1, in, 1 …)
+        if first.magnitude and first.magnitude.by_input:  # (1, in, 1 …)
             if not lycoris or len(target.pieces) > 1:
                 raise UnsupportedError(
                     f"{first.path} is DoRA along the input axis, which only kohya's and ComfyUI's files can say"
