@@ -11,6 +11,7 @@ from typing import Literal
 
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.adapters.image_names.components import Part, adapter_place, beside_denoiser, class_of, takes_adapters
+from lorasurgery.adapters.magnitude import LycorisMagnitude, PeftMagnitude
 from lorasurgery.clients.issue import MERGE, TO_DIFFUSERS, TO_KOHYA, Finding, Rule, Setting, some
 
 Model = Literal["unet", "flux", "sd3", "wan", "other"]
@@ -23,7 +24,6 @@ _MODELS: tuple[tuple[Model, str], ...] = (
 _NAMED = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
 # U-Nets' attention under diffusers' names, which ComfyUI knows only with `processor.` in front of them.
 _ATTENTION = re.compile(r"\.to_(?:q|k|v|out\.0)$")
-_FORMS = {"hadamard": "LoHa", "kronecker": "LoKr", "full": "whole differences", "tucker": "LoCon's core"}
 
 
 def model_of(adapter: Adapter) -> Model:
@@ -87,18 +87,18 @@ def _diffusers_forms(adapter: Adapter, _: Setting) -> Iterator[Finding]:
     """What is not lora_A and lora_B: DoRA of kohya's files, LyCORIS's products and whole differences."""
     if adapter.format == "peft":
         return
-    dora = [d.path for d in adapter.deltas.values() if d.magnitude and d.lycoris]
+    dora = [d.path for d in adapter.deltas.values() if isinstance(d.magnitude, LycorisMagnitude)]
     if dora:
         yield Finding("wrong", f"dora_scale is filtered out ({some(dora)}), so plain LoRA runs", MERGE)
-    flat = [d.path for d in adapter.deltas.values() if _flat_magnitude(adapter, d)]
+    flat = [d.path for d in adapter.deltas.values() if _flat_magnitude(d)]
     if flat:
         yield Finding(
             "rejected", f"a convolution's lora_magnitude_vector that is no (1, out, 1, 1) ({some(flat)})", MERGE
         )
-    for form, name in _FORMS.items():
-        paths = [p for p, d in adapter.deltas.items() if d.form == form]
-        if paths:
-            yield Finding("rejected", f"{name} ({some(paths)})", TO_DIFFUSERS)
+    special = {d.special for d in adapter.deltas.values() if d.special}
+    for what in sorted(special):
+        paths = [p for p, d in adapter.deltas.items() if d.special == what]
+        yield Finding("rejected", f"{what} ({some(paths)})", TO_DIFFUSERS)
 
 
 def _diffusers_vectors(adapter: Adapter, _: Setting) -> Iterator[Finding]:
@@ -131,7 +131,7 @@ def _diffusers_alphas(adapter: Adapter, _: Setting) -> Iterator[Finding]:
         return
     alphas: dict[Part | None, set[float | None]] = {}
     for path, delta in adapter.deltas.items():
-        if delta.form == "lora":
+        if delta.stores_factors:
             told = f"{path}.alpha" in adapter.weights.tensors
             alphas.setdefault(_part(path), set()).add(delta.alpha if told else None)
     if any(len(found) > 1 for found in alphas.values()):
@@ -154,10 +154,10 @@ def _diffusers_wan(adapter: Adapter, _: Setting) -> Iterator[Finding]:
         )
 
 
-def _flat_magnitude(adapter: Adapter, delta: Delta) -> bool:
-    if not delta.kernel or delta.lycoris or not delta.magnitude:
+def _flat_magnitude(delta: Delta) -> bool:
+    if not delta.kernel or not isinstance(delta.magnitude, PeftMagnitude):
         return False
-    return len(adapter.weights.tensors[delta.magnitude].shape) != 2 + len(delta.kernel)
+    return len(delta.magnitude.shape) != 2 + len(delta.kernel)
 
 
 def _diffusers_text(adapter: Adapter, _: Setting) -> Iterator[Finding]:
@@ -181,7 +181,7 @@ def _comfyui_alpha(adapter: Adapter, _: Setting) -> Iterator[Finding]:
     if adapter.format == "peft":
         return
     stored = {k.removesuffix(".alpha") for k in adapter.weights.tensors if k.endswith(".alpha")}
-    unseen = [p for p, d in adapter.deltas.items() if d.scale != 1 and d.form != "full" and p not in stored]
+    unseen = [p for p, d in adapter.deltas.items() if d.scale != 1 and p not in stored]
     if unseen:
         what = f"alpha of {some(unseen)} is in the header only, which is not read"
         yield Finding("wrong", f"{what}: strength 1 means {_scale(adapter, unseen)}", TO_KOHYA)
@@ -209,14 +209,10 @@ def _comfyui_parts(adapter: Adapter, _: Setting) -> Iterator[Finding]:
     bias = [d.path for d in adapter.deltas.values() if d.bias and d.bias.endswith(".lora_B.bias")]
     if bias:
         yield Finding("dropped", f"lora_B.bias ({some(bias)})", TO_KOHYA)
-    magnitude = [d.path for d in adapter.deltas.values() if d.magnitude and not d.magnitude.endswith("dora_scale")]
+    magnitude = [d.path for d in adapter.deltas.values() if isinstance(d.magnitude, PeftMagnitude)]
     if magnitude:
         yield Finding("dropped", f"lora_magnitude_vector ({some(magnitude)}), so plain LoRA runs", MERGE)
-    rows = [
-        d.path
-        for d in adapter.deltas.values()
-        if d.magnitude not in magnitude and d.magnitude and _by_output(adapter, d)
-    ]
+    rows = [d.path for d in adapter.deltas.values() if d.magnitude and not d.magnitude.by_input]
     if rows and not magnitude:
         yield Finding(
             "wrong", f"DoRA on the output axis ({some(rows)}) is divided by the base's norm, not the sum's", MERGE
@@ -225,15 +221,9 @@ def _comfyui_parts(adapter: Adapter, _: Setting) -> Iterator[Finding]:
         yield Finding("rejected", "LoKr whose first side has a core (lokr_t1)", TO_KOHYA)
 
 
-def _by_output(adapter: Adapter, delta: Delta) -> bool:
-    """Whether dora_scale has one number for each output feature."""
-    assert delta.magnitude is not None
-    return adapter.weights.tensors[delta.magnitude].shape[:1] == delta.shape[:1]
-
-
 def _old(adapter: Adapter, path: str) -> bool:
     """Keys as diffusers wrote them before PEFT (`processor.to_q_lora.up.weight`), which ComfyUI knows."""
-    return "_lora." in adapter.deltas[path].up
+    return "_lora." in adapter.deltas[path].names[0]
 
 
 def _scale(adapter: Adapter, paths: list[str]) -> str:

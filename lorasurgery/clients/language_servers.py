@@ -27,7 +27,7 @@ def _dora(adapter: Adapter, _: Setting) -> Iterator[Finding]:
 
 def _kinds(adapter: Adapter, _: Setting) -> Iterator[Finding]:
     """Layers that are no linear layer or embedding of their own."""
-    odd = [p for p, d in adapter.deltas.items() if d.experts or d.wrapped or d.kernel]
+    odd = [p for p, d in adapter.deltas.items() if d.merge_only or d.kernel]
     if adapter.tokens:
         yield Finding("rejected", f"single rows that are replaced ({some(list(adapter.tokens))})", MERGE)
     if odd:

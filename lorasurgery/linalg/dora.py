@@ -9,8 +9,8 @@ from lorasurgery.linalg.norms import row_blocks
 from lorasurgery.lowrank import Update
 
 
-def decomposed(weight: Tensor, update: Update, magnitude: Tensor, *, by_column: bool) -> Tensor:
-    """The merged weight of a DoRA adapter, in the weight's precision.
+def decomposed(weight: Tensor, update: Update, magnitude: Tensor, strength: float = 1.0, *, by_column: bool) -> Tensor:
+    """W + strength·(W' − W), the merged weight of a DoRA adapter of PEFT's, in the weight's precision.
 
     >>> from lorasurgery.lowrank import LowRank
     >>> w = torch.tensor([[3.0, 0.0]])
@@ -21,6 +21,8 @@ def decomposed(weight: Tensor, update: Update, magnitude: Tensor, *, by_column: 
         weight: W (m, n), float32 or float64.
         update: ΔW (m, n).
         magnitude: (m,), or (n,) where output features are columns (Conv1D, embeddings).
+        strength: The adapter's weight; any real number.
+        by_column: Whether output features are columns.
     """
     update = update.to(weight.dtype)
     out = torch.empty_like(weight)
@@ -32,7 +34,9 @@ def decomposed(weight: Tensor, update: Update, magnitude: Tensor, *, by_column: 
             squares += out[rows].to(torch.float64).square().sum(0)
         else:
             out[rows] *= _ratio(wanted[rows], torch.linalg.vector_norm(out[rows], dim=1))[:, None]
-    return out.mul_(_ratio(wanted, squares.sqrt().to(weight.dtype))) if by_column else out
+    if by_column:
+        out.mul_(_ratio(wanted, squares.sqrt().to(weight.dtype)))
+    return out if strength == 1 else weight.lerp(out, strength)
 
 
 def rescaled(weight: Tensor, update: Update, magnitude: Tensor, strength: float) -> Tensor:

@@ -95,14 +95,9 @@ def _refusal(where: str, name: str, what: str, advice: str = "`lorasurgery merge
 
 def _variant(delta: Delta) -> str:
     """What an update is, when it is more than B·A on a linear layer or an embedding."""
-    variants = {
-        "a convolution": delta.kind == "conv",
-        "an update of fused experts (target_parameters)": delta.kind == "experts",
-        "nn.MultiheadAttention's out_proj": delta.wrapped,
-        "an update with a bias of its own (lora_bias)": delta.bias is not None,
-        f"of the form {delta.form}": delta.form != "lora",
-    }
-    return next((what for what, found in variants.items() if found), "")
+    if delta.kind == "conv":
+        return "a convolution"
+    return delta.special or ("an update with a bias of its own (lora_bias)" if delta.bias else "")
 
 
 def _check_names(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:

@@ -138,7 +138,7 @@ def _flat_kernels(
 ) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for path, delta in adapter.deltas.items():
-        slots = dictionary.find(translator.places[path]) if delta.form != "lora" and not delta.kernel else ()
+        slots = dictionary.find(translator.places[path]) if not (delta.stores_factors or delta.kernel) else ()
         found |= {path: base.tensors[slots[0].tensor].shape[2:]} if slots else {}
     return found
 

@@ -113,7 +113,6 @@ def _summary(t: dict[str, Any]) -> str:
 
 RANKS = (4, 8, 16, 32, 64)
 _FORMATS = {"peft": "PEFT", "kohya": "kohya's", "diffusers": "diffusers'", "comfyui": "ComfyUI's"}
-_FORMS = {"lora": "LoRA", "tucker": "LoCon", "hadamard": "LoHa", "kronecker": "LoKr", "full": "whole differences"}
 
 
 def inspect_adapter(
@@ -138,7 +137,7 @@ def inspect_adapter(
     if model:
         report.totals |= {"matched": plan_edits(model, [adapter], [1.0]).matched} | _beside(report.totals, model)
     report.totals["odd"] = odd_in_adapter(adapter, model)
-    report.summary = _adapter_summary(report)
+    report.summary = _adapter_summary(report, adapter)
     if spectrum:
         report.device = str(resolve_device(device))
         report.modules = _spectra(adapter, report.device, progress)
@@ -178,11 +177,11 @@ def _adapter_totals(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _adapter_summary(report: Report) -> str:
+def _adapter_summary(report: Report, adapter: Adapter) -> str:
     t = report.totals
     ranks = f"{t['rank_min']}" if t["rank_min"] == t["rank_max"] else f"{t['rank_min']} to {t['rank_max']}"
     return (
-        f"{_FORMATS[t['format']]} {_forms(t)} on {t['modules']} modules, rank {ranks}, "
+        f"{_FORMATS[t['format']]} {_forms(adapter, t)} on {t['modules']} modules, rank {ranks}, "
         f"{t['parameters']:,} parameters in {', '.join(t['dtypes'])}, {t['adapter_bytes'] / 1e6:.2f} MB"
         + (f" ({t['parameter_share']:.2%} and {t['byte_share']:.2%} of the base's)" if "base_bytes" in t else "")
         + (f"; {t['full']} tensors stored whole" if t["full"] else "")
@@ -190,8 +189,9 @@ def _adapter_summary(report: Report) -> str:
     )
 
 
-def _forms(totals: dict[str, Any]) -> str:
-    found = " and ".join(_FORMS[form] for form in totals["forms"]) or "nothing of lower rank"
+def _forms(adapter: Adapter, totals: dict[str, Any]) -> str:
+    titles = {delta.form: delta.title for delta in adapter.deltas.values()}
+    found = " and ".join(titles[form] for form in totals["forms"]) or "nothing of lower rank"
     return f"{found} (rsLoRA)" if totals["rslora"] else found
 
 
@@ -408,7 +408,7 @@ def _scales(adapter: Adapter) -> Iterator[str]:
 
 
 def _shapes(adapter: Adapter) -> Iterator[str]:
-    wide = [d.path for d in adapter.deltas.values() if d.form == "lora" and d.rank > min(d.shape)]
+    wide = [d.path for d in adapter.deltas.values() if d.stores_factors and d.rank > min(d.shape)]
     if wide:
         yield f"the rank is above the matrix's own in {len(wide)} modules ({some(wide)}); rerank makes them smaller"
     dtypes = {adapter.weights.tensors[n].dtype for d in adapter.deltas.values() for n in d.names}

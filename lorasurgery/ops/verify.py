@@ -100,7 +100,9 @@ def _unreadable(model: Checkpoint) -> Iterator[str]:
 
 def findings_in_adapter(adapter: Adapter) -> list[str]:
     """What of an adapter's file has no meaning, and scales that no training gives."""
-    used = {name for d in adapter.deltas.values() for name in (*d.names, d.bias, d.magnitude) if name}
+    used = {
+        name for d in adapter.deltas.values() for name in (*d.names, d.bias, d.magnitude and d.magnitude.name) if name
+    }
     used |= {*adapter.replaced.values(), *adapter.diffs.values(), *(key for key, _ in adapter.tokens.values())}
     left = sorted(n for n in set(adapter.weights.tensors) - used if not n.endswith((".alpha", ".dora_scale")))
     found = [f"{some(left)}: belong to no update"] if left and adapter.format == "peft" and not adapter.members else []

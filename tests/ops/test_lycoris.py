@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.blend import BlendOptions, blend, rerank
+from lorasurgery.ops.convert import ConvertOptions, convert
 from lorasurgery.ops.merge import merge
 from lorasurgery.ops.unmerge import unmerge
 
@@ -244,6 +245,22 @@ def test_norms_over_a_layer_in_parts(tmp_path: Path) -> None:
     merge(tmp_path / "base.safetensors", [tmp_path / "by.safetensors"], tmp_path / "out.safetensors")
     norms = torch.cat([load_file(tmp_path / "out.safetensors")[n].norm(dim=1) for n in names[:3]])
     assert torch.allclose(norms, torch.arange(1.0, 25.0))
+
+
+def test_norms_of_the_inputs_keep_their_axis(tmp_path: Path) -> None:
+    """Of a square layer too, where they are as many as the outputs: written anew as they were, refused where they can't be."""
+    base, file = made(tmp_path, LoConModule, "square", weight_decompose=True, wd_on_out=False)
+    convert(file, tmp_path / "new.safetensors", ConvertOptions("kohya"), base=base)
+    old, new = load_file(file), load_file(tmp_path / "new.safetensors")
+    (key,) = (k for k in old if k.endswith("dora_scale"))
+    assert old[key].shape == (1, 16)
+    assert torch.equal(new[key], old[key])
+    for name in ("adapter", "new"):
+        merge(base, [tmp_path / f"{name}.safetensors"], tmp_path / f"{name}-out.safetensors")
+    one, two = (load_file(tmp_path / f"{name}-out.safetensors") for name in ("adapter", "new"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    with pytest.raises(UnsupportedError, match="DoRA along the input axis"):
+        convert(file, tmp_path / "peft", ConvertOptions("peft"), base=base)
 
 
 # Turned into LoRA

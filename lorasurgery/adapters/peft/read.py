@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from lorasurgery.adapters.adapter import Adapter, Delta, Kind
+from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.adapters.deltas import AttentionOutput, Delta, Embedding, Experts, Lora
 from lorasurgery.adapters.image_names.components import FOLDER_NAMES
+from lorasurgery.adapters.magnitude import PeftMagnitude
 from lorasurgery.adapters.peft.config import PeftConfig, read_config
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.locate import Located
@@ -64,7 +66,7 @@ def read_peft(path: Path) -> Adapter:
     weights = Checkpoint.open(file)
     sides, replaced = _sort_keys(weights, str(file))
     found = [_delta(path, parts, weights, config, str(file)) for path, parts in sides.items() if "tokens" not in parts]
-    deltas = {delta.path: delta for delta in found}
+    deltas: dict[str, Delta] = {delta.path: delta for delta in found}
     tokens = {f"{p}.weight": _tokens(p, parts["tokens"], weights, config) for p, parts in sides.items()
               if "tokens" in parts}  # fmt: skip
     if not deltas and not replaced and not tokens:
@@ -137,24 +139,13 @@ def _strip_wrappers(name: str) -> str:
     return ".".join([*parts[:1], *(p for p in parts[1:-1] if p != "base_layer"), *parts[1:][-1:]])
 
 
-def _delta(path: str, parts: dict[str, str], weights: Checkpoint, config: PeftConfig, where: str) -> Delta:
-    embedding = "embedding_A" in parts or "embedding_B" in parts
-    prefix = "embedding_" if embedding else ""
-    extra = set(parts) - {f"{prefix}A", f"{prefix}B", "bias", "magnitude"}
-    missing = {f"{prefix}A", f"{prefix}B"} - set(parts)
-    if missing or extra:
-        what = f"lora_{sorted(missing)[0]} is missing" if missing else f"lora_{sorted(extra)[0]} is one too many"
-        raise FormatError(f"{where}: {path}: {what}; the adapter is incomplete, save it again")
-    if config.dora != ("magnitude" in parts):
-        raise FormatError(
-            f"{where}: {path}: use_dora is {str(config.dora).lower()} in adapter_config.json but the module has "
-            f"{'no' if config.dora else 'a'} lora_magnitude_vector; the adapter is incomplete, save it again"
-        )
+def _delta(path: str, parts: dict[str, str], weights: Checkpoint, config: PeftConfig, where: str) -> Lora:
+    """One module's factors, of the class that says where in the model they belong."""
+    prefix = "embedding_" if {"embedding_A", "embedding_B"} & set(parts) else ""
+    _check_parts(path, parts, prefix, config, where)
     down, up = weights.tensors[parts[f"{prefix}A"]], weights.tensors[parts[f"{prefix}B"]]
     _check_factors(down, up, where)
-    kernel = down.shape[2:]
-    module, experts = path, 0
-    rank = down.shape[0]
+    module, rank, experts = path, down.shape[0], 0
     if config.is_parameter(path):
         module, rank, experts = config.parameter(path, rank, where)
         if experts == 1 and module.endswith(".weight"):  # a matrix after all, such as a router's
@@ -165,15 +156,36 @@ def _delta(path: str, parts: dict[str, str], weights: Checkpoint, config: PeftCo
             f"{up.shape[0]}×{up.shape[1]}; their ranks must agree"
         )
     alpha, scale = config.scaling(module, rank, where)
-    wrapped = ".base_layer.out_proj.lora_" in down.name
-    if wrapped:  # PEFT's MultiheadAttention adds it, then merges the layer once more: so it was trained, so it runs
+    magnitude = parts.get("magnitude")
+    make = partial(Experts, count=experts) if experts else _class_of(down.name, embedding=bool(prefix))
+    if make is AttentionOutput:
         scale *= 2
-    kind: Kind = "embedding" if embedding else "experts" if experts else "conv" if kernel else "linear"
-    return Delta(
-        path, kind, down.name, up.name, (up.shape[0], math.prod(down.shape[1:])), rank, alpha, scale,
-        bias=parts.get("bias"), kernel=kernel, magnitude=parts.get("magnitude"), experts=experts,
-        parameter=module if module != path else "", wrapped=wrapped,
+    return make(
+        path=path, down=down.name, up=up.name, shape=(up.shape[0], math.prod(down.shape[1:])), rank=rank, alpha=alpha,
+        scale=scale, bias=parts.get("bias"), kernel=down.shape[2:], parameter=module if module != path else "",
+        magnitude=PeftMagnitude(magnitude, weights.tensors[magnitude].shape) if magnitude else None,
     )  # fmt: skip
+
+
+def _class_of(name: str, *, embedding: bool) -> type[Lora]:
+    """The class of factors that are a module's own."""
+    if embedding:
+        return Embedding
+    return AttentionOutput if ".base_layer.out_proj.lora_" in name else Lora
+
+
+def _check_parts(path: str, parts: dict[str, str], prefix: str, config: PeftConfig, where: str) -> None:
+    """Both factors must be here, what the config promises beside them, and nothing else."""
+    needed = {f"{prefix}A", f"{prefix}B"}
+    missing, extra = needed - set(parts), set(parts) - needed - {"bias", "magnitude"}
+    if missing or extra:
+        what = f"lora_{sorted(missing)[0]} is missing" if missing else f"lora_{sorted(extra)[0]} is one too many"
+        raise FormatError(f"{where}: {path}: {what}; the adapter is incomplete, save it again")
+    if config.dora != ("magnitude" in parts):
+        raise FormatError(
+            f"{where}: {path}: use_dora is {str(config.dora).lower()} in adapter_config.json but the module has "
+            f"{'no' if config.dora else 'a'} lora_magnitude_vector; the adapter is incomplete, save it again"
+        )
 
 
 def _check_factors(down: TensorInfo, up: TensorInfo, where: str) -> None:
@@ -226,15 +238,7 @@ def read_peft_members(path: Path) -> Adapter:
 
 
 def _join(together: Adapter, prefix: str, member: Adapter) -> None:
-    together.deltas |= {prefix + path: _prefixed(delta, prefix) for path, delta in member.deltas.items()}
+    together.deltas |= {prefix + path: delta.prefixed(prefix) for path, delta in member.deltas.items()}
     together.replaced |= {prefix + name: prefix + key for name, key in member.replaced.items()}
     together.tokens |= {prefix + name: (prefix + key, rows) for name, (key, rows) in member.tokens.items()}
     together.added |= {prefix + name for name in member.added}
-
-
-def _prefixed(delta: Delta, prefix: str) -> Delta:
-    return replace(
-        delta, path=prefix + delta.path, down=prefix + delta.down, up=prefix + delta.up,
-        bias=delta.bias and prefix + delta.bias, magnitude=delta.magnitude and prefix + delta.magnitude,
-        parameter=delta.parameter and prefix + delta.parameter,
-    )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from lorasurgery.adapters.single_file.products import KINDS, read_lora
 from lorasurgery.errors import FormatError, UnsupportedError
 
 _ENDINGS = {
@@ -16,11 +17,8 @@ _ENDINGS = {
     "lora.down.weight": "down", "lora.up.weight": "up",
     "lora_linear_layer.down.weight": "down", "lora_linear_layer.up.weight": "up",
     "dora_scale": "dora_scale", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
-    "hada_w1_a": "hada_w1_a", "hada_w1_b": "hada_w1_b", "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b",
-    "hada_t1": "hada_t1", "hada_t2": "hada_t2",
-    "lokr_w1": "lokr_w1", "lokr_w1_a": "lokr_w1_a", "lokr_w1_b": "lokr_w1_b", "lokr_t1": "lokr_t1",
-    "lokr_w2": "lokr_w2", "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_b", "lokr_t2": "lokr_t2",
-    "diff": "diff", "diff_b": "diff_b", "w_norm": "w_norm", "b_norm": "b_norm", "set_weight": "set_weight",
+    "diff_b": "diff_b", "w_norm": "w_norm", "b_norm": "b_norm", "set_weight": "set_weight",
+    **{part: part for parts, read in KINDS if read is not read_lora for part in parts},
 }  # fmt: skip
 _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
 # `lora_A.default.weight`: PEFT's adapter name has not been stripped.

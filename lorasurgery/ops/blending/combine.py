@@ -119,7 +119,7 @@ class Composition:
         if 0 < core.size < SMALLEST:
             raise SurgeryError(beyond(core.size))
         rank = _choose(choice, core)
-        plain = self.alone and joint.terms[0].delta.form == "lora"
+        plain = self.alone and joint.terms[0].delta.stores_factors
         if plain and rank == terms[0].rank and choice.budget is None and terms[0].scale > 0:
             return self._unchanged(joint, terms[0], core)
         made = self._kept(core, choice, rank, joint.shape)

@@ -104,9 +104,10 @@ def _check_linear(adapter: Adapter, delta: Delta) -> None:
             f"{adapter.path}: {delta.path} is DoRA, which is no low-rank update by itself; lorasurgery convert "
             "--portable --base BASE makes a LoRA of it"
         )
-    if delta.experts or delta.wrapped:
-        what = "holds fused experts" if delta.experts else "lies inside an nn.MultiheadAttention"
-        raise UnsupportedError(f"{adapter.path}: {delta.path} {what}: it can be merged but not reranked or blended")
+    if delta.merge_only:
+        raise UnsupportedError(
+            f"{adapter.path}: {delta.path} {delta.merge_only}: it can be merged but not reranked or blended"
+        )
 
 
 def _check_tied(adapters: Sequence[Adapter]) -> None:

@@ -104,9 +104,8 @@ def _whole_problems(plan: Conversion) -> Iterator[tuple[str, str]]:
 
 def _problems(plan: Conversion, delta: Delta) -> list[str]:
     found, options = [], plan.options
-    if delta.experts or delta.wrapped:
-        what = "holds fused experts" if delta.experts else "lies inside an nn.MultiheadAttention"
-        found.append(f"{what}: it can be merged but not converted")
+    if delta.merge_only:
+        found.append(f"{delta.merge_only}: it can be merged but not converted")
     if delta.kind == "embedding" and "embedding" not in CLIENTS[options.to].factors:
         found.append(f"adapts an embedding, which the {options.to} format has no place for; merge it instead")
     if delta.magnitude and options.portable and delta.path not in plan.undone:

@@ -129,7 +129,7 @@ class Assembly:
         elif f"{path}.bias" in self.adapter.diffs:
             bias = self.adapter.load_diff(f"{path}.bias").matrix.squeeze(1)
         kept = delta.magnitude if path not in self.undone else None
-        magnitude = self.adapter.weights.read(kept) if kept else None
+        magnitude = self.adapter.weights.read(kept.name) if kept else None
         if path in self.reduced:
             return Source(self.reduced[path].update, bias, magnitude)
         return Source(self.adapter.load(delta), bias, magnitude)
@@ -147,7 +147,7 @@ class Assembly:
         whole = vectors[target.sources[0]]
         if whole is None:
             return None
-        if first.lycoris and whole.numel() != first.shape[0]:  # (1, in, 1 …)
+        if first.magnitude and first.magnitude.by_input:  # (1, in, 1 …)
             if not lycoris or len(target.pieces) > 1:
                 raise UnsupportedError(
                     f"{first.path} is DoRA along the input axis, which only kohya's and ComfyUI's files can say"

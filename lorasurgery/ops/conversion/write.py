@@ -90,7 +90,7 @@ def _reduced(plan: Conversion, device: torch.device) -> dict[str, Reduced]:
     found: dict[str, Reduced] = {}
     if plan.undone and plan.base is not None:
         found |= plain_lora(plan.base, adapter, torch_dtype(dtype), device, options.rank)
-    others = [d for d in adapter.deltas.values() if d.form != "lora" and d.path not in found]
+    others = [d for d in adapter.deltas.values() if not d.stores_factors and d.path not in found]
     if others:
         how = BlendOptions(choice=RankChoice(rank=options.rank) if options.rank else None)
         draft = Composed([adapter], [], dtype, [1.0])

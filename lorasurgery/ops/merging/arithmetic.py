@@ -13,7 +13,7 @@ from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.threads import each
 from lorasurgery.errors import SurgeryError
-from lorasurgery.linalg.dora import decomposed, rescaled
+from lorasurgery.linalg.dora import decomposed
 from lorasurgery.linalg.norms import row_blocks
 from lorasurgery.linalg.rounding import Rounding, Survival, add_updates, set_values
 from lorasurgery.lowrank import Update, widened
@@ -89,17 +89,10 @@ def _decompose(c: Contribution, value: torch.Tensor, shape: tuple[int, ...]) -> 
     """One DoRA update as its own family defines it (docs/formats.md: their strengths mean different things)."""
     assert c.delta is not None
     assert c.delta.magnitude is not None
-    magnitude = c.adapter.weights.read(c.delta.magnitude).to(value.device)
-    if c.delta.lycoris:
-        if c.rows is not None and magnitude.shape[0] != 1:
-            magnitude = magnitude[c.rows]
-        update = c.plain().to(value.device)
-        weight = value.reshape(value.shape[0], *shape[1:])
-        return rescaled(weight, update, magnitude, c.weight).reshape(value.shape)
-    if c.rows is not None:
-        magnitude = magnitude.flatten()[c.rows]
-    new = decomposed(value, c.plain().to(value.device), magnitude, by_column=c.transposed)
-    return new if c.weight == 1 else value.lerp(new, c.weight)
+    norms = c.delta.magnitude.load(c.adapter.weights, c.rows).to(value.device)
+    return c.delta.magnitude.decompose(
+        value, c.plain().to(value.device), norms, c.weight, kernel=shape[1:], transposed=c.transposed
+    )
 
 
 def _start(base: Checkpoint, edit: Edit) -> torch.Tensor:
@@ -170,8 +163,8 @@ class Turns:
             if magnitude is None:
                 value[here] += update.rows(there, self.wide)
             else:
-                new = decomposed(value[here], update.part(there), magnitude[there], by_column=False)
-                value[here] = new if strength == 1 else value[here].lerp(new, strength)
+                rows, norms = update.part(there), magnitude[there]
+                value[here] = decomposed(value[here], rows, norms, strength, by_column=False)
         return value
 
 
@@ -180,8 +173,11 @@ def is_by_row(contribution: Contribution) -> bool:
     c = contribution
     if c.into is not None and (c.into.step or 1) != 1:
         return False
-    assert c.delta is not None or not c.decomposes
-    return not c.decomposes or not (c.transposed or (c.delta is not None and c.delta.lycoris))
+    if not c.decomposes:
+        return True
+    assert c.delta is not None
+    assert c.delta.magnitude is not None
+    return c.delta.magnitude.is_by_row(transposed=c.transposed)
 
 
 def _loaded(c: Contribution, device: torch.device, wide: torch.dtype) -> tuple[Update, Tensor | None, float]:
@@ -189,5 +185,5 @@ def _loaded(c: Contribution, device: torch.device, wide: torch.dtype) -> tuple[U
         return c.load().to(device, wide), None, 1.0
     assert c.delta is not None
     assert c.delta.magnitude is not None
-    magnitude = c.adapter.weights.read(c.delta.magnitude).to(device).flatten()
-    return c.plain().to(device, wide), magnitude if c.rows is None else magnitude[c.rows], c.weight
+    norms = c.delta.magnitude.load(c.adapter.weights, c.rows).to(device)
+    return c.plain().to(device, wide), norms, c.weight

@@ -81,7 +81,7 @@ class Placer:
         if delta.magnitude and not self.replace:
             self.plan.unrestored.append(f"{delta.path}.weight")
             return
-        if delta.lycoris and len(slots) > 1 and adapter.weights.tensors[delta.magnitude or ""].shape[0] == 1:
+        if delta.magnitude and delta.magnitude.by_input and len(slots) > 1:
             raise UnsupportedError(
                 f"{adapter.path}: {delta.path} has a DoRA norm for each input, over all rows of a fused layer, but "
                 f"{self.where} keeps its rows in {len(slots)} tensors; merge it into the checkpoint it was trained on"

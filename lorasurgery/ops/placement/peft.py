@@ -36,7 +36,7 @@ class PeftPlacer:
         # of a pipeline's parts the denoiser comes first, or the VAE's conv_in could pass for the U-Net's
         if adapter.format != "peft" or (self.placer.base.parts and self.placer.knows(delta.path)):
             return self.placer.add(adapter, delta, weight)
-        if delta.kind == "experts":
+        if delta.experts:
             return self._add_experts(adapter, delta, weight)
         target = self._find(self.names, delta)
         if target is not None:
@@ -53,10 +53,9 @@ class PeftPlacer:
         return self._add_elsewhere(adapter, delta, weight)
 
     def _find(self, names: BaseNames, delta: Delta) -> str | None:
-        shapes = _fitting_shapes(delta)
-        target = names.find(delta.path, shapes=shapes)
+        target = names.find(delta.path, shapes=delta.stored_shapes)
         if target is None and delta.kind == "linear":
-            target = names.find(delta.path, "in_proj_weight", shapes)
+            target = names.find(delta.path, "in_proj_weight", delta.stored_shapes)
         return target
 
     def _add_to(self, adapter: Adapter, delta: Delta, weight: float, target: str, source: TensorInfo) -> None:
@@ -136,11 +135,11 @@ class PeftPlacer:
 
     def _is_copy(self, adapter: Adapter, delta: Delta) -> bool:
         """Whether a module without a tensor of its own has the factors of one that has: they share it in memory."""
-        if not adapter.tied or delta.form != "lora":
+        if not adapter.tied or not delta.stores_factors:
             return False
         mine, sizes = adapter.load(delta), sorted(delta.shape)
         others = [
-            d for d in adapter.deltas.values() if d is not delta and sorted(d.shape) == sizes and d.form == "lora"
+            d for d in adapter.deltas.values() if d is not delta and sorted(d.shape) == sizes and d.stores_factors
         ]
         tables = [self.names, *([self.names.by_library] if self.names.by_library else [])]
         stored = [d for d in others if any(self._find(names, d) is not None for names in tables)]
@@ -152,13 +151,13 @@ class PeftPlacer:
             return False
         conv1d = self.names.is_conv1d(delta.path)
         flipped = delta.shape[::-1]
-        if delta.kind == "embedding" or conv1d:
+        if delta.is_across or conv1d:
             fits, transposed = edit.shape == flipped, True
         else:
             transposed = edit.shape != delta.shape and edit.shape == flipped and adapter.fan_in_fan_out
             fits = edit.shape == delta.shape or transposed
         if not fits:
-            expected = flipped if delta.kind == "embedding" or conv1d else delta.shape
+            expected = flipped if delta.is_across or conv1d else delta.shape
             raise MismatchError(
                 f"{adapter.path}: {delta.path} is an update of {size_of(expected)} but {edit.tensor} in "
                 f"{self.names.where} is {size_of(edit.shape)}; is this the adapter's base model?"
@@ -201,12 +200,6 @@ def _same_update(one: LowRank, other: LowRank) -> bool:
         one.up.shape == o.up.shape and torch.equal(one.up, o.up) and torch.equal(one.down, o.down)
         for o in (other, other.transposed)
     )
-
-
-def _fitting_shapes(delta: Delta) -> tuple[tuple[int, ...], ...]:
-    if delta.kind == "linear":
-        return (delta.shape, delta.shape[::-1])
-    return (delta.weight_shape,) if delta.kind == "conv" else (delta.shape[::-1],)
 
 
 def _check_free(adapter: Adapter, edit: Edit, into: slice | None, where: str) -> None:

@@ -130,7 +130,7 @@ def is_undone_by_steps(edit: Edit, dtype: torch.dtype) -> bool:
 
 def _is_stored(c: Contribution) -> bool:
     """Whether the update is what the file holds: what is computed from it first may differ from machine to machine."""
-    return not c.decomposes and (c.delta is None or c.delta.form == "lora")
+    return not c.decomposes and (c.delta is None or c.delta.stores_factors)
 
 
 def kept(tensor: PlannedTensor, base: Checkpoint, listed: list[Any]) -> Kept:
