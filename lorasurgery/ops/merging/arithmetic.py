@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.plan import PlannedTensor
-from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.tensor_reader import TensorReader
 from lorasurgery.engine.threads import each
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.dora import decomposed, rescaled
@@ -21,7 +21,7 @@ from lorasurgery.ops.placement.edits import Contribution, Edit
 
 
 def apply_edit(
-    base: Checkpoint, edit: Edit, tensor: PlannedTensor, device: torch.device, *, rounding: Rounding, seed: int,
+    base: TensorReader, edit: Edit, tensor: PlannedTensor, device: torch.device, *, rounding: Rounding, seed: int,
     finite: bool = True,
 ) -> tuple[torch.Tensor, Survival]:  # fmt: skip
     """Compute one output tensor: replace, add every contribution in float32, round once.
@@ -102,14 +102,14 @@ def _decompose(c: Contribution, value: torch.Tensor, shape: tuple[int, ...]) -> 
     return new if c.weight == 1 else value.lerp(new, c.weight)
 
 
-def _start(base: Checkpoint, edit: Edit) -> torch.Tensor:
+def _start(base: TensorReader, edit: Edit) -> torch.Tensor:
     """W itself, or what replaces it or some of its rows; at a weight w other than 1, W + w·(R − W) in float32."""
     new = edit.replacement
     if new is None:
         assert edit.source is not None
         value = base.read(edit.source.name)
     else:
-        value = new.adapter.load_replaced(new.name)
+        value = new.weights.read(new.key)
         if new.weight != 1:
             if edit.source is None:
                 raise SurgeryError("is new to the base, so it can only be taken whole; use weight 1")

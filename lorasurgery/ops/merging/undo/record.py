@@ -163,7 +163,7 @@ class Merged:
         return {key: value for key, value in vars(self).items() if value != ""}
 
 
-@dataclass
+@dataclass(frozen=True)
 class UndoRecord:
     """All that one merge needs to be undone.
 
