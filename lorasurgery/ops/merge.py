@@ -21,9 +21,9 @@ from lorasurgery.ops.merging.targets import (
     check_in_place,
     check_target,
     in_place_call,
-    is_settled,
+    is_recovered,
     record_file,
-    settled,
+    recovered_report,
 )
 from lorasurgery.ops.merging.undo.select import about, before_in_place, begin_record, files_changed, files_in_place
 from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
@@ -90,8 +90,8 @@ def merge(
     check_memory_limit(memory_limit)
     undo = in_place if undo is None else undo
     target = check_target(base, out, in_place, dtype, max_shard_size, undo=undo)
-    if in_place and is_settled(target, resume=resume, dry_run=dry_run):
-        return clock.stamp(settled("merge", str(base)))
+    if in_place and is_recovered(target, resume=resume, dry_run=dry_run):
+        return clock.stamp(recovered_report("merge", str(base)))
     checkpoint, opened = Checkpoint.open(base, unfinished=in_place), [open_adapter(a) for a in adapters]
     if not in_place:
         check_output(target, [Path(base), *map(Path, adapters)], overwrite, resume=resume)

@@ -21,10 +21,10 @@ from lorasurgery.ops.merging.targets import (
     check_same_tensors,
     files_of_origin,
     in_place_call,
-    is_settled,
+    is_recovered,
     put_back,
     record_file,
-    settled,
+    recovered_report,
 )
 from lorasurgery.ops.merging.undo.record import UndoRecord, top_record
 from lorasurgery.ops.merging.undo.select import (
@@ -85,8 +85,8 @@ def switch(
     check_device_name(device)
     check_memory_limit(memory_limit)
     _check_ways(from_, add=add, base=base)
-    if is_settled(path, resume=resume, dry_run=dry_run):
-        return clock.stamp(settled("switch", str(path)))
+    if is_recovered(path, resume=resume, dry_run=dry_run):
+        return clock.stamp(recovered_report("switch", str(path)))
     merged, opened = Checkpoint.open(path, unfinished=True), [open_adapter(a) for a in to]
     last = None if add else top_record(path)
     if last is not None and base is not None:

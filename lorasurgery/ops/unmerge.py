@@ -18,7 +18,7 @@ from lorasurgery.errors import MismatchError, UsageError
 from lorasurgery.ops.merge import carry_out, start_report
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
 from lorasurgery.ops.merging.run_state import RunState
-from lorasurgery.ops.merging.targets import check_in_place, check_target, in_place_call, is_settled, settled
+from lorasurgery.ops.merging.targets import check_in_place, check_target, in_place_call, is_recovered, recovered_report
 from lorasurgery.ops.merging.undo.record import UndoRecord
 from lorasurgery.ops.merging.undo.select import about, merged_weights, record_to_undo
 from lorasurgery.ops.merging.undo.view import UndoView
@@ -132,8 +132,8 @@ def unmerge(
     check_device_name(device)
     check_memory_limit(memory_limit)
     target = check_target(merged, out, in_place, dtype, max_shard_size)
-    if in_place and is_settled(target, resume=resume, dry_run=dry_run):
-        return clock.stamp(settled("unmerge", str(merged)))
+    if in_place and is_recovered(target, resume=resume, dry_run=dry_run):
+        return clock.stamp(recovered_report("unmerge", str(merged)))
     checkpoint, opened = Checkpoint.open(merged, unfinished=in_place), [open_adapter(a) for a in adapters]
     original = Checkpoint.open(base) if base is not None else None
     inputs = [str(merged), *map(str, adapters), *([str(base)] if base is not None else [])]

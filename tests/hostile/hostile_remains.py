@@ -14,7 +14,7 @@ import zstandard
 from hostile_files import Files, Work, bytes_of, data_of, header_of, laid_out
 
 from lorasurgery.adapters.formats import open_adapter
-from lorasurgery.checkpoint.inplace.recover import settle_first, unfinished
+from lorasurgery.checkpoint.inplace.recover import recover_first, unfinished
 from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, Run, new_token
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
@@ -98,7 +98,7 @@ def surgery(files: Files, rng: random.Random, folder: Path) -> Work:
     ways: list[Work] = [
         lambda: unfinished(base),
         lambda: Checkpoint.open(base),
-        lambda: settle_first(base, resume=True),
+        lambda: recover_first(base, resume=True),
     ]
     return rng.choice(ways)
 

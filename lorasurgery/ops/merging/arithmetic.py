@@ -124,7 +124,7 @@ def _start(base: TensorReader, edit: Edit) -> torch.Tensor:
     return value
 
 
-class Turns:
+class DoraRows:
     """Like rounding.Merger, for edits with DoRA whose output features are rows.
 
     Args:
@@ -138,7 +138,7 @@ class Turns:
     ) -> None:  # fmt: skip
         self.finite = finite
         self.wide, self.dtype, self.rounding, self.seed = widened(source), dtype, rounding, seed
-        self.turns = [(c.into or slice(0, height), *_loaded(c, device, self.wide)) for c in edit.contributions]
+        self.parts = [(c.into or slice(0, height), *_loaded(c, device, self.wide)) for c in edit.contributions]
 
     def rows(self, weight: Tensor, out: Tensor, first: int) -> Survival:
         """Write the new rows; see Merger.rows."""
@@ -149,7 +149,7 @@ class Turns:
             old, at = weight[blocks[i]].to(self.wide), first + blocks[i].start
             new, found[i] = set_values(
                 old,
-                self._turned(old.clone(), at),
+                self._updated(old.clone(), at),
                 self.dtype,
                 rounding=self.rounding,
                 seed=self.seed,
@@ -161,8 +161,8 @@ class Turns:
         each(work, range(len(blocks)))
         return sum(found, Survival(0.0, 0.0, 0.0))
 
-    def _turned(self, value: Tensor, first: int) -> Tensor:
-        for into, update, magnitude, strength in self.turns:
+    def _updated(self, value: Tensor, first: int) -> Tensor:
+        for into, update, magnitude, strength in self.parts:
             low, high = max(first, into.start), min(first + len(value), into.stop)
             if low >= high:
                 continue

@@ -92,7 +92,7 @@ class _Work:
         """Compute and write what is not there yet."""
         recorder = None
         if self.recipe.undo is not None:
-            recorder = Recorder(self.surgery.heap, self.recipe.base, self.state.device, self.state.fallback)
+            recorder = Recorder(self.surgery.scratch, self.recipe.base, self.state.device, self.state.fallback)
         Flow(room(self.recipe), (1, 2, 1)).run(
             job for t in self.touched for job in self._jobs(t, _Placed(self, t), recorder)
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from lorasurgery.checkpoint.files import Heap
+from lorasurgery.checkpoint.files import ScratchFile
 from lorasurgery.checkpoint.journal import UNDO, Run
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
@@ -37,7 +37,7 @@ def run(recipe: Recipe, state: RunState, journal: Run, report: Report) -> None:
         try:
             with team(min(TEAM, torch.get_num_threads())):
                 Flow(room(recipe)).run(work.jobs())
-            work.settle()
+            work.wait_for_disk()
         finally:
             work.close()
         done = journal.gather()
@@ -70,11 +70,11 @@ class _Work:
         self._left = {name: len(tensors) for name, tensors in self._share.items()}
         self._home = {t.name: name for name, tensors in self._share.items() for t in tensors}
         self._total, self._bytes = sum(self._sizes.values()), 0
-        self._heap: Heap | None = None
+        self._scratch: ScratchFile | None = None
         self.recorder: Recorder | None = None
         if recipe.undo is not None:
-            self._heap = Heap(journal.new_path(UNDO), new=True)
-            self.recorder = Recorder(self._heap, recipe.base, state.device, state.fallback)
+            self._scratch = ScratchFile(journal.new_path(UNDO), new=True)
+            self.recorder = Recorder(self._scratch, recipe.base, state.device, state.fallback)
 
     def jobs(self) -> Iterator[Job]:
         """What is to be done, in the order of the files."""
@@ -148,7 +148,7 @@ class _Work:
         if self.journal.is_due:
             self.journal.synced(self._sync)
 
-    def settle(self) -> None:
+    def wait_for_disk(self) -> None:
         """Wait until the disk has all of this rank's share."""
         self.journal.synced(self._sync)
 
@@ -156,12 +156,12 @@ class _Work:
         """Close what is still open, after a failure."""
         for file in self._files.values():
             file.abandon()
-        if self._heap is not None:
-            self._heap.close()
+        if self._scratch is not None:
+            self._scratch.close()
 
     def _sync(self) -> None:
-        if self._heap is not None:
-            self._heap.sync()
+        if self._scratch is not None:
+            self._scratch.sync()
         with self._lock:
             files = list(self._files.values())
         for file in files:

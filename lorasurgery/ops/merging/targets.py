@@ -12,8 +12,8 @@ from lorasurgery.checkpoint.inplace.journal import check_line, file_of
 from lorasurgery.checkpoint.inplace.recover import (
     FOLDER,
     cannot_write,
+    recover_first,
     refuse_unfinished,
-    settle_first,
     surgery_folder,
     unfinished,
 )
@@ -51,7 +51,7 @@ def check_target(
     return Path(base if out is None else out)
 
 
-def is_settled(checkpoint: Path, *, resume: bool, dry_run: bool) -> bool:
+def is_recovered(checkpoint: Path, *, resume: bool, dry_run: bool) -> bool:
     """Before an operation in place: lock, and finish what an interrupted one had ready; whether nothing is left to do.
 
     A dry run finishes nothing, and is refused where something is unfinished.
@@ -67,7 +67,7 @@ def is_settled(checkpoint: Path, *, resume: bool, dry_run: bool) -> bool:
         raise UsageError(_ONE_PROCESS)
     hold_in_place(checkpoint)
     began = unfinished(checkpoint) is not None
-    done = settle_first(checkpoint, resume=resume)
+    done = recover_first(checkpoint, resume=resume)
     if resume and not began:
         last = top_record(checkpoint)
         merged = f"the last merge on record is of {last.names}" if last else "no merge is on record"
@@ -94,7 +94,7 @@ def hold_in_place(checkpoint: Path) -> None:
         raise cannot_write(checkpoint, problem, "nothing was changed") from None
 
 
-def settled(command: str, checkpoint: str) -> Report:
+def recovered_report(command: str, checkpoint: str) -> Report:
     """The report of a resumed operation of which only names were missing."""
     return Report(
         command, [checkpoint], checkpoint, sources=[], totals={"what": "settled"},

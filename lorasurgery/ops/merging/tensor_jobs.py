@@ -26,7 +26,7 @@ from lorasurgery.engine.threads import own_stream
 from lorasurgery.errors import FormatError, SurgeryError
 from lorasurgery.linalg.norms import block_height
 from lorasurgery.linalg.rounding import Merger, Survival
-from lorasurgery.ops.merging.arithmetic import Turns, apply_edit, is_by_row, placed
+from lorasurgery.ops.merging.arithmetic import DoraRows, apply_edit, is_by_row, placed
 from lorasurgery.ops.merging.recipe import TensorRecipe
 from lorasurgery.ops.merging.run_state import RunState
 from lorasurgery.ops.merging.undo.record import Stretch
@@ -208,7 +208,7 @@ class Rows:
         self.info: TensorInfo = self.weights.tensors[name]
         self.source, self.dtype = torch_dtype(self.info.dtype), torch_dtype(tensor.dtype)
         self.stacked = edit is not None and any(c.stacked for c in edit.contributions)
-        self._mergers: dict[tuple[int, str], Merger | Turns] = {}
+        self._mergers: dict[tuple[int, str], Merger | DoraRows] = {}
         self._way = 0
         self._lock = threading.Lock()
         self.pieces = list(self._pieces())
@@ -262,7 +262,7 @@ class Rows:
             found = found + _on_device(merger, weight[rows], out[rows], first + start, device)
         return found
 
-    def _merger(self, expert: int, device: torch.device) -> Merger | Turns:
+    def _merger(self, expert: int, device: torch.device) -> Merger | DoraRows:
         """What is added to one matrix; the factors are read when the first piece needs them."""
         with self._lock:
             key = expert, device.type
@@ -270,15 +270,15 @@ class Rows:
                 self._mergers[key] = self._load(expert, device)
             return self._mergers[key]
 
-    def _load(self, expert: int, device: torch.device) -> Merger | Turns:
+    def _load(self, expert: int, device: torch.device) -> Merger | DoraRows:
         contributions = self.edit.contributions if self.edit else []
         seed = self.recipe.seed ^ zlib.crc32(self.tensor.name.encode())
         how: dict[str, Any] = {
             "rounding": self.recipe.rounding, "seed": seed + expert, "finite": not self.recipe.allow_nonfinite
         }  # fmt: skip
-        merger: Merger | Turns
+        merger: Merger | DoraRows
         if self.edit and any(c.decomposes for c in contributions):
-            merger = Turns(self.edit, self.matrix[0], self.source, self.dtype, device, **how)
+            merger = DoraRows(self.edit, self.matrix[0], self.source, self.dtype, device, **how)
         else:
             updates = [c.load(expert) if self.stacked else placed(c, self.matrix[0]) for c in contributions]
             merger = Merger(self.source, [u.to(device) for u in updates], self.dtype, **how)
@@ -364,7 +364,7 @@ class RowsJob:
         self.buffers.give(self._lent)
 
 
-def _on_device(merger: Merger | Turns, weight: Tensor, out: Tensor, first: int, device: torch.device) -> Survival:
+def _on_device(merger: Merger | DoraRows, weight: Tensor, out: Tensor, first: int, device: torch.device) -> Survival:
     """Merge rows that are on the CPU; on a GPU from and to pinned memory."""
     if device.type == "cpu":
         return merger.rows(weight, out, first)

@@ -15,7 +15,7 @@ import zstandard
 from torch import Tensor
 
 from lorasurgery.checkpoint.dtypes import torch_dtype
-from lorasurgery.checkpoint.files import Heap
+from lorasurgery.checkpoint.files import ScratchFile
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.tensor_reader import TensorReader
 from lorasurgery.checkpoint.writer import as_bytes
@@ -34,12 +34,12 @@ class Recorder:
     """Keeps what was there; several threads may.
 
     Args:
-        heap: Where the packed stretches go. base: What the weights were.
+        scratch: Where the packed stretches go. base: What the weights were.
         device: Where corrections are found; one without float64 leaves it to the CPU, as does one that is full.
     """
 
-    def __init__(self, heap: Heap, base: TensorReader, device: torch.device, fallback: Fallback) -> None:
-        self.heap, self.base, self.fallback, cpu = heap, base, fallback, torch.device("cpu")
+    def __init__(self, scratch: ScratchFile, base: TensorReader, device: torch.device, fallback: Fallback) -> None:
+        self.scratch, self.base, self.fallback, cpu = scratch, base, fallback, torch.device("cpu")
         self.devices = (cpu if device.type == "mps" else device, cpu)
         self._undoing: dict[str, dict[tuple[int, str], Undoing]] = {}  # tensor -> expert and device
         self._lock = threading.Lock()
@@ -99,7 +99,7 @@ class Recorder:
 
     def _stretch(self, start: int, before: memoryview, after: memoryview | None, packed: bytes, how: str) -> list[Any]:
         old, new = (hashlib.sha256(b).hexdigest() if b is not None else "" for b in (before, after))
-        return Stretch(start, len(before), self.heap.put(packed), len(packed), old, new, how).listed()
+        return Stretch(start, len(before), self.scratch.put(packed), len(packed), old, new, how).listed()
 
 
 def undoing_of(edit: Edit, expert: int, dtype: torch.dtype, device: torch.device) -> Undoing:
