@@ -113,6 +113,19 @@ def _copied(base: Path, target: Path) -> Path:
     return Path(shutil.copytree(base, target) if base.is_dir() else shutil.copy(base, target))
 
 
+def _order_metadata(path: Path) -> None:
+    """Write headers' metadata in the order of its names: the safetensors library writes it in another one every time."""
+    for file in [path] if path.is_file() else path.rglob("*.safetensors"):
+        data = file.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+            raw += b" " * (-len(raw) % 8)
+            file.write_bytes(len(raw).to_bytes(8, "little") + raw + data[end:])
+
+
 def whole_row(hashes: Hashes, case: str, base: Path, adapter: Path, strength: float) -> None:
     """Everything that can be done with one adapter and its base."""
     end, work = _ends(base), Path("work")
@@ -160,6 +173,7 @@ def rows(hashes: Hashes) -> None:
         shutil.rmtree("row", ignore_errors=True)
         Path("row").mkdir()
         made = row.make(Path("row"), DTYPES[row.adapter], DTYPES[row.base])
+        _order_metadata(made.adapter)
         whole_row(hashes, row.name, made.base, made.adapter, row.strength)
 
 

@@ -219,14 +219,14 @@ Place = list[object]
 """Where a stretch lies: the file's name, the first byte, how many, and their CRC-32. JSON."""
 
 
-class Heap:
+class ScratchFile:
     """Takes stretches from several threads; what lies in the file already stays, unless it is to be a `new` one.
 
     >>> import tempfile
-    >>> heap = Heap(Path(tempfile.mkdtemp()) / "heap")
-    >>> read_back(heap.path.parent, heap.put(b"abc"))
+    >>> scratch = ScratchFile(Path(tempfile.mkdtemp()) / "scratch")
+    >>> read_back(scratch.path.parent, scratch.put(b"abc"))
     b'abc'
-    >>> heap.close()
+    >>> scratch.close()
     """
 
     def __init__(self, path: Path, *, new: bool = False) -> None:
@@ -251,7 +251,7 @@ class Heap:
 
 
 def read_back(folder: Path, place: Place) -> bytes:
-    """A stretch that was put into a heap of this folder.
+    """A stretch that was put into a scratch file of this folder.
 
     Raises:
         FormatError: it is not what was put.

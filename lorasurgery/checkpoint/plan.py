@@ -59,6 +59,11 @@ class PlannedFile:
                 return
             offset += tensor.nbytes
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return sum(t.nbytes for t in self.tensors)
+
     def header(self) -> bytes:
         """The file's first bytes: length and JSON, padded to 8 bytes, as the safetensors library writes it.
 

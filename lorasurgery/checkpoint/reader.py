@@ -6,13 +6,12 @@ import os
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasurgery.checkpoint.files import ReadFile
 from lorasurgery.checkpoint.header import Header, TensorInfo, read_header, show
@@ -20,17 +19,14 @@ from lorasurgery.checkpoint.header_only import filled_in
 from lorasurgery.checkpoint.inplace.recover import refuse_unfinished
 from lorasurgery.checkpoint.locate import Located, load_config, locate
 from lorasurgery.checkpoint.operation import inputs
-from lorasurgery.errors import FormatError, UnsupportedError
+from lorasurgery.checkpoint.tensor_reader import ReadsByFill
+from lorasurgery.errors import FormatError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-CHUNK = 16 << 20
 _NUMBERS = {"F64": "d", "F32": "f", "F16": "e", "BF16": "f", "I64": "q", "I32": "i"}
 _MAX_OPEN = 16  # file descriptors: a checkpoint may have thousands of shards
 
 
-class Checkpoint:
+class Checkpoint(ReadsByFill):
     """A checkpoint opened from its headers; tensors are read from disk when asked for.
 
     Example:
@@ -120,39 +116,6 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own, on the CPU, with the dtype and shape of its header.
-
-        Raises:
-            FormatError: the file changed or ends too soon. UnsupportedError: torch has no such dtype.
-        """
-        from lorasurgery.checkpoint.dtypes import torch_dtype
-
-        info = self.tensors[name]
-        try:
-            dtype = torch_dtype(info.dtype)
-        except UnsupportedError as problem:
-            raise UnsupportedError(f"{self._where(name)}: {problem}") from None
-        return self.raw(name).view(dtype).reshape(info.shape)
-
-    def raw(self, name: str) -> Tensor:
-        """Read one tensor's bytes as a 1-D uint8 tensor."""
-        import torch
-
-        info = self.tensors[name]
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        self.fill(name, buffer.numpy().data, 0)
-        return buffer
-
-    def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
-        """Yield one tensor's bytes in pieces, for copying byte for byte; each piece is reused for the next."""
-        info = self.tensors[name]
-        buffer = bytearray(min(size, info.nbytes))
-        for start in range(info.start, info.end, size):
-            piece = memoryview(buffer)[: min(size, info.end - start)]
-            self.fill(name, piece, start - info.start)
-            yield piece
-
     def fill(self, name: str, view: memoryview, start: int) -> None:
         """Read `len(view)` bytes of a tensor, from its byte `start` on, into memory that is already there.
 
@@ -163,9 +126,9 @@ class Checkpoint:
         try:  # reads, not a memory map: a file cut short is an error here, not a crash
             done = file.read_all(self.tensors[name].start + start, view)
         except OSError as problem:
-            raise FormatError(f"{self._where(name)}: cannot be read ({problem.strerror})") from None
+            raise FormatError(f"{self.where(name)}: cannot be read ({problem.strerror})") from None
         if done < len(view):
-            raise FormatError(f"{self._where(name)}: the file ends inside this tensor; it was cut while in use")
+            raise FormatError(f"{self.where(name)}: the file ends inside this tensor; it was cut while in use")
         self.count(done)
 
     def readable(self, name: str) -> ReadFile:
@@ -176,7 +139,7 @@ class Checkpoint:
         """
         here = self._filled_in[self.file_of[name]]
         if here is not None and name.removeprefix(self.parts.get(self.file_of[name], "")) not in here:
-            raise FormatError(f"{self._where(name)}: only the header of this file was fetched, not its tensors")
+            raise FormatError(f"{self.where(name)}: only the header of this file was fetched, not its tensors")
         return self.file(self.file_of[name])
 
     def expect(self, name: str) -> None:
@@ -198,7 +161,7 @@ class Checkpoint:
         info = self.tensors[name]
         kind = _NUMBERS.get(info.dtype)
         if kind is None or prod(info.shape) != 1:
-            raise FormatError(f"{self._where(name)}: is {info.dtype} {list(info.shape)}; expected a single number")
+            raise FormatError(f"{self.where(name)}: is {info.dtype} {list(info.shape)}; expected a single number")
         raw = bytearray(info.nbytes)
         self.fill(name, memoryview(raw), 0)
         raw = bytearray(2) + raw if info.dtype == "BF16" else raw  # a bfloat16 is the upper half of a float32
@@ -221,7 +184,8 @@ class Checkpoint:
             self._open[name] = file
             return file
 
-    def _where(self, name: str) -> str:
+    def where(self, name: str) -> str:
+        """A tensor, for messages: its file and name."""
         return f"{show(str(self.folder / self.file_of[name]))}: {show(name)}"
 
     def close(self) -> None:

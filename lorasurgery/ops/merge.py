@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
@@ -16,13 +16,14 @@ from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_li
 from lorasurgery.errors import some
 from lorasurgery.ops.factors.sidecars import carried_files, not_followed
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
+from lorasurgery.ops.merging.run_state import RunState
 from lorasurgery.ops.merging.targets import (
     check_in_place,
     check_target,
     in_place_call,
-    is_settled,
+    is_recovered,
     record_file,
-    settled,
+    recovered_report,
 )
 from lorasurgery.ops.merging.undo.select import about, before_in_place, begin_record, files_changed, files_in_place
 from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
@@ -30,9 +31,6 @@ from lorasurgery.ops.provenance.record import describe
 from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.ops.provenance.resume import start_run
 from lorasurgery.report import Progress, Report
-
-if TYPE_CHECKING:
-    import torch
 
 LOW_RETENTION = 0.9
 
@@ -92,58 +90,62 @@ def merge(
     check_memory_limit(memory_limit)
     undo = in_place if undo is None else undo
     target = check_target(base, out, in_place, dtype, max_shard_size, undo=undo)
-    if in_place and is_settled(target, resume=resume, dry_run=dry_run):
-        return clock.stamp(settled("merge", str(base)))
+    if in_place and is_recovered(target, resume=resume, dry_run=dry_run):
+        return clock.stamp(recovered_report("merge", str(base)))
     checkpoint, opened = Checkpoint.open(base, unfinished=in_place), [open_adapter(a) for a in adapters]
     if not in_place:
         check_output(target, [Path(base), *map(Path, adapters)], overwrite, resume=resume)
     plan = weighed_plan(checkpoint, opened, strengths, block_weights)
-    recipe = Recipe(
-        checkpoint, [a for a, w in zip(opened, strengths, strict=True) if w], plan,
-        target, dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, overwrite=overwrite,
-        allow_loss=allow_loss, allow_nonfinite=allow_nonfinite, memory_limit=memory_limit,
-    )  # fmt: skip
-    plan_files(recipe)
-    report = start_report("merge", recipe, [str(base), *map(str, adapters)], strengths, dry_run)
+    used = [a for a, w in zip(opened, strengths, strict=True) if w]
+    files = plan_files(checkpoint, checkpoint, plan, target, dtype=dtype, max_shard_size=max_shard_size)
+    brought = files_in_place(checkpoint, used) if in_place and not dry_run else {}
+    record = None
     if undo:
-        recipe.undo = begin_record(opened, [str(a) for a in adapters], strengths, block_weights)
+        before: dict[str, bytes | None] = {}
+        if not dry_run and in_place:
+            before = before_in_place(checkpoint, list(brought))
+        elif not dry_run:
+            before = files_changed(checkpoint, used, plan, target)
+        record = begin_record(opened, [str(a) for a in adapters], strengths, block_weights, before)
+    recipe = Recipe(
+        base=checkpoint, disk=checkpoint, companion=checkpoint, adapters=used, edits=plan, out=target, files=files,
+        dtype=dtype, rounding=rounding, seed=seed, overwrite=overwrite, allow_loss=allow_loss,
+        allow_nonfinite=allow_nonfinite, memory_limit=memory_limit, undo=record,
+    )  # fmt: skip
+    report = start_report("merge", recipe, [str(base), *map(str, adapters)], strengths, dry_run)
     if dry_run and in_place:
         check_in_place(recipe)
     if not dry_run:
         chosen = resolve_device(device)
-        report.device = str(chosen)
+        report.device, state = str(chosen), RunState(chosen, progress)
         options = {"block_weights": tuple(block_weights), "max_shard_size": max_shard_size, "undo": undo}
         if in_place:
-            _inside(recipe, opened, options, report, chosen, progress, resume=resume)
+            _inside(recipe, state, opened, brought, options, report, resume=resume)
         else:
-            if recipe.undo is not None:
-                recipe.undo.files |= files_changed(recipe)
-            carry_out(recipe, report, options, chosen, progress, resume=resume)
+            carry_out(recipe, state, report, options, resume=resume)
         if ranks().first:
             judge_retention(report, recipe)
     return clock.stamp(report)
 
 
 def _inside(
-    recipe: Recipe, adapters: Sequence[Adapter], options: dict[str, Any], report: Report, device: torch.device,
-    progress: Progress | None, *, resume: bool,
+    recipe: Recipe, state: RunState, adapters: Sequence[Adapter], files: dict[str, bytes], options: dict[str, Any],
+    report: Report, *, resume: bool,
 ) -> None:  # fmt: skip
-    """Merge inside the base's own files."""
+    """Merge inside the base's own files.
+
+    Args:
+        files: Other files that change too: name -> new content.
+    """
     from lorasurgery.ops.merging.in_place import run_in_place  # imports torch
 
     report.sources = [source for path in report.inputs for source in describe(path, report.warnings)]
-    files = files_in_place(recipe)
-    if recipe.undo is not None:
-        recipe.undo.files |= before_in_place(recipe.base, list(files))
     options |= {"rounding": recipe.rounding, "seed": recipe.seed, "weights": report.totals["weights"]}
-    identity = about(in_place_call(report), adapters, device.type, **options)
-    run_in_place(recipe, identity, lambda: files | record_file(report), report, device, progress, resume=resume)
+    identity = about(in_place_call(report), adapters, state.device.type, **options)
+    run_in_place(recipe, state, identity, lambda: files | record_file(report), report, resume=resume)
 
 
-def carry_out(
-    recipe: Recipe, report: Report, options: dict[str, Any], device: torch.device, progress: Progress | None, *,
-    resume: bool,
-) -> None:  # fmt: skip
+def carry_out(recipe: Recipe, state: RunState, report: Report, options: dict[str, Any], *, resume: bool) -> None:
     """Do what is planned, on as many ranks as there are; what of it an interrupted run did already is left out.
 
     Args:
@@ -153,17 +155,17 @@ def carry_out(
 
     source = recipe.companion
     if recipe.out.suffix != ".safetensors" and not source.is_file:
-        recipe.carried = carried_files(source.folder, recipe.adapters, parts=source.parts)
+        state.carried = carried_files(source.folder, recipe.adapters, parts=source.parts)
     options |= {name: getattr(recipe, name) for name in ("dtype", "rounding", "seed")}
     options["weights"] = report.totals["weights"]
-    job = start_run(report.command, recipe.out, report.inputs, options, device, resume=resume, ranks=ranks())
-    run(recipe, job, report, device, progress)
+    job = start_run(report.command, recipe.out, report.inputs, options, state.device, resume=resume, ranks=ranks())
+    run(recipe, state, job, report)
     report.resumed = job.resumed
 
 
 def start_report(command: str, recipe: Recipe, inputs: list[str], weights: list[float], dry_run: bool) -> Report:
     """The report as far as headers can tell it: counts, sizes and the plan."""
-    edits = recipe.edits
+    edits, size = recipe.edits, sum(f.nbytes for f in recipe.files)
     report = Report(command, inputs, str(recipe.out), dry_run=dry_run)
     touched = [e for e in edits.edits.values() if e.contributions]
     report.totals = {
@@ -174,18 +176,18 @@ def start_report(command: str, recipe: Recipe, inputs: list[str], weights: list[
         "adapter_tensors_matched": edits.matched,
         "adapter_tensors_unmatched": 0,  # any that were would have been an error
         "files": [f.name for f in recipe.files],
-        "output_bytes": recipe.bytes_planned,
+        "output_bytes": size,
         "untied": edits.untied,
         "vocab_size": edits.vocab_size,
     }
-    new_folder = recipe.out != recipe.base.path and recipe.out.suffix != ".safetensors"
+    new_folder = recipe.out != recipe.disk.path and recipe.out.suffix != ".safetensors"
     report.warnings += not_followed(recipe.companion if new_folder else None, recipe.adapters)
     if edits.untied:
         report.warnings.append(
             "lm_head no longer equals the input embedding: it is written as its own tensor and "
             "tie_word_embeddings is set to false"
         )
-    report.summary = f"{len(touched)} tensors to change, {recipe.bytes_planned:,} bytes to write"
+    report.summary = f"{len(touched)} tensors to change, {size:,} bytes to write"
     return report
 
 
@@ -211,6 +213,6 @@ def judge_retention(report: Report, recipe: Recipe) -> None:
 
 
 def _ways_out(recipe: Recipe) -> str:
-    wider = [] if recipe.out == recipe.base.path else ["--dtype float32 keeps all of it"]
+    wider = [] if recipe.out == recipe.disk.path else ["--dtype float32 keeps all of it"]
     random = ["--rounding stochastic keeps it right on average"] if recipe.rounding == "nearest" else []
     return "; " + ", ".join(wider + random) if wider + random else ""

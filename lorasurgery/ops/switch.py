@@ -5,18 +5,28 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import MismatchError, UsageError, some
 from lorasurgery.ops.merge import judge_retention, start_report
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
-from lorasurgery.ops.merging.targets import Rebased, check_in_place, in_place_call, is_settled, record_file, settled
-from lorasurgery.ops.merging.undo.record import top_record
+from lorasurgery.ops.merging.run_state import RunState
+from lorasurgery.ops.merging.targets import (
+    check_in_place,
+    check_same_tensors,
+    files_of_origin,
+    in_place_call,
+    is_recovered,
+    put_back,
+    record_file,
+    recovered_report,
+)
+from lorasurgery.ops.merging.undo.record import UndoRecord, top_record
 from lorasurgery.ops.merging.undo.select import (
     about,
     adapters_of,
@@ -26,14 +36,11 @@ from lorasurgery.ops.merging.undo.select import (
     merged_names,
     record_to_undo,
 )
-from lorasurgery.ops.merging.undo.view import Undone
+from lorasurgery.ops.merging.undo.view import UndoView
 from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
 from lorasurgery.ops.provenance.record import describe
 from lorasurgery.ops.provenance.references import on_references
 from lorasurgery.report import RECORD_NAME, Progress, Report
-
-if TYPE_CHECKING:
-    import torch
 
 
 @on_references("to", "from_", "base")
@@ -78,8 +85,8 @@ def switch(
     check_device_name(device)
     check_memory_limit(memory_limit)
     _check_ways(from_, add=add, base=base)
-    if is_settled(path, resume=resume, dry_run=dry_run):
-        return clock.stamp(settled("switch", str(path)))
+    if is_recovered(path, resume=resume, dry_run=dry_run):
+        return clock.stamp(recovered_report("switch", str(path)))
     merged, opened = Checkpoint.open(path, unfinished=True), [open_adapter(a) for a in to]
     last = None if add else top_record(path)
     if last is not None and base is not None:
@@ -90,28 +97,32 @@ def switch(
     old = [open_adapter(a) for a in adapters_of(last, from_, places)] if last else []
     found = record_to_undo(path, old, None, (), ()) if last else None
     chosen = None if dry_run else resolve_device(device)
-    start: Checkpoint = Undone(merged, *found, chosen) if found else merged
-    start = Rebased(merged, Checkpoint.open(base)) if base is not None else start
+    fallback = Fallback()
+    origin = Checkpoint.open(base) if base is not None else None
+    start: Checkpoint | UndoView = origin or (UndoView(merged, *found, chosen, fallback) if found else merged)
+    if origin is not None:
+        check_same_tensors(merged, origin)
+    plan = weighed_plan(start, opened, strengths, block_weights)
+    used = [a for a, w in zip(opened, strengths, strict=True) if w]
+    if origin is not None and not dry_run:
+        put_back(plan, merged, origin)
+    files, before = ({}, {}) if dry_run else _small_files(merged, origin, used, found[0] if found else None)
     recipe = Recipe(
-        start, [a for a, w in zip(opened, strengths, strict=True) if w],
-        weighed_plan(start, opened, strengths, block_weights), path, rounding=rounding, seed=seed,
-        allow_loss=allow_loss, allow_nonfinite=allow_nonfinite, memory_limit=memory_limit,
-        restored=found[0] if found else None,
-        undo=begin_record(opened, [str(a) for a in to], strengths, block_weights),
+        base=start, disk=merged, companion=merged, adapters=used, edits=plan, out=path,
+        files=plan_files(merged, start, plan, path), rounding=rounding, seed=seed, allow_loss=allow_loss,
+        allow_nonfinite=allow_nonfinite, memory_limit=memory_limit, restored=found[0] if found else None,
+        undo=begin_record(opened, [str(a) for a in to], strengths, block_weights, before),
     )  # fmt: skip
-    recipe.fallback = start.fallback if isinstance(start, Undone) else recipe.fallback
-    if isinstance(start, Rebased) and not dry_run:
-        start.put_back(recipe.edits)
-    plan_files(recipe)
     inputs = [str(checkpoint), *([str(base)] if base is not None else []), *map(str, to)]
     report = start_report("switch", recipe, inputs, strengths, dry_run)
     report.totals["from"] = [a.name for a in last.adapters] if last else []
     check_in_place(recipe)
     if chosen is not None:
-        report.device = str(chosen)
+        report.device, state = str(chosen), RunState(chosen, progress, fallback)
         options = {"weights": strengths, "blocks": list(block_weights), "rounding": rounding, "seed": seed}
-        _carry_out(recipe, report, [*old, *opened], options, chosen, progress, add=add, resume=resume)
-        report.bytes_read += merged.bytes_read if start is not merged else 0
+        _carry_out(
+            recipe, state, report, [*old, *opened], files, options, add=add, rebased=origin is not None, resume=resume
+        )
         judge_retention(report, recipe)
         what = f"{last.names} is out" if last else f"begun from {base}" if base is not None else "nothing is taken out"
         report.summary = f"{what}; {report.summary}"
@@ -125,24 +136,32 @@ def _check_ways(from_: Sequence[str | Path], *, add: bool, base: str | Path | No
 
 
 def _carry_out(
-    recipe: Recipe, report: Report, given: Sequence[Adapter], options: dict[str, object], device: torch.device,
-    progress: Progress | None, *, add: bool, resume: bool,
+    recipe: Recipe, state: RunState, report: Report, given: Sequence[Adapter], files: dict[str, bytes],
+    options: dict[str, object], *, add: bool, rebased: bool, resume: bool,
 ) -> None:  # fmt: skip
-    """Change the files, and keep what undoing it needs."""
+    """Change the files, and keep what undoing it needs.
+
+    Args:
+        files: Other files that change too: name -> new content. rebased: Whether a base was given to begin from.
+    """
     from lorasurgery.ops.merging.in_place import run_in_place  # imports torch
 
     report.sources = [source for item in report.inputs for source in describe(item, report.warnings)]
-    assert recipe.undo is not None
     call = f"{in_place_call(report)}{' --add' if add else ''}"
-    if isinstance(recipe.base, Rebased):
-        files, recipe.undo.files = recipe.base.small_files(recipe.adapters)
+    if rebased:
         options["base"] = report.sources[1].to_dict()
-    else:
-        files = files_in_place(recipe)
-        before = recipe.restored.files if recipe.restored else {}
-        recipe.undo.files = before_in_place(recipe.base, list(files)) | before
-    identity = about(call, given, device.type, **options)
-    run_in_place(recipe, identity, lambda: files | record_file(report), report, device, progress, resume=resume)
+    identity = about(call, given, state.device.type, **options)
+    run_in_place(recipe, state, identity, lambda: files | record_file(report), report, resume=resume)
+
+
+def _small_files(
+    merged: Checkpoint, origin: Checkpoint | None, adapters: Sequence[Adapter], restored: UndoRecord | None
+) -> tuple[dict[str, bytes], dict[str, bytes | None]]:
+    """Config and tokenizer by name: their new content, and what undoing the switch puts back."""
+    if origin is not None:
+        return files_of_origin(merged, origin, adapters)
+    files = files_in_place(merged, adapters)
+    return files, before_in_place(merged, list(files)) | (restored.files if restored else {})
 
 
 def _nothing_to_take_out(path: Path, to: Sequence[str | Path]) -> str:

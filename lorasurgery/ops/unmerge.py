@@ -11,15 +11,17 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.adapters.model_names.naming import BaseNames, module_of
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import MismatchError, UsageError
 from lorasurgery.ops.merge import carry_out, start_report
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
-from lorasurgery.ops.merging.targets import check_in_place, check_target, in_place_call, is_settled, settled
+from lorasurgery.ops.merging.run_state import RunState
+from lorasurgery.ops.merging.targets import check_in_place, check_target, in_place_call, is_recovered, recovered_report
 from lorasurgery.ops.merging.undo.record import UndoRecord
 from lorasurgery.ops.merging.undo.select import about, merged_weights, record_to_undo
-from lorasurgery.ops.merging.undo.view import Undone
+from lorasurgery.ops.merging.undo.view import UndoView
 from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
 from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.provenance.references import on_references
@@ -27,39 +29,42 @@ from lorasurgery.report import ModuleReport, Progress, Report
 
 
 def undo_merge(
-    recipe: Recipe, adapters: list[Adapter], inputs: list[str], device: str, progress: Progress | None, *,
-    resume: bool, dry_run: bool,
+    merged: Checkpoint, record: UndoRecord, adapters: list[Adapter], out: Path, inputs: list[str], device: str,
+    progress: Progress | None, *, max_shard_size: int | None, overwrite: bool, memory_limit: int | None, resume: bool,
+    dry_run: bool,
 ) -> Report:  # fmt: skip
-    """Take back what `recipe.restored` is the record of; the arguments and what can go wrong are unmerge's.
+    """Take a merge back to the bit; what is not said here is as for unmerge.
 
     Args:
-        recipe: Whose base is the merged checkpoint, without edits.
-        adapters: Those of the record, in its order.
+        record: Of the last merge. adapters: Those of the record, in its order.
+        out: The new checkpoint, or the path of the merged one.
     """
-    assert recipe.restored is not None
-    record, merged = recipe.restored, recipe.base
-    chosen = None if dry_run else resolve_device(device)
-    undone = Undone(merged, record, adapters, chosen)
-    recipe.base, recipe.dropped, recipe.fallback = undone, undone.added, undone.fallback
-    plan_files(recipe)
+    chosen, plan = None if dry_run else resolve_device(device), EditPlan()
+    fallback = Fallback()
+    view = UndoView(merged, record, adapters, chosen, fallback)
+    recipe = Recipe(
+        base=view, disk=merged, companion=merged, edits=plan, out=out, overwrite=overwrite, restored=record,
+        files=plan_files(merged, view, plan, out, max_shard_size=max_shard_size, dropped=view.added),
+        memory_limit=memory_limit,
+    )  # fmt: skip
     strengths = [a.weight for a in record.adapters]
     report = start_report("unmerge", recipe, inputs, strengths, dry_run)
     describe_record(record, report)
-    in_place = recipe.out == merged.path
+    in_place = out == merged.path
     if in_place:
         check_in_place(recipe)
     if chosen is not None:
-        report.device = str(chosen)
+        report.device, state = str(chosen), RunState(chosen, progress, fallback)
         name = record.path.name if record.path else ""
-        options: dict[str, Any] = {"record": name, "max_shard_size": recipe.max_shard_size}
+        options: dict[str, Any] = {"record": name, "max_shard_size": max_shard_size}
         if in_place:
             from lorasurgery.ops.merging.in_place import run_in_place  # imports torch
 
             report.sources = []
             identity = about(in_place_call(report), adapters, chosen.type, **options)
-            run_in_place(recipe, identity, dict, report, chosen, progress, resume=resume)
+            run_in_place(recipe, state, identity, dict, report, resume=resume)
         else:
-            carry_out(recipe, report, options, chosen, progress, resume=resume)
+            carry_out(recipe, state, report, options, resume=resume)
         report.bytes_read = merged.bytes_read + sum(a.weights.bytes_read for a in adapters)
         count = len(record.tensors)
         report.summary = f"{count} tensors are to the bit what they were before {record.names} was merged"
@@ -127,8 +132,8 @@ def unmerge(
     check_device_name(device)
     check_memory_limit(memory_limit)
     target = check_target(merged, out, in_place, dtype, max_shard_size)
-    if in_place and is_settled(target, resume=resume, dry_run=dry_run):
-        return clock.stamp(settled("unmerge", str(merged)))
+    if in_place and is_recovered(target, resume=resume, dry_run=dry_run):
+        return clock.stamp(recovered_report("unmerge", str(merged)))
     checkpoint, opened = Checkpoint.open(merged, unfinished=in_place), [open_adapter(a) for a in adapters]
     original = Checkpoint.open(base) if base is not None else None
     inputs = [str(merged), *map(str, adapters), *([str(base)] if base is not None else [])]
@@ -141,11 +146,10 @@ def unmerge(
         if dtype:
             raise UsageError("--dtype: what comes back to the bit keeps its dtype; --no-undo subtracts and rounds")
         record, ordered = found
-        recipe = Recipe(
-            checkpoint, [], EditPlan(), target, max_shard_size=max_shard_size, overwrite=overwrite,
-            memory_limit=memory_limit, restored=record,
+        report = undo_merge(
+            checkpoint, record, ordered, target, inputs, device, progress, max_shard_size=max_shard_size,
+            overwrite=overwrite, memory_limit=memory_limit, resume=resume, dry_run=dry_run,
         )  # fmt: skip
-        report = undo_merge(recipe, ordered, inputs, device, progress, resume=resume, dry_run=dry_run)
         return clock.stamp(report)
     if in_place:
         raise MismatchError(
@@ -156,20 +160,21 @@ def unmerge(
     plan.untied, dropped = False, frozenset[str]()
     if original is not None:
         dropped = restore_from(original, checkpoint, plan)
+    files = plan_files(checkpoint, checkpoint, plan, target, dtype=dtype, max_shard_size=max_shard_size,
+                       dropped=dropped)  # fmt: skip
     recipe = Recipe(
-        checkpoint, [], plan, target, dtype=dtype, rounding=rounding, seed=seed,
-        max_shard_size=max_shard_size, overwrite=overwrite, dropped=dropped, config_from=original,
-        memory_limit=memory_limit, allow_nonfinite=allow_nonfinite,
+        base=checkpoint, disk=checkpoint, companion=original or checkpoint, edits=plan, out=target, files=files,
+        dtype=dtype, rounding=rounding, seed=seed, overwrite=overwrite, memory_limit=memory_limit,
+        allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
-    plan_files(recipe)
     report = start_report("unmerge", recipe, inputs, strengths, dry_run)
     _compare(report, Path(merged), opened, strengths)
     _name_unrestored(report, checkpoint, plan)
     if not dry_run:
         chosen = resolve_device(device)
-        report.device = str(chosen)
+        report.device, state = str(chosen), RunState(chosen, progress)
         options = {"block_weights": tuple(block_weights), "max_shard_size": max_shard_size}
-        carry_out(recipe, report, options, chosen, progress, resume=resume)
+        carry_out(recipe, state, report, options, resume=resume)
         if ranks().first:
             _summarise(report)
     return clock.stamp(report)
@@ -177,18 +182,16 @@ def unmerge(
 
 def restore_from(original: Checkpoint, merged: Checkpoint, plan: EditPlan) -> frozenset[str]:
     """Turn every replaced tensor into a copy of the original's; returns the tensors the original never had."""
-    source = Adapter(str(original.path), original.folder, original, {}, {})
     names = BaseNames(original.tensors, original.config, str(original.path))
+    restored: set[str] = set()
     for name in plan.unrestored:
         path, leaf = module_of(name), name[len(module_of(name)) + 1 :]
         found = names.find(path, leaf)
         target = found if found in merged.tensors else None
         if found is not None and target is not None:
-            source.replaced[target] = found
-            info = merged.tensors[target]
-            plan.edits[target] = Edit(
-                target, info, original.tensors[found].shape, replacement=Replacement(source, target, 1.0)
-            )
+            new = Replacement(original, found)
+            plan.edits[target] = Edit(target, merged.tensors[target], new.info.shape, replacement=new)
+            restored.add(target)
     dropped = frozenset(merged.tensors) - frozenset(original.tensors)
     explained = set(plan.unrestored) | set(plan.edits)
     strange = sorted(dropped - explained)
@@ -199,8 +202,7 @@ def restore_from(original: Checkpoint, merged: Checkpoint, plan: EditPlan) -> fr
         )
     for name in dropped:
         plan.edits.pop(name, None)
-    restored = set(source.replaced) | dropped
-    plan.unrestored = [n for n in plan.unrestored if n not in restored]
+    plan.unrestored = [n for n in plan.unrestored if n not in restored | dropped]
     return dropped
 
 

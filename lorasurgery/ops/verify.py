@@ -187,7 +187,7 @@ def _verify_checkpoint(
         chosen = resolve_device(device)
         report.device = str(chosen)
         plan = weighed_plan(base, adapters, strengths, block_weights)
-        equal = compare(model, base, adapters, plan, report, chosen)
+        equal = compare(model, base, plan, report, chosen)
         # a record alone shows nothing, for whoever changed the weights could have changed it too
         if equal == "rounding" and has_true_record(model, base, adapters, strengths, block_weights, report):
             equal = "bits"

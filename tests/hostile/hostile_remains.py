@@ -14,7 +14,7 @@ import zstandard
 from hostile_files import Files, Work, bytes_of, data_of, header_of, laid_out
 
 from lorasurgery.adapters.formats import open_adapter
-from lorasurgery.checkpoint.inplace.recover import settle_first, unfinished
+from lorasurgery.checkpoint.inplace.recover import recover_first, unfinished
 from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, Run, new_token
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
@@ -22,7 +22,7 @@ from lorasurgery.errors import FormatError
 from lorasurgery.linalg.undo import Corrections
 from lorasurgery.ops.merging.undo.record import read_undo_record
 from lorasurgery.ops.merging.undo.recorder import pack_corrections, unpack_corrections, unpack_difference
-from lorasurgery.ops.merging.undo.view import Undone
+from lorasurgery.ops.merging.undo.view import UndoView
 from lorasurgery.ops.provenance.record import read_record
 from lorasurgery.ops.unmerge import unmerge
 
@@ -44,9 +44,9 @@ def undo_record(files: Files, rng: random.Random, folder: Path) -> Work:
         record = read_undo_record(path)
         if len(record.adapters) != 1:  # they would not match those given
             return
-        undone = Undone(Checkpoint.open(merged), record, [open_adapter(files.adapter)], torch.device("cpu"))
-        for name in undone.tensors:
-            undone.raw(name)
+        view = UndoView(Checkpoint.open(merged), record, [open_adapter(files.adapter)], torch.device("cpu"))
+        for name in view.tensors:
+            view.raw(name)
 
     ways: list[Work] = [read, read, lambda: unmerge(merged, [files.adapter], in_place=True, device="cpu", dry_run=True)]
     return rng.choice(ways)
@@ -98,7 +98,7 @@ def surgery(files: Files, rng: random.Random, folder: Path) -> Work:
     ways: list[Work] = [
         lambda: unfinished(base),
         lambda: Checkpoint.open(base),
-        lambda: settle_first(base, resume=True),
+        lambda: recover_first(base, resume=True),
     ]
     return rng.choice(ways)
 

@@ -15,7 +15,7 @@ from hostile_files import Files, bytes_of, data_of, header_of, laid_out
 from hostile_line import refused, state, within
 from hostile_mutate import nested
 
-from lorasurgery.checkpoint.inplace.recover import settle_first, unfinished
+from lorasurgery.checkpoint.inplace.recover import recover_first, unfinished
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import FormatError, MismatchError
 from lorasurgery.ops.merging.undo.record import read_undo_record
@@ -189,7 +189,7 @@ def test_true_journals_are_followed(files: Files, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="in the middle of"):
         Checkpoint.open(base)
     before = state(base)[str(base / SHARD)]
-    assert settle_first(base, resume=True) is False
+    assert recover_first(base, resume=True) is False
     after = (base / SHARD).read_bytes()
     assert isinstance(before, bytes)
     assert after[900:904] == b"\1\2\3\4"

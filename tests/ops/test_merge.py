@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -24,7 +25,9 @@ from safetensors.torch import load_file, save_file
 from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.errors import FormatError, MismatchError, SurgeryError, UnsupportedError, UsageError
 from lorasurgery.ops.merge import merge
+from lorasurgery.ops.merging import in_place, stream
 from lorasurgery.ops.merging import tensor_jobs as jobs
+from lorasurgery.ops.merging.recipe import Recipe
 from lorasurgery.ops.unmerge import unmerge
 
 
@@ -411,3 +414,26 @@ def test_a_file_is_opened_by_its_first_write(tmp_path: Path, monkeypatch: pytest
     merge(base, [lora], tmp_path / "merged", max_shard_size=1 << 18)
     assert len(opened) > 4
     assert all(opened)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["new", "in place"])
+def test_a_run_leaves_its_recipe_as_it_was(inside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a recipe says is settled when the run begins, its undo record included; nobody can set it anew."""
+    module, name = (in_place, "run_in_place") if inside else (stream, "run")
+    base, adapter = llama(tmp_path)
+    real, seen = getattr(module, name), list[str]()
+
+    def run(recipe: Recipe, *args: Any, **kwargs: Any) -> None:
+        seen.append(repr(recipe))
+        real(recipe, *args, **kwargs)
+        seen.append(repr(recipe))
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            recipe.seed = 1  # type: ignore[misc]
+
+    monkeypatch.setattr(module, name, run)
+    merge(base, [adapter], None if inside else tmp_path / "merged", in_place=inside, undo=True, allow_loss=True)
+    unmerge(base if inside else tmp_path / "merged", [adapter], None if inside else tmp_path / "back", in_place=inside)
+    assert len(seen) == 4
+    assert seen[0] == seen[1]
+    assert seen[2] == seen[3]
+    assert "q_proj" in seen[0]

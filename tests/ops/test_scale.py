@@ -303,9 +303,9 @@ def test_every_pair_of_an_extract_is_one_ranks(name: str, folders: Callable[[str
 def merging(base: Path, lora: Path) -> Recipe:
     """A merge, planned."""
     opened, model = open_adapter(lora), Checkpoint.open(base)
-    recipe = Recipe(model, [opened], weighed_plan(model, [opened], [1.0], []), base.parent / "never")
-    plan_files(recipe)
-    return recipe
+    plan, out = weighed_plan(model, [opened], [1.0], []), base.parent / "never"
+    files = plan_files(model, model, plan, out)
+    return Recipe(base=model, disk=model, companion=model, adapters=[opened], edits=plan, out=out, files=files)
 
 
 def shared(recipe: Recipe, size: int, done: set[str]) -> tuple[list[str], list[int]]:

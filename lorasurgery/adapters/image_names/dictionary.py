@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ class Dictionary:
     """
 
     def __init__(
-        self, tensors: dict[str, TensorInfo], *, pipeline: bool,
+        self, tensors: Mapping[str, TensorInfo], *, pipeline: bool,
         config: Callable[[str], dict[str, Any]] = lambda _: {},
     ) -> None:  # fmt: skip
         self.tensors = tensors

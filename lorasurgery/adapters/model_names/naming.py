@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -19,6 +19,7 @@ from lorasurgery.adapters.model_names.library import library_cuts, library_names
 from lorasurgery.adapters.model_names.renames import disk_names, memory_name, model_types
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.tensor_reader import TensorReader
 from lorasurgery.errors import MismatchError, nearest
 
 # transformers' models whose linear layers are Conv1D, stored (in, out)
@@ -108,7 +109,7 @@ class BaseNames:
         where: The base as the user named it, for messages.
     """
 
-    tensors: dict[str, TensorInfo]
+    tensors: Mapping[str, TensorInfo]
     config: dict[str, Any]
     where: str
 
@@ -290,7 +291,7 @@ def count_parameters(model: Checkpoint) -> int:
     return sum(prod(info.shape) for name, info in model.tensors.items() if info.is_float and not is_buffer(name))
 
 
-def commonest_dtype(model: Checkpoint) -> str:
+def commonest_dtype(model: TensorReader) -> str:
     """The floating dtype that takes the most bytes; F32 where there is none."""
     sizes: Counter[str] = Counter()
     for info in model.tensors.values():

@@ -1,4 +1,4 @@
-"""What an operation in place leaves behind when it is interrupted, who may touch it then, and how it is settled.
+"""What an operation in place leaves behind when it is interrupted, who may touch it then, and how it recovers.
 
 Beside the checkpoint lies a folder with a journal of JSON lines: `about` (what the operation is), `ready` (which bytes
 of `redo` belong where), `applied` (they are there), `ending` (which files get their names). Without a journal nothing
@@ -83,7 +83,7 @@ def cannot_write(checkpoint: Path, problem: OSError, left: str) -> OutputError:
     return OutputError(f"{where}: cannot be written ({problem.strerror or problem}); {left}")
 
 
-def settle_first(checkpoint: Path, *, resume: bool) -> bool:
+def recover_first(checkpoint: Path, *, resume: bool) -> bool:
     """Before an operation in place is planned: finish what needs nothing but copying.
 
     Returns:
@@ -96,13 +96,13 @@ def settle_first(checkpoint: Path, *, resume: bool) -> bool:
         return False
     before = unfinished(checkpoint)
     with holding(checkpoint):
-        about = settle(checkpoint)
+        about = recover(checkpoint)
     if about is not None and not resume:
         raise MismatchError(in_the_middle(checkpoint, about))
     return before is not None and about is None and resume
 
 
-def settle(checkpoint: Path) -> dict[str, Any] | None:
+def recover(checkpoint: Path) -> dict[str, Any] | None:
     """Bring to its place what an interrupted operation had made ready; under the lock.
 
     Returns:
@@ -112,12 +112,12 @@ def settle(checkpoint: Path) -> dict[str, Any] | None:
         FormatError: what was made ready is damaged. OutputError: the disk refuses.
     """
     try:
-        return _settle(checkpoint)
+        return _recover(checkpoint)
     except OSError as problem:
         raise cannot_write(checkpoint, problem, MENDED) from None
 
 
-def _settle(checkpoint: Path) -> dict[str, Any] | None:
+def _recover(checkpoint: Path) -> dict[str, Any] | None:
     folder, home = surgery_folder(checkpoint), checkpoint if checkpoint.is_dir() else checkpoint.parent
     lines = lines_of(folder / "journal")
     if not lines or "about" not in lines[0]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lorasurgery.checkpoint.files import Heap, WriteFile, sync_folder
+from lorasurgery.checkpoint.files import ScratchFile, WriteFile, sync_folder
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inplace.journal import check_line, file_of
 from lorasurgery.checkpoint.inplace.recover import (
@@ -31,7 +31,7 @@ from lorasurgery.checkpoint.inplace.recover import (
     end,
     in_the_middle,
     lines_of,
-    settle,
+    recover,
     surgery_folder,
 )
 from lorasurgery.checkpoint.modes import Modes
@@ -59,7 +59,7 @@ class Surgery:
     Attributes:
         done: What is in the files already: key -> record. checked: Whether check_passed() was called, now or before.
         noted: What was given to it then.
-        heap: Takes what must survive a kill beside the new bytes.
+        scratch: Takes what must survive a kill beside the new bytes.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Surgery:
         except OSError as problem:
             raise self._failed(problem, changed=False) from None
         try:
-            about = settle(self.checkpoint)
+            about = recover(self.checkpoint)
             begun = about is None
             if about is None:
                 self._begin()
@@ -95,8 +95,8 @@ class Surgery:
             with ExitStack() as files:
                 self._journal = files.enter_context((self.folder / "journal").open("ab", buffering=0))
                 self._redo = files.enter_context(WriteFile(self.folder / "redo"))
-                self.heap = Heap(self.folder / "heap")
-                files.callback(self.heap.close)
+                self.scratch = ScratchFile(self.folder / "heap")  # the name that journals speak of
+                files.callback(self.scratch.close)
                 sync_folder(self.folder)  # what a line speaks of must have its name by then
                 self._files = files.pop_all()
         except BaseException as problem:
@@ -163,7 +163,7 @@ class Surgery:
         with self._turn:
             self._inputs.check()
             self._redo.sync()
-            self.heap.sync()
+            self.scratch.sync()
             self._line({"ready": self._batch, "done": self._keys})
             self.done |= self._keys
             with self._inputs.changing({self.home / item[0] for item in self._batch}):

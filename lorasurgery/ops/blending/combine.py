@@ -18,15 +18,23 @@ from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.engine.pipeline import Flow
 from lorasurgery.engine.threads import load_solvers, team
 from lorasurgery.errors import SurgeryError
-from lorasurgery.linalg.blocks import InMemory
-from lorasurgery.linalg.core import SMALLEST, Core, beyond, distance, inner, recompress
+from lorasurgery.linalg.core import Core, distance, inner
 from lorasurgery.linalg.elementwise import combine, knots_ties, sum_of
-from lorasurgery.linalg.fit import Fitted, check_kept, keeping, narrowed, too_far
+from lorasurgery.linalg.fit import narrowed, too_far
 from lorasurgery.linalg.methods import ELEMENTWISE, Elementwise
-from lorasurgery.linalg.norms import losses, norm_of, ranged, residual_norm, squared_norm
+from lorasurgery.linalg.norms import norm_of
 from lorasurgery.linalg.rank import EVERYTHING, RankChoice
-from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE
+from lorasurgery.linalg.truncate import (
+    BEYOND,
+    Truncated,
+    all_finite,
+    core_of,
+    rank_of,
+    to_store,
+    truncated_core,
+    truncated_matrix,
+)
 from lorasurgery.lowrank import LowRank, Update
 from lorasurgery.ops.blending.join import Joint, Term
 from lorasurgery.ops.blending.options import BlendOptions
@@ -35,8 +43,6 @@ from lorasurgery.ops.factors.factored import Factored, brought, unit_scale
 from lorasurgery.ops.factors.workload import Workload, spill
 from lorasurgery.report import ModuleReport, Progress
 
-BEYOND = "its update is beyond what float32 holds; look at its alphas and weights"
-_EXACT = 1e-14  # sums of σ² in float64 agree to this
 _AT_ONCE = 8  # modules at a time, memory permitting
 _COPIES, _LEAST = 8, 64 << 20  # factors in float64, their products and what they become, beside the file's bytes
 
@@ -56,30 +62,25 @@ class Composition:
         self.budget: int | None = None
         self.fallback = Fallback()
 
-    def run(self, budget: int | None, progress: Progress | None, run: Run | None = None) -> None:
+    def run(self, budget: int | None, progress: Progress | None, run: Run) -> None:
         """Go through the modules in file order; a budget is spent when all of them are known.
 
         Args:
-            run: The journal of a long run, shared by several ranks; without one the modules are done here and now.
+            run: The journal, shared by several ranks.
         """
         load_solvers(self.device)
         self.budget = budget
         if budget and self.options.method in ELEMENTWISE:
             costs = [sum(j.shape) * self.dtype.itemsize for j in self.joints]
             self.choice = brought(budget, costs, self.choice.max_rank if self.choice else None)
-        with team() as threads:
-            if run is None:
-                for joint in self.joints:
-                    self._accept(joint, self.take(joint))
-                return
-            with spill(run) as factors:
-                names, sizes = [j.path for j in self.joints], [j.nbytes for j in self.joints]
-                load = Workload(
-                    run, self.joints, names, sizes, factors.put, factors.get, self._accept, factors.sync, progress
-                )
-                work = [_Work(self, j) for j in self.joints]
-                room = max(2 * max((w.cost for w in work), default=0), _LEAST)
-                load.work(Flow(room, (1, min(_AT_ONCE, threads), 1)), partial(_Work, self))
+        with team() as threads, spill(run) as factors:
+            names, sizes = [j.path for j in self.joints], [j.nbytes for j in self.joints]
+            load = Workload(
+                run, self.joints, names, sizes, factors.put, factors.get, self._accept, factors.sync, progress
+            )
+            work = [_Work(self, j) for j in self.joints]
+            room = max(2 * max((w.cost for w in work), default=0), _LEAST)
+            load.work(Flow(room, (1, min(_AT_ONCE, threads), 1)), partial(_Work, self))
 
     def _accept(self, joint: Joint, found: Factored) -> None:
         self.draft.add(joint, found)
@@ -111,43 +112,16 @@ class Composition:
         choice = self.choice or EVERYTHING
         if self.options.method == "knots-ties":
             terms = [knots_ties(terms, weights, density=self.options.share)]
-            if not _finite(terms[0]):
+            if not all_finite(terms[0]):
                 raise SurgeryError(BEYOND)
         else:
             terms = [t.times(w) for t, w in zip(terms, weights, strict=True)]
-        core = recompress(terms, choice.directions() or choice.max_rank)
-        if 0 < core.size < SMALLEST:
-            raise SurgeryError(beyond(core.size))
-        rank = _choose(choice, core)
+        core = core_of(terms, choice)
         plain = self.alone and joint.terms[0].delta.stores_factors
-        if plain and rank == terms[0].rank and choice.budget is None and terms[0].scale > 0:
+        same = rank_of(core, choice) == terms[0].rank
+        if plain and same and choice.budget is None and terms[0].scale > 0:
             return self._unchanged(joint, terms[0], core)
-        made = self._kept(core, choice, rank, joint.shape)
-        lost = self._losses(core, made.update) if self.budget else ()
-        return self._found(joint, made.update, made.squares, math.sqrt(core.total), made.error, lost)
-
-    def _kept(self, core: Core, choice: RankChoice, rank: int, shape: tuple[int, int]) -> Fitted:
-        """The factors of as many directions as the rule needs in the dtype of the file."""
-
-        def fit(found: TruncatedSVD) -> Fitted:
-            kept = core.truncate(len(found.s))
-            written = narrowed(kept, self.dtype)
-            lost = self._losses(core, written)[-1]
-            check_kept(written, lost - core.tail(kept.rank), core.total)
-            return Fitted(written, core.singular[: kept.rank].square().tolist(), math.sqrt(lost))
-
-        # the directions themselves are the core's: here they are only counted
-        up, down = torch.empty(shape[0], 0), torch.empty(0, shape[1])
-        found = TruncatedSVD(up, core.singular[: core.rank], down, core.total)
-        if choice is EVERYTHING:
-            return fit(found.truncate(rank))
-        return keeping(choice, replace(found.truncate(rank), beyond=found), fit, found.truncate)
-
-    def _losses(self, core: Core, written: LowRank) -> list[float]:
-        """What the first r directions leave, for every r; in float32 rounding is too little to be measured."""
-        if self.dtype == torch.float32 and core.is_plain and not core.terms:
-            return [core.tail(r) for r in range(written.rank + 1)]
-        return core.losses(written)
+        return self._cut(joint, truncated_core(core, choice, joint.shape, self.dtype, stepwise=bool(self.budget)))
 
     def _unchanged(self, joint: Joint, term: LowRank, core: Core) -> Factored:
         """The factors as they are, for there is nothing to gain: only --dtype may round them.
@@ -162,7 +136,7 @@ class Composition:
         return replace(found, report=replace(found.report, alpha=term.scale * term.rank))
 
     def _concatenated(self, joint: Joint, terms: list[LowRank], weights: list[float]) -> Factored:
-        if not all(map(_finite, terms)):
+        if not all(map(all_finite, terms)):
             raise SurgeryError(NOT_FINITE)
         ups = [t.up.float() * (t.scale * w) for t, w in zip(terms, weights, strict=True)]
         kept = LowRank(torch.cat(ups, 1), torch.cat([t.down.float() for t in terms]))
@@ -174,7 +148,7 @@ class Composition:
 
     def _dense(self, joint: Joint, terms: list[Update], weights: list[float]) -> Factored:
         """What only a matrix can hold: a blend by entries, or a sum with terms that have no thin factors."""
-        if not all(_finite(t) for t in terms):  # comparisons would pass over a NaN in silence
+        if not all(all_finite(t) for t in terms):  # comparisons would pass over a NaN in silence
             raise SurgeryError(NOT_FINITE)
         if self.options.method in ELEMENTWISE:
             choice = self.choice or RankChoice(rank=max(t.delta.rank for t in joint.terms))
@@ -184,27 +158,8 @@ class Composition:
             dense = sum_of([t.times(w) for t, w in zip(terms, weights, strict=True)])
         else:
             raise SurgeryError(f"--method {self.options.method} needs thin factors; rerank the adapters first")
-        delta, power = ranged(InMemory(dense))
-        if not math.isfinite(squared_norm(delta)):
-            raise SurgeryError(BEYOND)
-        found = truncated_svd(delta, choice, seed=self.options.seed)
-        norm = math.ldexp(math.sqrt(found.total), power)
-        if not found.total:
-            return self._found(joint, LowRank(found.u.to(self.dtype), found.vt.to(self.dtype)), [], 0.0, 0.0)
-
-        def fit(found: TruncatedSVD) -> Fitted:
-            root = (found.s * 2.0**power).sqrt().to(found.u)
-            written = narrowed(LowRank(found.u * root, root[:, None] * found.vt), self.dtype)
-            error = residual_norm(delta, written.with_scale(2.0**-power))
-            check_kept(written, error**2 - max(0.0, found.total - float(found.s.square().sum())), found.total)
-            return Fitted(written, (found.s * 2.0**power).square().tolist(), error)
-
-        made = keeping(
-            choice, found, fit, lambda rank: truncated_svd(delta, RankChoice(rank=rank), seed=self.options.seed)
-        )
-        scaled = made.update.with_scale(2.0**-power)
-        lost = [math.ldexp(x, 2 * power) for x in losses(delta, scaled)] if self.budget else ()
-        return self._found(joint, made.update, made.squares, norm, math.ldexp(made.error, power), lost)
+        seed, stepwise = self.options.seed, bool(self.budget)
+        return self._cut(joint, truncated_matrix(dense, choice, self.dtype, seed=seed, stepwise=stepwise))
 
     def _combine(self, joint: Joint, terms: Sequence[Update], weights: list[float]) -> Tensor:
         options, method = self.options, self.options.method
@@ -222,6 +177,9 @@ class Composition:
         assert isinstance(total, Tensor)
         return total.squeeze(1).to(self.dtype)
 
+    def _cut(self, joint: Joint, made: Truncated) -> Factored:
+        return self._found(joint, made.update, made.squares, made.norm, made.error, made.left)
+
     def _found(
         self, joint: Joint, written: LowRank, squares: list[float], norm: float, lost: float, left: Sequence[float] = ()
     ) -> Factored:
@@ -230,12 +188,7 @@ class Composition:
         Args:
             lost: ‖ΔW − BA‖. left: Its square for the first r directions alone, where a budget may cut.
         """
-        if not math.isfinite(norm):
-            raise SurgeryError(NOT_FINITE)
-        if not _finite(written):
-            raise SurgeryError(too_far(self.dtype, 1.0, math.sqrt(norm)))
-        update = LowRank(written.up.cpu().contiguous(), written.down.cpu().contiguous(), written.scale)
-        error = lost / norm if norm else 0.0
+        update, error = to_store(written, norm), lost / norm if norm else 0.0
         report = ModuleReport(
             joint.path, joint.shape, kind=joint.kind, rank=update.rank, alpha=unit_scale(update.rank)[0],
             delta_norm=norm, error=error, energy=1 - error**2,
@@ -246,10 +199,6 @@ class Composition:
 def _load(term: Term, device: torch.device) -> LowRank:
     update = term.load()
     return LowRank(update.up.to(device), update.down.to(device), update.scale)
-
-
-def _finite(update: Update) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in update.tensors)
 
 
 class _Work:
@@ -267,10 +216,3 @@ class _Work:
     def compute(self) -> None:
         """Make the module."""
         self.result = self.job.take(self.joint)
-
-
-def _choose(choice: RankChoice, core: Core) -> int:
-    if choice is EVERYTHING or not core.total:
-        return core.rank
-    chosen = choice.choose(core.singular.square().tolist(), core.total, _EXACT)
-    return min(core.rank, core.rank if chosen is None else chosen)

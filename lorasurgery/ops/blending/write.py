@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapters.adapter import Adapter, Module
 from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.adapters.single_file.write import LooseFile
-from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.ops.blending.join import Joint, Whole
 from lorasurgery.ops.blending.options import BlendOptions
-from lorasurgery.ops.factors.factored import Factored, fit, hold, unit_scale
+from lorasurgery.ops.factors.factored import Factored, common_dtype, fit, hold, unit_scale
 from lorasurgery.ops.factors.layout import Layout, loose_layout, peft_layout, write_layout
 from lorasurgery.ops.factors.sidecars import tokenizer_files
 from lorasurgery.ops.placement.block_weight import Blocks
@@ -144,12 +143,8 @@ def _alive(found: Factored) -> Factored | None:
 
 
 def factor_dtype(sources: Sequence[Adapter], options: BlendOptions) -> str:
-    """The widest dtype among the factors; float16 and bfloat16 together, or an exact blend, need float32."""
+    """What --dtype says, float32 for a blend that is to be exact, else the widest dtype among the factors."""
     if options.dtype:
         return options.dtype
-    found = {a.weights.tensors[name].dtype for a in sources for d in a.deltas.values() for name in d.names}
     exact = len(sources) > 1 and options.choice is None
-    if exact or len(found) != 1 or max(DTYPE_BITS[d] for d in found) > 16:
-        return "F32"
-    only = found.pop()
-    return only if only in ("F16", "BF16") else "BF16"
+    return "F32" if exact else common_dtype(sources)

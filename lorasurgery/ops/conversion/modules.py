@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,14 +16,17 @@ from lorasurgery.adapters.adapter import Adapter, Delta, Module
 from lorasurgery.adapters.image_names.translate import Piece, Target
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.errors import SurgeryError, UnsupportedError
 from lorasurgery.linalg.blocks import InMemory
 from lorasurgery.linalg.core import distance, inner
+from lorasurgery.linalg.elementwise import sum_of
 from lorasurgery.linalg.fit import check_kept, narrowed
 from lorasurgery.linalg.norms import ranged, row_squares
-from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.linalg.rank import EVERYTHING, RankChoice
 from lorasurgery.linalg.svd import truncated_svd
 from lorasurgery.linalg.thin import NOT_FINITE
+from lorasurgery.linalg.truncate import all_finite, core_of, to_store, truncated_core, truncated_matrix
 from lorasurgery.lowrank import Dense, LowRank, common, widened
 from lorasurgery.ops.merging.arithmetic import in_turn
 from lorasurgery.ops.placement.edits import Contribution, Edit
@@ -251,6 +255,40 @@ def plain_lora(
         delta = adapter.deltas[path]
         difference = _difference(base, delta, places, device)
         found[path] = _factor(delta, difference, rank or delta.rank, dtype)
+    return found
+
+
+def factors_of(
+    adapter: Adapter, delta: Delta, dtype: torch.dtype, device: torch.device, rank: int | None = None
+) -> LowRank:
+    """Factors of a module that the file holds in another form (LoHa, LoKr, Tucker, a whole difference), on the CPU.
+
+    Args:
+        dtype: What they are written in. rank: At most; None is all that the module has.
+
+    Raises:
+        SurgeryError: file, module, and what of its values or its factors does not fit.
+    """
+    choice = RankChoice(rank=rank) if rank else None
+
+    def on(device: torch.device) -> LowRank:
+        if delta.is_thin:
+            thin = adapter.load(delta).to(device)
+            core = core_of([thin], choice or EVERYTHING)
+            made = truncated_core(core, choice or EVERYTHING, delta.shape, dtype)
+        else:
+            whole = adapter.load_update(delta).to(device)
+            if not all_finite(whole):  # comparisons would pass over a NaN in silence
+                raise SurgeryError(NOT_FINITE)
+            made = truncated_matrix(sum_of([whole]), choice or RankChoice(rank=min(delta.shape)), dtype)
+        return to_store(made.update, made.norm)
+
+    try:
+        found, _ = Fallback().first(delta.path, [partial(on, device), partial(on, torch.device("cpu"))])
+    except SurgeryError as problem:
+        raise type(problem)(f"{adapter.path}: {delta.path}: {problem}") from None
+    if not found.rank and delta.bias:  # which PEFT wants a direction for
+        return LowRank(pad(found.up, (0, 1)), pad(found.down, (0, 0, 0, 1)), found.scale)
     return found
 
 

@@ -16,15 +16,12 @@ from lorasurgery.adapters.single_file.header import KEY
 from lorasurgery.adapters.single_file.write import LooseFile
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.output import Output
+from lorasurgery.engine.threads import load_solvers, team
 from lorasurgery.errors import MismatchError, SurgeryError
 from lorasurgery.linalg.norms import row_squares
-from lorasurgery.linalg.rank import RankChoice
-from lorasurgery.ops.blending.combine import Composition
-from lorasurgery.ops.blending.join import Joint, Term
-from lorasurgery.ops.blending.options import BlendOptions
-from lorasurgery.ops.blending.write import Composed, factor_dtype
-from lorasurgery.ops.conversion.modules import Assembly, Reduced, is_zero, join_vectors, padded, plain_lora
+from lorasurgery.ops.conversion.modules import Assembly, Reduced, factors_of, is_zero, join_vectors, padded, plain_lora
 from lorasurgery.ops.conversion.options import Conversion
+from lorasurgery.ops.factors.factored import common_dtype
 from lorasurgery.ops.factors.layout import (
     Layout,
     by_part,
@@ -86,20 +83,19 @@ def _modules(
 def _reduced(plan: Conversion, device: torch.device) -> dict[str, Reduced]:
     """Factors for what the file holds as LoHa, LoKr, Tucker or a whole difference, and for DoRA that is undone."""
     adapter, options = plan.adapter, plan.options
-    dtype = options.dtype or factor_dtype([adapter], BlendOptions())
+    dtype = torch_dtype(options.dtype or common_dtype([adapter]))
     found: dict[str, Reduced] = {}
     if plan.undone and plan.base is not None:
-        found |= plain_lora(plan.base, adapter, torch_dtype(dtype), device, options.rank)
+        found |= plain_lora(plan.base, adapter, dtype, device, options.rank)
     others = [d for d in adapter.deltas.values() if not d.stores_factors and d.path not in found]
     if others:
-        how = BlendOptions(choice=RankChoice(rank=options.rank) if options.rank else None)
-        draft = Composed([adapter], [], dtype, [1.0])
-        joints = [Joint(d.path, d.kind, d.shape, [Term(adapter, d, 1.0)], d.kernel) for d in others]
-        Composition(joints, how, draft, device).run(None, None)
-        for joint, factored in draft.modules:
-            whole = adapter.load_update(adapter.deltas[joint.path]).to(device)
-            squares = row_squares(whole, factored.update.to(device))
-            found[joint.path] = Reduced(factored.update, *squares)
+        load_solvers(device)
+    with team():
+        for delta in others:
+            update = factors_of(adapter, delta, dtype, device, options.rank)
+            if update.rank:  # what is zero keeps the factors that it has
+                whole = adapter.load_update(delta).to(device)
+                found[delta.path] = Reduced(update, *row_squares(whole, update.to(device)))
     return found
 
 

@@ -14,13 +14,14 @@ from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import TensorInfo, show
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.engine.buffers import Buffers, spans
+from lorasurgery.engine.buffers import spans
 from lorasurgery.engine.pipeline import Flow
 from lorasurgery.engine.threads import team
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.undo import BITS, ordered
 from lorasurgery.ops.extraction.difference import count_nonfinite
-from lorasurgery.ops.merging.recipe import Recipe
+from lorasurgery.ops.merging.recipe import TensorRecipe
+from lorasurgery.ops.merging.run_state import RunState
 from lorasurgery.ops.merging.tensor_jobs import Note, jobs_of
 from lorasurgery.ops.merging.undo.record import UndoRecord, read_undo_record, stack
 from lorasurgery.ops.merging.undo.recorder import is_kept_as_steps
@@ -59,16 +60,13 @@ def has_true_record(
     return True
 
 
-def compare(
-    model: Checkpoint, base: Checkpoint, adapters: list[Adapter], plan: EditPlan, report: Report, device: torch.device
-) -> str:
+def compare(model: Checkpoint, base: Checkpoint, plan: EditPlan, report: Report, device: torch.device) -> str:
     """Compute what the merge would be and hold it against what is there, tensor by tensor."""
-    recipe = Recipe(base, adapters, plan, Path("unused"))
+    recipe, state = TensorRecipe(base=base, edits=plan), RunState(device)
     lines = {
         name: _line(name, model, base, plan) for name in dict.fromkeys([*model.tensors, *base.tensors, *plan.edits])
     }
     slots: dict[str, _Compared] = {}
-    buffers = Buffers(device)
     with team():
         jobs = []
         for name, line in lines.items():
@@ -80,9 +78,9 @@ def compare(
                 line.state = "equal" if _same_bytes(model, base, name) else "differs"
                 continue
             slots[name] = _Compared(model, name)
-            jobs.append((recipe, planned, slots[name], device, buffers))
+            jobs.append((recipe, planned, slots[name], state))
         Flow(_ROOM).run(job for given in jobs for _, job in jobs_of(*given))
-    report.warnings += recipe.fallback.warnings
+    report.warnings += state.fallback.warnings
     for name, slot in slots.items():
         slot.tell(lines[name])
     report.modules += [line for line in lines.values() if line.state != "equal"]

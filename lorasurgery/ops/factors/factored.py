@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from lorasurgery.adapters.adapter import Adapter
+from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rank import RankChoice, allocate
 from lorasurgery.lowrank import LowRank
@@ -28,6 +30,15 @@ GENEROUS = 8
 def unit_scale(rank: int) -> tuple[float, float]:
     """alpha = r, so that the scale is 1 and the factors say ΔW as they are."""
     return float(rank), 1.0
+
+
+def common_dtype(sources: Sequence[Adapter]) -> str:
+    """The widest dtype among the adapters' factors; float16 and bfloat16 together need float32."""
+    found = {a.weights.tensors[name].dtype for a in sources for d in a.deltas.values() for name in d.names}
+    if len(found) != 1 or max(DTYPE_BITS[d] for d in found) > 16:
+        return "F32"
+    only = found.pop()
+    return only if only in ("F16", "BF16") else "BF16"
 
 
 @dataclass

@@ -52,13 +52,16 @@ def carried_files(folder: Path, adapters: Sequence[Adapter] = (), *, parts: Coll
 
 def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, Path]:
     """The tokenizer of the last adapter that brings one: name -> source. A part that leads elsewhere makes it none."""
-    for adapter in reversed(adapters):
-        own = {n: adapter.folder / n for n in _TOKENIZER if (adapter.folder / n).is_file()}
-        for file in own.values():
-            note(file)
-        if own and not _leading_out(adapter.folder):
-            return own
-    return {}
+    found = (tokenizer_in(adapter.folder) for adapter in reversed(adapters))
+    return next(filter(None, found), {})
+
+
+def tokenizer_in(folder: Path) -> dict[str, Path]:
+    """The tokenizer in a folder: name -> source. A part that leads elsewhere makes it none."""
+    own = {n: folder / n for n in _TOKENIZER if (folder / n).is_file()}
+    for file in own.values():
+        note(file)
+    return {} if _leading_out(folder) else own
 
 
 def _goes_along(name: str, rewritten: Collection[str]) -> bool:

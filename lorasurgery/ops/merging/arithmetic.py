@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.plan import PlannedTensor
-from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.tensor_reader import TensorReader
 from lorasurgery.engine.threads import each
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.dora import decomposed
@@ -21,7 +21,7 @@ from lorasurgery.ops.placement.edits import Contribution, Edit
 
 
 def apply_edit(
-    base: Checkpoint, edit: Edit, tensor: PlannedTensor, device: torch.device, *, rounding: Rounding, seed: int,
+    base: TensorReader, edit: Edit, tensor: PlannedTensor, device: torch.device, *, rounding: Rounding, seed: int,
     finite: bool = True,
 ) -> tuple[torch.Tensor, Survival]:  # fmt: skip
     """Compute one output tensor: replace, add every contribution in float32, round once.
@@ -95,14 +95,14 @@ def _decompose(c: Contribution, value: torch.Tensor, shape: tuple[int, ...]) -> 
     )
 
 
-def _start(base: Checkpoint, edit: Edit) -> torch.Tensor:
+def _start(base: TensorReader, edit: Edit) -> torch.Tensor:
     """W itself, or what replaces it or some of its rows; at a weight w other than 1, W + w·(R − W) in float32."""
     new = edit.replacement
     if new is None:
         assert edit.source is not None
         value = base.read(edit.source.name)
     else:
-        value = new.adapter.load_replaced(new.name)
+        value = new.weights.read(new.key)
         if new.weight != 1:
             if edit.source is None:
                 raise SurgeryError("is new to the base, so it can only be taken whole; use weight 1")
@@ -117,7 +117,7 @@ def _start(base: Checkpoint, edit: Edit) -> torch.Tensor:
     return value
 
 
-class Turns:
+class DoraRows:
     """Like rounding.Merger, for edits with DoRA whose output features are rows.
 
     Args:
@@ -131,7 +131,7 @@ class Turns:
     ) -> None:  # fmt: skip
         self.finite = finite
         self.wide, self.dtype, self.rounding, self.seed = widened(source), dtype, rounding, seed
-        self.turns = [(c.into or slice(0, height), *_loaded(c, device, self.wide)) for c in edit.contributions]
+        self.parts = [(c.into or slice(0, height), *_loaded(c, device, self.wide)) for c in edit.contributions]
 
     def rows(self, weight: Tensor, out: Tensor, first: int) -> Survival:
         """Write the new rows; see Merger.rows."""
@@ -142,7 +142,7 @@ class Turns:
             old, at = weight[blocks[i]].to(self.wide), first + blocks[i].start
             new, found[i] = set_values(
                 old,
-                self._turned(old.clone(), at),
+                self._updated(old.clone(), at),
                 self.dtype,
                 rounding=self.rounding,
                 seed=self.seed,
@@ -154,8 +154,8 @@ class Turns:
         each(work, range(len(blocks)))
         return sum(found, Survival(0.0, 0.0, 0.0))
 
-    def _turned(self, value: Tensor, first: int) -> Tensor:
-        for into, update, magnitude, strength in self.turns:
+    def _updated(self, value: Tensor, first: int) -> Tensor:
+        for into, update, magnitude, strength in self.parts:
             low, high = max(first, into.start), min(first + len(value), into.stop)
             if low >= high:
                 continue

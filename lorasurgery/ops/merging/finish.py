@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorasurgery.checkpoint.inside import leads_out
 from lorasurgery.checkpoint.locate import PIPELINE
 from lorasurgery.checkpoint.output import Output
-from lorasurgery.checkpoint.plan import index_json
+from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor, index_json
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rounding import Survival
 from lorasurgery.ops.factors.sidecars import CONFIG, patched_config, write_carried
 from lorasurgery.ops.merging.recipe import Recipe
-from lorasurgery.ops.merging.undo.record import FOLDER, next_name, planned_record, stack, undo_folder, write_planned
+from lorasurgery.ops.merging.undo.record import (
+    FOLDER,
+    UndoRecord,
+    next_name,
+    planned_record,
+    stack,
+    undo_folder,
+    write_planned,
+)
 from lorasurgery.ops.merging.undo.recorder import kept
-from lorasurgery.ops.placement.edits import Edit
+from lorasurgery.ops.placement.edits import Edit, EditPlan
 from lorasurgery.ops.placement.quantized import is_narrow
 from lorasurgery.report import RECORD_NAME, ModuleReport, Report
 
@@ -25,34 +34,35 @@ INDEX = "model.safetensors.index.json"
 LEAST_RETENTION = 0.5
 
 
-def describe(recipe: Recipe, done: Mapping[str, Any], report: Report) -> None:
+def describe(files: Sequence[PlannedFile], edits: EditPlan, done: Mapping[str, Any], report: Report) -> None:
     """Fill in the report, tensor by tensor in the order of the files.
 
     Args:
         done: tensor -> its Survival as a list (of those that were computed), and what its undoing needs.
+    """
+    whole = Survival(0.0, 0.0, 0.0)
+    for _, edit, survival in _edited(files, edits, done):
+        _describe(edit, survival, report)
+        whole = whole + survival if edit.contributions else whole
+    report.totals |= {"delta_norm": whole.delta_norm, "retention": whole.retention, "noise": whole.noise}
+
+
+def check_survival(recipe: Recipe, done: Mapping[str, Any]) -> None:
+    """Stop when rounding swallows most of the update; 8-bit weights count for themselves too, beside wider ones.
+
+    Args:
+        done: As for describe.
 
     Raises:
-        SurgeryError: rounding swallows most of the update and that was not allowed.
+        SurgeryError: it does, and that was not allowed.
     """
-    survived, narrow = Survival(0.0, 0.0, 0.0), Survival(0.0, 0.0, 0.0)
-    for tensor in (t for f in recipe.files for t in f.tensors):
-        edit = recipe.edits.edits.get(tensor.name)
-        if edit is None:
-            continue
-        survival = Survival(*(done[tensor.name]["survived"] or (0.0, 0.0, 0.0)))
-        _describe(edit, survival, report)
+    if recipe.allow_loss:
+        return
+    whole, narrow = Survival(0.0, 0.0, 0.0), Survival(0.0, 0.0, 0.0)
+    for tensor, edit, survival in _edited(recipe.files, recipe.edits, done):
         if edit.contributions:
-            survived = survived + survival
+            whole = whole + survival
             narrow = narrow + survival if is_narrow(tensor.dtype) else narrow
-    if not recipe.allow_loss:
-        _check_survival(recipe, survived, narrow)
-    report.totals |= {
-        "delta_norm": survived.delta_norm, "retention": survived.retention, "noise": survived.noise
-    }  # fmt: skip
-
-
-def _check_survival(recipe: Recipe, whole: Survival, narrow: Survival) -> None:
-    """Stop when rounding swallows most of the update; 8-bit weights count for themselves too, beside wider ones."""
     for survived, where in ((narrow, " in the 8-bit tensors"), (whole, "")):
         if survived.update and survived.retention < LEAST_RETENTION:
             raise SurgeryError(
@@ -60,6 +70,16 @@ def _check_survival(recipe: Recipe, whole: Survival, narrow: Survival) -> None:
                 f"would hardly differ from the base; --dtype {'bfloat16' if where else 'float32'} keeps it, --rounding "
                 "stochastic keeps its mean, --allow-loss writes it all the same"
             )
+
+
+def _edited(
+    files: Sequence[PlannedFile], edits: EditPlan, done: Mapping[str, Any]
+) -> Iterator[tuple[PlannedTensor, Edit, Survival]]:
+    """Every tensor that an edit changes, in the order of the files, and how much of the update survived in it."""
+    for tensor in (t for f in files for t in f.tensors):
+        edit = edits.edits.get(tensor.name)
+        if edit is not None:
+            yield tensor, edit, Survival(*(done[tensor.name]["survived"] or (0.0, 0.0, 0.0)))
 
 
 def _describe(edit: Edit, survival: Survival, report: Report) -> None:
@@ -83,8 +103,12 @@ def _describe(edit: Edit, survival: Survival, report: Report) -> None:
     )
 
 
-def finish(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
-    """Write config and indexes and what goes along, and give every file its name."""
+def finish(recipe: Recipe, output: Output, done: Mapping[str, Any], carried: Mapping[str, Path]) -> None:
+    """Write config and indexes and what goes along, and give every file its name.
+
+    Args:
+        carried: Other files that go along into a new folder: name -> source.
+    """
     last = recipe.files[-1].name
     write_undo(recipe, output, done)
     if recipe.out.suffix != ".safetensors":
@@ -94,9 +118,9 @@ def finish(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
             config = patched_config(
                 source.config, untied=recipe.edits.untied, vocab_size=recipe.edits.vocab_size, dtype=dtype
             )
-            carried = dict(recipe.carried)
-            _put_back(recipe, output, carried)
-            write_carried(output, carried, source.config, config, dtype)
+            left = {name: file for name, file in carried.items() if name not in files_before(recipe)}
+            _put_back(recipe, output)
+            write_carried(output, left, source.config, config, dtype)
         elif recipe.edits.untied:
             own = {} if leads_out(source.folder / CONFIG, source.folder) else source.config
             config = patched_config(own, untied=True)
@@ -107,7 +131,7 @@ def finish(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
 
 def write_undo(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
     """The records of the merges that can be undone, this one's last."""
-    below = stack(recipe.base.path)
+    below = stack(recipe.disk.path)
     if recipe.restored is not None and recipe.restored.path in below:
         below = below[: below.index(recipe.restored.path)]
     if recipe.undo is None and recipe.restored is None:
@@ -117,20 +141,31 @@ def write_undo(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
         output.copy_file(f"{folder}/{old.name}", old)
     if recipe.undo is None:
         return
-    edits = recipe.edits.edits
-    for tensor in (t for f in recipe.files for t in f.tensors if t.name in edits):
-        listed = done[tensor.name]["kept"]
-        recipe.undo.tensors[tensor.name] = kept(tensor, recipe.base, listed)
     assert output.run is not None
-    planned, about, places = planned_record(recipe.undo, f"{folder}/{next_name(len(below))}")
+    record = with_tensors(recipe, done)
+    planned, about, places = planned_record(record, f"{folder}/{next_name(len(below))}")
     with output.tensor_file(planned) as file:
         write_planned(file, about, places, output.run.path("0").parent)
 
 
-def _put_back(recipe: Recipe, output: Output, carried: dict[str, Path]) -> None:
+def with_tensors(recipe: Recipe, done: Mapping[str, Any]) -> UndoRecord:
+    """The record of a merge that is done: what was known beforehand, and what is kept of each tensor."""
+    assert recipe.undo is not None
+    edits = recipe.edits.edits
+    tensors = {
+        t.name: kept(t, recipe.base, done[t.name]["kept"]) for f in recipe.files for t in f.tensors if t.name in edits
+    }
+    return replace(recipe.undo, tensors=tensors)
+
+
+def files_before(recipe: Recipe) -> Mapping[str, bytes | None]:
+    """What the merge that is taken back changed besides the weights: name -> bytes, None for what was not there."""
+    return recipe.restored.files if recipe.restored else {}
+
+
+def _put_back(recipe: Recipe, output: Output) -> None:
     """Files that the merge changed, as they were before."""
-    for name, data in (recipe.restored.files if recipe.restored else {}).items():
-        carried.pop(name, None)
+    for name, data in files_before(recipe).items():
         if data is not None and name != RECORD_NAME:  # how this came about is another record
             output.write_bytes(name, data)
 
@@ -142,7 +177,7 @@ def _write_indexes(recipe: Recipe, output: Output) -> str | None:
         files = [f for f in recipe.files if f.prefix == prefix]
         if len(files) > 1:
             folder = files[0].name.rpartition("/")[0]
-            name = recipe.base.indexes.get(prefix) or recipe.base.index_name
+            name = recipe.disk.indexes.get(prefix) or recipe.disk.index_name
             last = name or (f"{folder}/diffusion_pytorch_{INDEX}" if folder else INDEX)
             output.write_bytes(last, (json.dumps(index_json(files), indent=2) + "\n").encode())
-    return PIPELINE if recipe.base.parts else last
+    return PIPELINE if recipe.disk.parts else last

@@ -16,14 +16,14 @@ import torch
 from lorasurgery.checkpoint.inplace.transaction import Surgery
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.writer import TensorFile
-from lorasurgery.engine.buffers import Buffers
 from lorasurgery.engine.pipeline import Flow, Job
 from lorasurgery.engine.threads import team
 from lorasurgery.linalg.rounding import Survival
-from lorasurgery.ops.merging.finish import describe
+from lorasurgery.ops.merging.finish import check_survival, describe, files_before, with_tensors
 from lorasurgery.ops.merging.recipe import Recipe
+from lorasurgery.ops.merging.run_state import RunState
 from lorasurgery.ops.merging.stream import TEAM, joined, listed, room
-from lorasurgery.ops.merging.targets import check_in_place, is_touched, on_disk
+from lorasurgery.ops.merging.targets import check_in_place, is_touched
 from lorasurgery.ops.merging.tensor_jobs import Note, Slot, jobs_of
 from lorasurgery.ops.merging.undo.record import (
     UndoRecord,
@@ -33,20 +33,20 @@ from lorasurgery.ops.merging.undo.record import (
     undo_folder,
     write_planned,
 )
-from lorasurgery.ops.merging.undo.recorder import Recorder, kept
-from lorasurgery.report import Progress, Report, Source
+from lorasurgery.ops.merging.undo.recorder import Recorder
+from lorasurgery.report import Report, Source
 
 _RECORD = "record"
 
 
 def run_in_place(
-    recipe: Recipe, about: dict[str, Any], files: Callable[[], dict[str, bytes]], report: Report,
-    device: torch.device, progress: Progress | None, *, resume: bool,
+    recipe: Recipe, state: RunState, about: dict[str, Any], files: Callable[[], dict[str, bytes]], report: Report, *,
+    resume: bool,
 ) -> None:  # fmt: skip
     """Carry out a recipe inside the files of its base.
 
     Args:
-        recipe: Whose `base` is the checkpoint, or Undone over it; names, dtypes, shapes and files stay as they are.
+        recipe: Whose `out` is the checkpoint itself; names, dtypes, shapes and files stay as they are.
         about: What decides the result; only the same goes on after a kill.
         files: Called when all else is known: small files that change too, below the folder -> their new content.
 
@@ -55,29 +55,29 @@ def run_in_place(
     """
     check_in_place(recipe)
     with (
-        Surgery(recipe.base.path, about, resume=resume, inputs=report.inputs) as surgery,
+        Surgery(recipe.disk.path, about, resume=resume, inputs=report.inputs) as surgery,
         team(min(TEAM, torch.get_num_threads())),
     ):
-        work = _Work(recipe, surgery, device, progress)
+        work = _Work(recipe, state, surgery)
         if not surgery.checked:
-            notes = work.rehearse()
-            describe(recipe, notes, Report("", [], ""))
+            check_survival(recipe, work.rehearse())
             surgery.check_passed([s.to_dict() for s in report.sources or ()])
         report.sources = [Source(**s) for s in surgery.noted]  # the files as they were, whatever is in them by now
         work.perform()
-        report.warnings += recipe.fallback.warnings
-        describe(recipe, work.notes(), report)
-        work.end(files())
+        report.warnings += state.fallback.warnings
+        notes = work.notes()
+        check_survival(recipe, notes)
+        describe(recipe.files, recipe.edits, notes, report)
+        work.end(files(), notes)
         report.bytes_written, report.resumed = surgery.bytes_written, surgery.resumed
-    report.bytes_read = recipe.base.bytes_read + sum(a.weights.bytes_read for a in recipe.adapters)
+    report.bytes_read = recipe.disk.bytes_read + sum(a.weights.bytes_read for a in recipe.adapters)
 
 
 class _Work:
     """All pieces of one operation, first for trying and then for good."""
 
-    def __init__(self, recipe: Recipe, surgery: Surgery, device: torch.device, progress: Progress | None) -> None:
-        self.recipe, self.surgery, self.device, self.progress = recipe, surgery, device, progress
-        self.buffers = Buffers(device)
+    def __init__(self, recipe: Recipe, state: RunState, surgery: Surgery) -> None:
+        self.recipe, self.state, self.surgery = recipe, state, surgery
         self.touched = [t for f in recipe.files for t in f.tensors if is_touched(recipe, t.name)]
         self.total, self.bytes = sum(t.nbytes for t in self.touched), 0
         self._lock = threading.Lock()
@@ -92,7 +92,7 @@ class _Work:
         """Compute and write what is not there yet."""
         recorder = None
         if self.recipe.undo is not None:
-            recorder = Recorder(self.surgery.heap, self.recipe.base, self.device, self.recipe.fallback)
+            recorder = Recorder(self.surgery.scratch, self.recipe.base, self.state.device, self.state.fallback)
         Flow(room(self.recipe), (1, 2, 1)).run(
             job for t in self.touched for job in self._jobs(t, _Placed(self, t), recorder)
         )
@@ -106,10 +106,10 @@ class _Work:
             pieces[name][int(number)] = Note(Survival(*survived) if survived else None, stretches)
         return {t.name: _record(joined(pieces[t.name])) for t in self.touched}
 
-    def end(self, files: dict[str, bytes]) -> None:
+    def end(self, files: dict[str, bytes], notes: dict[str, Any]) -> None:
         """Put the records in order, and end."""
         recipe, surgery = self.recipe, self.surgery
-        path = recipe.base.path
+        path = recipe.disk.path
         below = stack(path)
         old = recipe.restored.path if recipe.restored and recipe.restored.path in below else None
         # a merge that keeps no record leaves none, for those that are there speak of bytes that are gone
@@ -117,28 +117,23 @@ class _Work:
         removed = [f"{undo_folder(path).name}/{record.name}" for record in stale]
         staged = {}
         if recipe.undo is not None:
-            notes = self.notes()
-            for t in self.touched:
-                edit = recipe.edits.edits.get(t.name)
-                if edit is not None:
-                    recipe.undo.tensors[t.name] = kept(t, recipe.base, notes[t.name]["kept"])
-            _stage(recipe.undo, surgery)
+            _stage(with_tensors(recipe, notes), surgery)
             name = old.name if old else next_name(len(below))
             staged, removed = {f"{undo_folder(path).name}/{name}": _RECORD}, []
-        gone = [n for n, data in _files_before(recipe).items() if data is None and n not in files]
-        back = {n: data for n, data in _files_before(recipe).items() if data is not None} | files
+        gone = [n for n, data in files_before(recipe).items() if data is None and n not in files]
+        back = {n: data for n, data in files_before(recipe).items() if data is not None} | files
         surgery.finish(back, staged=staged, removed=[*removed, *gone])
 
     def _jobs(self, tensor: PlannedTensor, slot: Slot, recorder: Recorder | None) -> Iterator[Job]:
         done = self.surgery.done
-        return (j for _, j in jobs_of(self.recipe, tensor, slot, self.device, self.buffers, recorder, skip=done))
+        return (j for _, j in jobs_of(self.recipe, tensor, slot, self.state, recorder, skip=done))
 
     def written(self, tensor: PlannedTensor, size: int) -> None:
         """Tell how far it is."""
         with self._lock:
             self.bytes += size
-            if self.progress:
-                self.progress(tensor.name, self.bytes, self.total)
+            if self.state.progress:
+                self.state.progress(tensor.name, self.bytes, self.total)
 
 
 class _Dropped:
@@ -164,7 +159,7 @@ class _Placed:
 
     def __init__(self, work: _Work, tensor: PlannedTensor) -> None:
         self.work, self.tensor = work, tensor
-        disk = on_disk(work.recipe.base)
+        disk = work.recipe.disk
         self.file, self.first = disk.file_of[tensor.name], disk.tensors[tensor.name].start
 
     def expect(self, pieces: int) -> None:
@@ -183,10 +178,6 @@ class _Placed:
 
 def _record(note: Note) -> dict[str, Any]:
     return {"survived": listed(note.survival), "kept": note.kept}
-
-
-def _files_before(recipe: Recipe) -> dict[str, bytes | None]:
-    return recipe.restored.files if recipe.restored else {}
 
 
 def _stage(record: UndoRecord, surgery: Surgery) -> None:

@@ -7,37 +7,37 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from lorasurgery.checkpoint.files import Heap
+from lorasurgery.checkpoint.files import ScratchFile
 from lorasurgery.checkpoint.journal import UNDO, Run
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.writer import TensorFile
-from lorasurgery.engine.buffers import Buffers
 from lorasurgery.engine.pipeline import Flow, Job
 from lorasurgery.engine.threads import team
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rounding import Survival
-from lorasurgery.ops.merging.finish import describe, finish
+from lorasurgery.ops.merging.finish import check_survival, describe, finish
 from lorasurgery.ops.merging.recipe import Recipe
+from lorasurgery.ops.merging.run_state import RunState
 from lorasurgery.ops.merging.tensor_jobs import CopyJob, Note, is_by_rows, jobs_of, whole_bytes
 from lorasurgery.ops.merging.undo.recorder import Recorder
-from lorasurgery.report import Progress, Report
+from lorasurgery.report import Report
 
 ROOM = 96 << 20  # bytes of weights on their way
 TEAM = 16  # more threads than that only wait for memory, and each needs some of its own
 _RUN = 256 << 20  # bytes that are copied in one go
 
 
-def run(recipe: Recipe, journal: Run, report: Report, device: torch.device, progress: Progress | None) -> None:
+def run(recipe: Recipe, state: RunState, journal: Run, report: Report) -> None:
     """Stream the checkpoint through the recipe into the output, which appears whole or not at all."""
     _check_limit(recipe)
     journal.ranks.wait()  # until all have seen the output as it was
     with Output(recipe.out, overwrite=recipe.overwrite, run=journal, inputs=report.inputs) as output:
-        work = _Work(recipe, journal, output, device, progress)
+        work = _Work(recipe, state, journal, output)
         try:
             with team(min(TEAM, torch.get_num_threads())):
                 Flow(room(recipe)).run(work.jobs())
-            work.settle()
+            work.wait_for_disk()
         finally:
             work.close()
         done = journal.gather()
@@ -47,22 +47,20 @@ def run(recipe: Recipe, journal: Run, report: Report, device: torch.device, prog
                 if not planned.tensors:
                     with output.tensor_file(planned):
                         pass
-            describe(recipe, done, report)
-            finish(recipe, output, done)
+            check_survival(recipe, done)
+            describe(recipe.files, recipe.edits, done, report)
+            finish(recipe, output, done, state.carried)
         report.bytes_written = output.bytes_written
     journal.ranks.wait()
-    report.warnings += recipe.fallback.warnings
-    report.bytes_read = recipe.base.bytes_read + sum(a.weights.bytes_read for a in recipe.adapters)
+    report.warnings += state.fallback.warnings
+    report.bytes_read = recipe.disk.bytes_read + sum(a.weights.bytes_read for a in recipe.adapters)
 
 
 class _Work:
     """This rank's share of the tensors, the files they go to, and what is finished of them."""
 
-    def __init__(
-        self, recipe: Recipe, journal: Run, output: Output, device: torch.device, progress: Progress | None
-    ) -> None:
-        self.recipe, self.journal, self.output, self.device, self.progress = recipe, journal, output, device, progress
-        self.buffers = Buffers(device)
+    def __init__(self, recipe: Recipe, state: RunState, journal: Run, output: Output) -> None:
+        self.recipe, self.state, self.journal, self.output = recipe, state, journal, output
         self._made: dict[str, TensorFile] = {}
         self._files: dict[str, TensorFile] = {}  # those of them that are open
         self._lock = threading.Lock()
@@ -72,11 +70,11 @@ class _Work:
         self._left = {name: len(tensors) for name, tensors in self._share.items()}
         self._home = {t.name: name for name, tensors in self._share.items() for t in tensors}
         self._total, self._bytes = sum(self._sizes.values()), 0
-        self._heap: Heap | None = None
+        self._scratch: ScratchFile | None = None
         self.recorder: Recorder | None = None
         if recipe.undo is not None:
-            self._heap = Heap(journal.new_path(UNDO), new=True)
-            self.recorder = Recorder(self._heap, recipe.base, device, recipe.fallback)
+            self._scratch = ScratchFile(journal.new_path(UNDO), new=True)
+            self.recorder = Recorder(self._scratch, recipe.base, state.device, state.fallback)
 
     def jobs(self) -> Iterator[Job]:
         """What is to be done, in the order of the files."""
@@ -103,16 +101,16 @@ class _Work:
             if copied and not (
                 as_is and places[tensor.name] == places[copied[-1].name] + 1 and _follows(recipe, copied, tensor)
             ):
-                yield CopyJob(recipe.base, copied, file, self.done)
+                yield CopyJob(recipe.disk, copied, file, self.done)
                 copied = []
             if as_is:
                 copied.append(tensor)
             else:
                 slot = _Slot(self, planned, tensor)
-                found = jobs_of(recipe, tensor, slot, self.device, self.buffers, self.recorder)
+                found = jobs_of(recipe, tensor, slot, self.state, self.recorder)
                 yield from (job for _, job in found)
         if copied:
-            yield CopyJob(recipe.base, copied, file, self.done)
+            yield CopyJob(recipe.disk, copied, file, self.done)
 
     def place(self, planned: PlannedFile, name: str) -> int:
         """Where a tensor begins in an output file, which need not be open yet: many may be before their first write."""
@@ -138,8 +136,8 @@ class _Work:
         self.journal.add(name, {"survived": listed(note.survival), "kept": note.kept}, self._sizes[name])
         with self._lock:
             self._bytes += self._sizes[name]
-            if self.progress:
-                self.progress(name, self._bytes, self._total)
+            if self.state.progress:
+                self.state.progress(name, self._bytes, self._total)
             self._left[self._home[name]] -= 1
             complete = not self._left[self._home[name]]
             file = self._files.get(self._home[name])
@@ -150,7 +148,7 @@ class _Work:
         if self.journal.is_due:
             self.journal.synced(self._sync)
 
-    def settle(self) -> None:
+    def wait_for_disk(self) -> None:
         """Wait until the disk has all of this rank's share."""
         self.journal.synced(self._sync)
 
@@ -158,12 +156,12 @@ class _Work:
         """Close what is still open, after a failure."""
         for file in self._files.values():
             file.abandon()
-        if self._heap is not None:
-            self._heap.close()
+        if self._scratch is not None:
+            self._scratch.close()
 
     def _sync(self) -> None:
-        if self._heap is not None:
-            self._heap.sync()
+        if self._scratch is not None:
+            self._scratch.sync()
         with self._lock:
             files = list(self._files.values())
         for file in files:
@@ -212,9 +210,9 @@ class _FileJob:
 
     def write(self) -> None:
         """Copy it, header included."""
-        base = self.work.recipe.base
-        base.readable(self.planned.tensors[0].name)  # it must be there in full, and as long as it was
-        base.count(self.work.output.copy_file(self.planned.name, base.folder / self.planned.name))
+        disk = self.work.recipe.disk
+        disk.readable(self.planned.tensors[0].name)  # it must be there in full, and as long as it was
+        disk.count(self.work.output.copy_file(self.planned.name, disk.folder / self.planned.name))
         for tensor in self.planned.tensors:
             self.work.done(tensor.name, Note())
 
@@ -265,22 +263,22 @@ def _share(recipe: Recipe, journal: Run) -> dict[str, list[PlannedTensor]]:
 
 def _is_untouched(recipe: Recipe, planned: PlannedFile) -> bool:
     """Whether the output file is the base's, to the byte."""
-    header = recipe.base.files.get(planned.name)
+    header = recipe.disk.files.get(planned.name)
     if header is None or header.metadata != planned.metadata:
         return False
     names = [planned.prefix + name for name in header.tensors]
-    edits, tensors = recipe.edits.edits, recipe.base.tensors
+    edits, tensors = recipe.edits.edits, recipe.disk.tensors
     back = recipe.restored.tensors if recipe.restored else {}
     return {t.name for t in planned.tensors} == set(names) and all(
         t.name not in edits and t.name not in back
-        and recipe.base.file_of[t.name] == planned.name and tensors[t.name].dtype == t.dtype
+        and recipe.disk.file_of[t.name] == planned.name and tensors[t.name].dtype == t.dtype
         for t in planned.tensors
     )  # fmt: skip
 
 
 def _follows(recipe: Recipe, before: list[PlannedTensor], tensor: PlannedTensor) -> bool:
     """Whether a tensor lies right behind others in the base's file too, so that one copy does for all."""
-    tensors, files = recipe.base.tensors, recipe.base.file_of
+    tensors, files = recipe.disk.tensors, recipe.disk.file_of
     last = before[-1].name
     together = files[last] == files[tensor.name] and tensors[last].end == tensors[tensor.name].start
     return together and sum(t.nbytes for t in before) + tensor.nbytes <= _RUN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter
@@ -12,8 +12,8 @@ from lorasurgery.checkpoint.inplace.journal import check_line, file_of
 from lorasurgery.checkpoint.inplace.recover import (
     FOLDER,
     cannot_write,
+    recover_first,
     refuse_unfinished,
-    settle_first,
     surgery_folder,
     unfinished,
 )
@@ -23,10 +23,9 @@ from lorasurgery.checkpoint.operation import current
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import MismatchError, OutputError, UsageError, some
-from lorasurgery.ops.factors.sidecars import CONFIG, tokenizer_files
+from lorasurgery.ops.factors.sidecars import CONFIG, tokenizer_files, tokenizer_in
 from lorasurgery.ops.merging.recipe import Recipe
-from lorasurgery.ops.merging.undo.record import top_record, undo_folder
-from lorasurgery.ops.merging.undo.view import Undone
+from lorasurgery.ops.merging.undo.record import UndoRecord, top_record, undo_folder
 from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.provenance.record import record_bytes
 from lorasurgery.report import COMMAND_LINE, RECORD_NAME, Report
@@ -52,7 +51,7 @@ def check_target(
     return Path(base if out is None else out)
 
 
-def is_settled(checkpoint: Path, *, resume: bool, dry_run: bool) -> bool:
+def is_recovered(checkpoint: Path, *, resume: bool, dry_run: bool) -> bool:
     """Before an operation in place: lock, and finish what an interrupted one had ready; whether nothing is left to do.
 
     A dry run finishes nothing, and is refused where something is unfinished.
@@ -68,7 +67,7 @@ def is_settled(checkpoint: Path, *, resume: bool, dry_run: bool) -> bool:
         raise UsageError(_ONE_PROCESS)
     hold_in_place(checkpoint)
     began = unfinished(checkpoint) is not None
-    done = settle_first(checkpoint, resume=resume)
+    done = recover_first(checkpoint, resume=resume)
     if resume and not began:
         last = top_record(checkpoint)
         merged = f"the last merge on record is of {last.names}" if last else "no merge is on record"
@@ -95,7 +94,7 @@ def hold_in_place(checkpoint: Path) -> None:
         raise cannot_write(checkpoint, problem, "nothing was changed") from None
 
 
-def settled(command: str, checkpoint: str) -> Report:
+def recovered_report(command: str, checkpoint: str) -> Report:
     """The report of a resumed operation of which only names were missing."""
     return Report(
         command, [checkpoint], checkpoint, sources=[], totals={"what": "settled"},
@@ -123,30 +122,29 @@ def check_in_place(recipe: Recipe) -> None:
         MismatchError: a tensor that is new, goes, or gets another shape or dtype. OutputError: files that must not or
             can't be written to.
     """
-    base = recipe.base
+    disk = recipe.disk
     if ranks().size > 1:
         raise UsageError(_ONE_PROCESS)
-    if base.path.is_file() and is_link(base.path):
-        raise OutputError(f"{show(str(base.path))}: is a link; name the file itself")
+    if disk.path.is_file() and is_link(disk.path):
+        raise OutputError(f"{show(str(disk.path))}: is a link; name the file itself")
     touched = {t.name: t for f in recipe.files for t in f.tensors if is_touched(recipe, t.name)}
     for name, tensor in touched.items():
-        info = on_disk(base).tensors.get(name)
+        info = disk.tensors.get(name)
         if info is None or (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
             raise MismatchError(
-                f"{show(str(base.path))}: {show(name)} would be {'new' if info is None else 'of another shape'}, so it "
+                f"{show(str(disk.path))}: {show(name)} would be {'new' if info is None else 'of another shape'}, so it "
                 "has no place in the files as they are; write a new checkpoint with -o OUT"
             )
-    for file in sorted({base.file_of[name] for name in touched}):
-        _check_file(base.folder, file)
-    _check_others(recipe, base.path)
-    _check_names(base, touched)
+    for file in sorted({disk.file_of[name] for name in touched}):
+        _check_file(disk.folder, file)
+    _check_others(disk.path, recipe.restored)
+    _check_names(disk, touched)
 
 
-def _check_others(recipe: Recipe, checkpoint: Path) -> None:
+def _check_others(checkpoint: Path, restored: UndoRecord | None) -> None:
     """What changes beside the weights: records, and the files that a record names."""
     records = undo_folder(checkpoint)
     refuse_link(records)
-    restored = recipe.restored
     if restored is not None and restored.files and not checkpoint.is_dir():
         raise MismatchError(
             f"{show(str(restored.path))}: also puts back files of a folder ({some(list(restored.files))}), and "
@@ -158,12 +156,12 @@ def _check_others(recipe: Recipe, checkpoint: Path) -> None:
             check_line({"ending": {"0": name}, "removed": []}, checkpoint, "")
 
 
-def _check_names(base: Checkpoint, touched: Collection[str]) -> None:
+def _check_names(disk: Checkpoint, touched: Collection[str]) -> None:
     """Refuse at once what a journal would not be believed: names that no record of this program has."""
-    place = surgery_folder(base.path)
+    place = surgery_folder(disk.path)
     file_name = file_of(place, FOLDER)
-    weights = sorted({base.file_of[name] for name in touched})
-    record = f"{undo_folder(base.path).name}/0001.safetensors"
+    weights = sorted({disk.file_of[name] for name in touched})
+    record = f"{undo_folder(disk.path).name}/0001.safetensors"
     check_line({"ready": [[name, 0, 0, 0, 0] for name in weights], "done": {}}, place.parent, file_name)
     check_line({"ending": {"0": record}, "removed": []}, place.parent, file_name)
 
@@ -185,81 +183,54 @@ def is_touched(recipe: Recipe, name: str) -> bool:
     return name in recipe.edits.edits or (recipe.restored is not None and name in recipe.restored.tensors)
 
 
-def on_disk(base: Checkpoint) -> Checkpoint:
-    """The checkpoint as it lies there, of one that is read as it was before its last merge, or as its base is."""
-    return base.merged if isinstance(base, (Undone, Rebased)) else base
-
-
-class Rebased(Checkpoint):
-    """Reads the base's tensors by the names and places that they have in another checkpoint's files.
-
-    Args:
-        merged: Whose files will be written. origin: The base, whose tensors are read.
+def check_same_tensors(checkpoint: Checkpoint, origin: Checkpoint) -> None:
+    """See that a checkpoint's files have a place for every tensor of what it is begun from again.
 
     Raises:
         MismatchError: the two have other tensors, dtypes or shapes.
     """
-
-    def __init__(self, merged: Checkpoint, origin: Checkpoint) -> None:
-        self.__dict__ |= merged.__dict__
-        self.__dict__["config"] = origin.config
-        self.merged, self.origin = merged, origin
-        for name in sorted({*merged.tensors, *origin.tensors}):
-            here, there = merged.tensors.get(name), origin.tensors.get(name)
-            if here is None or there is None or (here.dtype, here.shape) != (there.dtype, there.shape):
-                raise MismatchError(
-                    f"{show(str(origin.path))}: {show(name)} is not as in {show(str(merged.path))}, so it is no base "
-                    "of what is there; `lorasurgery merge BASE ADAPTER -o OUT` writes a new checkpoint"
-                )
-
-    def count(self, done: int) -> None:
-        """Bytes read are the base's; see Checkpoint.count."""
-        self.origin.count(done)
-
-    def fill(self, name: str, view: memoryview, start: int) -> None:
-        """Read bytes of a tensor as the base has it; see Checkpoint.fill."""
-        self.origin.fill(name, view, start)
-
-    def put_back(self, plan: EditPlan) -> None:
-        """Let the plan write every other tensor too in which the checkpoint differs from the base."""
-        source = self._source()
-        for name in self._differing(plan):
-            info = self.tensors[name]
-            source.replaced[name] = name
-            plan.edits[name] = Edit(name, info, info.shape, replacement=Replacement(source, name, 1.0))
-
-    def _source(self) -> Adapter:
-        """The base, as what brings tensors and a tokenizer."""
-        return Adapter(str(self.origin.path), self.origin.folder, self.origin, {}, {})
-
-    def _differing(self, plan: EditPlan) -> Iterator[str]:
-        for name in [n for n in self.tensors if n not in plan.edits]:
-            pairs = zip(self.merged.chunks(name), self.origin.chunks(name), strict=True)
-            if any(bytes(here) != bytes(there) for here, there in pairs):
-                yield name
-
-    def small_files(self, adapters: Sequence[Adapter]) -> tuple[dict[str, bytes], dict[str, bytes | None]]:
-        """Config and tokenizer by name: what is to be written, and what the base has of it.
-
-        Raises:
-            FormatError: a link leads out of either folder. MismatchError: two tokenizers would be mixed.
-        """
-        if self.is_file or self.origin.is_file:
-            return {}, {}
-        tokenizer = tokenizer_files([self._source(), *adapters])
-        left = sorted(set(tokenizer_files([Adapter("", self.folder, self.merged, {}, {})])) - set(tokenizer))
-        if left:
+    for name in sorted({*checkpoint.tensors, *origin.tensors}):
+        here, there = checkpoint.tensors.get(name), origin.tensors.get(name)
+        if here is None or there is None or (here.dtype, here.shape) != (there.dtype, there.shape):
             raise MismatchError(
-                f"{show(str(self.folder / left[0]))}: the tokenizer that is to come has no such file, so two would be "
-                "mixed; `lorasurgery merge BASE ADAPTER -o OUT` writes a new checkpoint"
+                f"{show(str(origin.path))}: {show(name)} is not as in {show(str(checkpoint.path))}, so it is no base "
+                "of what is there; `lorasurgery merge BASE ADAPTER -o OUT` writes a new checkpoint"
             )
-        config = to_read(self.origin.folder, CONFIG)
-        wanted = {name: _bytes(file) for name, file in {CONFIG: config, **tokenizer}.items()}
-        changed = {
-            n: data for n, data in wanted.items() if data is not None and data != _bytes(to_read(self.folder, n))
-        }
-        before = {n: _bytes(to_read(self.origin.folder, n)) for n in (*tokenizer, CONFIG, RECORD_NAME)}
-        return changed, {n: data for n, data in before.items() if n == RECORD_NAME or data != wanted[n]}
+
+
+def put_back(plan: EditPlan, checkpoint: Checkpoint, origin: Checkpoint) -> None:
+    """Let a plan write every other tensor too in which a checkpoint differs from what it is begun from again."""
+    for name in [n for n in checkpoint.tensors if n not in plan.edits]:
+        pairs = zip(checkpoint.chunks(name), origin.chunks(name), strict=True)
+        if any(bytes(here) != bytes(there) for here, there in pairs):
+            info = origin.tensors[name]
+            plan.edits[name] = Edit(name, info, info.shape, replacement=Replacement(origin, name))
+
+
+def files_of_origin(
+    checkpoint: Checkpoint, origin: Checkpoint, adapters: Sequence[Adapter]
+) -> tuple[dict[str, bytes], dict[str, bytes | None]]:
+    """Config and tokenizer by name: what is to be written, and what `origin` has of it.
+
+    Raises:
+        FormatError: a link leads out of either folder. MismatchError: two tokenizers would be mixed.
+    """
+    if checkpoint.is_file or origin.is_file:
+        return {}, {}
+    tokenizer = tokenizer_files(adapters) or tokenizer_in(origin.folder)
+    left = sorted(set(tokenizer_in(checkpoint.folder)) - set(tokenizer))
+    if left:
+        raise MismatchError(
+            f"{show(str(checkpoint.folder / left[0]))}: the tokenizer that is to come has no such file, so two would "
+            "be mixed; `lorasurgery merge BASE ADAPTER -o OUT` writes a new checkpoint"
+        )
+    config = to_read(origin.folder, CONFIG)
+    wanted = {name: _bytes(file) for name, file in {CONFIG: config, **tokenizer}.items()}
+    changed = {
+        n: data for n, data in wanted.items() if data is not None and data != _bytes(to_read(checkpoint.folder, n))
+    }
+    before = {n: _bytes(to_read(origin.folder, n)) for n in (*tokenizer, CONFIG, RECORD_NAME)}
+    return changed, {n: data for n, data in before.items() if n == RECORD_NAME or data != wanted[n]}
 
 
 def _bytes(path: Path) -> bytes | None:

@@ -18,6 +18,7 @@ from lorasurgery.checkpoint.files import PAGE
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.tensor_reader import TensorReader
 from lorasurgery.checkpoint.writer import TensorFile, as_bytes
 from lorasurgery.engine.buffers import Buffers
 from lorasurgery.engine.pipeline import Job
@@ -25,8 +26,9 @@ from lorasurgery.engine.threads import own_stream
 from lorasurgery.errors import FormatError, SurgeryError
 from lorasurgery.linalg.norms import block_height
 from lorasurgery.linalg.rounding import Merger, Survival
-from lorasurgery.ops.merging.arithmetic import Turns, apply_edit, is_by_row, placed
-from lorasurgery.ops.merging.recipe import Recipe
+from lorasurgery.ops.merging.arithmetic import DoraRows, apply_edit, is_by_row, placed
+from lorasurgery.ops.merging.recipe import TensorRecipe
+from lorasurgery.ops.merging.run_state import RunState
 from lorasurgery.ops.merging.undo.record import Stretch
 from lorasurgery.ops.merging.undo.recorder import Recorder
 from lorasurgery.ops.placement.edits import Edit
@@ -91,10 +93,10 @@ class WholeJob:
     """A tensor that only makes sense as a whole: with rows that are replaced, or norms of columns."""
 
     def __init__(
-        self, recipe: Recipe, edit: Edit, tensor: PlannedTensor, device: torch.device, slot: Slot,
+        self, recipe: TensorRecipe, edit: Edit, tensor: PlannedTensor, state: RunState, slot: Slot,
         recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
-        self.recipe, self.edit, self.tensor, self.device, self.slot = recipe, edit, tensor, device, slot
+        self.recipe, self.edit, self.tensor, self.state, self.slot = recipe, edit, tensor, state, slot
         self.recorder = recorder
         self.cost = whole_bytes(tensor)
         slot.expect(1)
@@ -105,8 +107,8 @@ class WholeJob:
     @torch.inference_mode()
     def compute(self) -> None:
         """Compute the tensor."""
-        ways = [partial(self._computed, device) for device in (self.device, torch.device("cpu"))]
-        (value, self.survival), _ = self.recipe.fallback.first(self.tensor.name, ways)
+        ways = [partial(self._computed, device) for device in (self.state.device, torch.device("cpu"))]
+        (value, self.survival), _ = self.state.fallback.first(self.tensor.name, ways)
         self.value: Tensor | None = value
         self.kept = self.recorder.whole(self.edit, self.tensor, self.value) if self.recorder else []
 
@@ -136,7 +138,7 @@ class WholeJob:
 class StretchJob:
     """Some bytes of a tensor as it was before a merge, taken back where they were."""
 
-    def __init__(self, base: Checkpoint, name: str, piece: int, stretch: Stretch, slot: Slot) -> None:
+    def __init__(self, base: TensorReader, name: str, piece: int, stretch: Stretch, slot: Slot) -> None:
         self.base, self.name, self.piece, self.stretch, self.slot = base, name, piece, stretch, slot
         self.cost = 4 * stretch.size
         self._data: bytearray | None = None
@@ -194,19 +196,19 @@ class Rows:
     """
 
     def __init__(
-        self, recipe: Recipe, edit: Edit | None, tensor: PlannedTensor, device: torch.device, slot: Slot,
+        self, recipe: TensorRecipe, edit: Edit | None, tensor: PlannedTensor, state: RunState, slot: Slot,
         recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
-        self.recipe, self.edit, self.tensor, self.device, self.slot = recipe, edit, tensor, device, slot
+        self.recipe, self.edit, self.tensor, self.slot = recipe, edit, tensor, slot
+        self.device, self.fallback = state.device, state.fallback
         self.recorder = recorder if edit is not None else None
         self.weights, name = recipe.base, edit.source.name if edit and edit.source else tensor.name
         if edit and edit.replacement:
-            held = edit.replacement.adapter
-            self.weights, name = held.weights, held.replaced[edit.replacement.name]
+            self.weights, name = edit.replacement.weights, edit.replacement.key
         self.info: TensorInfo = self.weights.tensors[name]
         self.source, self.dtype = torch_dtype(self.info.dtype), torch_dtype(tensor.dtype)
         self.stacked = edit is not None and any(c.stacked for c in edit.contributions)
-        self._mergers: dict[tuple[int, str], Merger | Turns] = {}
+        self._mergers: dict[tuple[int, str], Merger | DoraRows] = {}
         self._way = 0
         self._lock = threading.Lock()
         self.pieces = list(self._pieces())
@@ -246,7 +248,7 @@ class Rows:
             partial(self._few, device, expert, weight, out, first, -(-whole // parts))
             for device, parts in ((self.device, 1), (self.device, 2), (self.device, 8), (cpu, 1))
         ]
-        found, way = self.recipe.fallback.first(self.tensor.name, ways, self._way)
+        found, way = self.fallback.first(self.tensor.name, ways, self._way)
         self._way = max(self._way, way)  # for the next rows
         if way == len(ways) - 1 and self.device != cpu:
             with self._lock:  # factors on a full device are in others' way
@@ -260,7 +262,7 @@ class Rows:
             found = found + _on_device(merger, weight[rows], out[rows], first + start, device)
         return found
 
-    def _merger(self, expert: int, device: torch.device) -> Merger | Turns:
+    def _merger(self, expert: int, device: torch.device) -> Merger | DoraRows:
         """What is added to one matrix; the factors are read when the first piece needs them."""
         with self._lock:
             key = expert, device.type
@@ -268,15 +270,15 @@ class Rows:
                 self._mergers[key] = self._load(expert, device)
             return self._mergers[key]
 
-    def _load(self, expert: int, device: torch.device) -> Merger | Turns:
+    def _load(self, expert: int, device: torch.device) -> Merger | DoraRows:
         contributions = self.edit.contributions if self.edit else []
         seed = self.recipe.seed ^ zlib.crc32(self.tensor.name.encode())
         how: dict[str, Any] = {
             "rounding": self.recipe.rounding, "seed": seed + expert, "finite": not self.recipe.allow_nonfinite
         }  # fmt: skip
-        merger: Merger | Turns
+        merger: Merger | DoraRows
         if self.edit and any(c.decomposes for c in contributions):
-            merger = Turns(self.edit, self.matrix[0], self.source, self.dtype, device, **how)
+            merger = DoraRows(self.edit, self.matrix[0], self.source, self.dtype, device, **how)
         else:
             updates = [c.load(expert) if self.stacked else placed(c, self.matrix[0]) for c in contributions]
             merger = Merger(self.source, [u.to(device) for u in updates], self.dtype, **how)
@@ -362,7 +364,7 @@ class RowsJob:
         self.buffers.give(self._lent)
 
 
-def _on_device(merger: Merger | Turns, weight: Tensor, out: Tensor, first: int, device: torch.device) -> Survival:
+def _on_device(merger: Merger | DoraRows, weight: Tensor, out: Tensor, first: int, device: torch.device) -> Survival:
     """Merge rows that are on the CPU; on a GPU from and to pinned memory."""
     if device.type == "cpu":
         return merger.rows(weight, out, first)
@@ -375,7 +377,7 @@ def _on_device(merger: Merger | Turns, weight: Tensor, out: Tensor, first: int, 
 
 
 def jobs_of(
-    recipe: Recipe, tensor: PlannedTensor, slot: Slot, device: torch.device, buffers: Buffers,
+    recipe: TensorRecipe, tensor: PlannedTensor, slot: Slot, state: RunState,
     recorder: Recorder | None = None, *, skip: Collection[str] = (),
 ) -> Iterator[tuple[str, Job]]:  # fmt: skip
     """(key, job) of each piece of a tensor that an edit changes, or that a merge is taken back from.
@@ -383,7 +385,7 @@ def jobs_of(
     Args:
         recorder: Keeps what the undoing needs. skip: Keys of pieces that are done already.
     """
-    for key, job in _all_jobs(recipe, tensor, slot, device, buffers, recorder):
+    for key, job in _all_jobs(recipe, tensor, slot, state, recorder):
         if key not in skip:
             yield key, job
         elif isinstance(job, RowsJob):
@@ -391,9 +393,8 @@ def jobs_of(
 
 
 def _all_jobs(
-    recipe: Recipe, tensor: PlannedTensor, slot: Slot, device: torch.device, buffers: Buffers,
-    recorder: Recorder | None,
-) -> Iterator[tuple[str, Job]]:  # fmt: skip
+    recipe: TensorRecipe, tensor: PlannedTensor, slot: Slot, state: RunState, recorder: Recorder | None
+) -> Iterator[tuple[str, Job]]:
     edit = recipe.edits.edits.get(tensor.name)
     back = recipe.restored.tensors.get(tensor.name) if recipe.restored else None
     if edit is None and back is not None:
@@ -402,10 +403,10 @@ def _all_jobs(
             yield f"{i} {tensor.name}", StretchJob(recipe.base, tensor.name, i, stretch, slot)
         return
     if is_by_rows(edit, recorded=recipe.undo is not None) and tensor.nbytes:
-        rows = Rows(recipe, edit, tensor, device, slot, recorder)
+        rows = Rows(recipe, edit, tensor, state, slot, recorder)
         # a piece is written while others are still to be read, so each must come back from its own bytes alone
         if back is None or [(s.start, s.size) for s in back.stretches] == rows.spans:
-            yield from ((f"{i} {tensor.name}", RowsJob(rows, i, buffers)) for i in range(len(rows.pieces)))
+            yield from ((f"{i} {tensor.name}", RowsJob(rows, i, state.buffers)) for i in range(len(rows.pieces)))
             return
     if edit is not None:
-        yield f"0 {tensor.name}", WholeJob(recipe, edit, tensor, device, slot, recorder)
+        yield f"0 {tensor.name}", WholeJob(recipe, edit, tensor, state, slot, recorder)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.image_names.blocks import BlockWeights, check_patterns, names_of, parse_block_weight
 from lorasurgery.adapters.model_names.naming import module_of
-from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.tensor_reader import ModelHeaders
 from lorasurgery.errors import MismatchError, UsageError
 from lorasurgery.ops.placement.edits import Contribution, Edit, EditPlan, size_of
 from lorasurgery.ops.placement.plan import plan_edits
@@ -30,7 +30,7 @@ class Blocks:
     """
 
     def __init__(
-        self, given: Sequence[str], adapters: Sequence[Adapter], base: Checkpoint | None = None,
+        self, given: Sequence[str], adapters: Sequence[Adapter], base: ModelHeaders | None = None,
         plan: EditPlan | None = None, known: Sequence[Adapter] = (),
     ) -> None:  # fmt: skip
         self.adapters = list(adapters)
@@ -53,7 +53,7 @@ class Blocks:
 
 
 def weighed_plan(
-    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], given: Sequence[str], *,
+    base: ModelHeaders, adapters: Sequence[Adapter], weights: Sequence[float], given: Sequence[str], *,
     replaces: bool = True,
 ) -> EditPlan:  # fmt: skip
     """plan_edits, with the strength of every term multiplied by its module's block weight; a term of weight 0 goes.
@@ -94,7 +94,7 @@ def _weigh(edit: Edit, blocks: Blocks) -> None:
     ]
     edit.rows = [r for r in edit.rows if r.weight]
     old = edit.replacement
-    if old is None:
+    if old is None or old.adapter is None:
         return
     factor = blocks.of(old.adapter, module_of(old.name), edit.tensor)
     if factor != 1 and (edit.source is None or edit.source.shape != old.info.shape):
@@ -122,7 +122,7 @@ def _tensors(plan: EditPlan, adapters: Sequence[Adapter]) -> dict[tuple[int, str
     for edit in plan.edits.values():
         for term in edit.contributions:
             found.setdefault((places[id(term.adapter)], _path(term)), []).append(edit.tensor)
-        if edit.replacement:
+        if edit.replacement and edit.replacement.adapter:
             key = (places[id(edit.replacement.adapter)], module_of(edit.replacement.name))
             found.setdefault(key, []).append(edit.tensor)
     return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.checkpoint.tensor_reader import TensorReader
 from lorasurgery.lowrank import Update
 
 
@@ -66,16 +67,29 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A full tensor that takes the base's place; a weight w other than 1 means W + w·(R − W)."""
+    """A full tensor that takes the base's place; a weight w other than 1 means W + w·(R − W).
 
-    adapter: Adapter
-    name: str
-    weight: float
+    Args:
+        weights: What it is read from: an adapter's file, or another checkpoint. key: Its name there.
+        adapter: Whose it is; None for a checkpoint's own.
+        name: Its name in memory, as the adapter means it.
+    """
+
+    weights: TensorReader
+    key: str
+    weight: float = 1.0
+    adapter: Adapter | None = None
+    name: str = ""
 
     @property
     def info(self) -> TensorInfo:
-        """The replacing tensor's header entry in the adapter file."""
-        return self.adapter.weights.tensors[self.adapter.replaced[self.name]]
+        """The replacing tensor's header entry in its file."""
+        return self.weights.tensors[self.key]
+
+    @property
+    def where(self) -> str:
+        """Where it comes from, for messages."""
+        return self.adapter.path if self.adapter else str(self.weights.path)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.adapters.image_names.components import Place, adapter_place
 from lorasurgery.adapters.image_names.dictionary import Dictionary, Slot
 from lorasurgery.adapters.model_names.naming import module_of
-from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.tensor_reader import ModelHeaders
 from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.ops.placement.edits import Contribution, Edit, EditPlan, size_of
 
@@ -25,7 +25,7 @@ class Placer:
         replace: False (unmerge) leaves DoRA alone, for the norm it was divided by is gone.
     """
 
-    def __init__(self, base: Checkpoint, plan: EditPlan, replace: bool) -> None:
+    def __init__(self, base: ModelHeaders, plan: EditPlan, replace: bool) -> None:
         self.base, self.plan, self.replace = base, plan, replace
         self.where = str(base.path)
 

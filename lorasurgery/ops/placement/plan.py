@@ -9,7 +9,7 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.model_names.naming import BaseNames, NoTensorError, is_embedding, is_head, module_of
 from lorasurgery.adapters.model_names.projections import cuts_of
 from lorasurgery.checkpoint.header import TensorInfo
-from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.tensor_reader import ModelHeaders
 from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement, RowReplacement, size_of
 from lorasurgery.ops.placement.image import Placer
@@ -20,7 +20,7 @@ _COMPUTABLE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
 def plan_edits(
-    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], *, replace: bool = True
+    base: ModelHeaders, adapters: Sequence[Adapter], weights: Sequence[float], *, replace: bool = True
 ) -> EditPlan:
     """Match every tensor of every adapter to the base; each is applied, replaced or an error.
 
@@ -40,7 +40,7 @@ def plan_edits(
 
 
 class _Planner:
-    def __init__(self, base: Checkpoint, replace: bool) -> None:
+    def __init__(self, base: ModelHeaders, replace: bool) -> None:
         self.names = BaseNames(base.tensors, base.config, str(base.path))
         self.plan = EditPlan()
         self.placer = Placer(base, self.plan, replace)
@@ -129,12 +129,12 @@ class _Planner:
         return False
 
     def _set_replacement(self, adapter: Adapter, name: str, target: str, shared: str | None, weight: float) -> None:
-        replacement = Replacement(adapter, name, weight)
+        replacement = Replacement(adapter.weights, adapter.replaced[name], weight, adapter, name)
         source = self.names.tensors.get(shared or target)
         edit = self._edit(target, source, replacement.info.shape)
         if edit.replacement is not None:
-            self._check_conflict(edit, replacement)
-        self._check_replacement(edit, replacement)
+            self._check_conflict(edit.replacement, replacement)
+        self._check_replacement(edit, replacement, adapter)
         edit.replacement, edit.shape = replacement, replacement.info.shape
         self.plan.matched += 1
         if source is not None and source.shape != edit.shape and is_embedding(module_of(target)):
@@ -150,12 +150,12 @@ class _Planner:
                 self.plan.untied = True
                 self._edit(f"{path}.weight", self.names.tensors[embedding])
 
-    def _check_replacement(self, edit: Edit, new: Replacement) -> None:
+    def _check_replacement(self, edit: Edit, new: Replacement, adapter: Adapter) -> None:
         if edit.source is None or edit.source.shape == new.info.shape:
             return
-        where, old, now = new.adapter.path, list(edit.source.shape), list(new.info.shape)
+        where, old, now = adapter.path, list(edit.source.shape), list(new.info.shape)
         table = len(old) == 2 and old[1:] == now[1:]
-        if not table and new.name not in new.adapter.added:
+        if not table and new.name not in adapter.added:
             raise MismatchError(f"{where}: {new.name} has shape {now} but {self.names.where} has {old}")
         if new.weight != 1:
             raise MismatchError(
@@ -163,13 +163,11 @@ class _Planner:
                 f"use weight 1 instead of {new.weight:g}"
             )
 
-    def _check_conflict(self, edit: Edit, new: Replacement) -> None:
-        old = edit.replacement
-        assert old is not None
+    def _check_conflict(self, old: Replacement, new: Replacement) -> None:
         same = old.info.dtype == new.info.dtype and old.info.shape == new.info.shape and old.weight == new.weight
         if not same or _bytes(old) != _bytes(new):
             raise MismatchError(
-                f"{old.adapter.path} and {new.adapter.path} both replace {new.name} with different values; "
+                f"{old.where} and {new.where} both replace {new.name} with different values; "
                 "merge them one after the other to let the later one win"
             )
 
@@ -217,5 +215,4 @@ class _Planner:
 
 
 def _bytes(replacement: Replacement) -> bytes:
-    weights = replacement.adapter.weights
-    return b"".join(bytes(chunk) for chunk in weights.chunks(replacement.info.name))
+    return b"".join(bytes(chunk) for chunk in replacement.weights.chunks(replacement.key))

@@ -13,13 +13,13 @@ from lorasurgery.adapters.config_values import endings
 from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.json_text import parse_object
-from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.tensor_reader import ModelHeaders
 from lorasurgery.errors import FormatError
 
 KEY, MARKER = "_quantization_metadata", "scaled_fp8"
 _BESIDE = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "scale_weight", "scale_input",
            "input_scale", "pre_quant_scale", "comfy_quant")  # fmt: skip
-_markers: WeakKeyDictionary[Checkpoint, str | None] = WeakKeyDictionary()
+_markers: WeakKeyDictionary[ModelHeaders, str | None] = WeakKeyDictionary()
 _DEEPEST = 64  # dots in a layer's name
 _AFTER = ("_scale", "_scale_inv")  # of parameters without a module: `experts.down_proj_scale`
 
@@ -42,7 +42,7 @@ def is_scale(name: str) -> bool:
     return name.rpartition(".")[2] in (*_BESIDE, MARKER)
 
 
-def scale_of(base: Checkpoint, info: TensorInfo) -> str | None:
+def scale_of(base: ModelHeaders, info: TensorInfo) -> str | None:
     """What in the checkpoint says that this weight is stored with a scale; None for a plain weight.
 
     Args:
@@ -64,7 +64,7 @@ def scale_of(base: Checkpoint, info: TensorInfo) -> str | None:
     return f"{KEY} in the header of {file}" if named or unknown else None
 
 
-def _marker(base: Checkpoint) -> str | None:
+def _marker(base: ModelHeaders) -> str | None:
     """The tensor that says that all 8-bit weights have scales; looked for once, for there may be 10⁵ names."""
     if base not in _markers:
         _markers[base] = next((n for n in base.tensors if n.rpartition(".")[2] == MARKER), None)

@@ -109,7 +109,8 @@ class Stretch:
     """Some bytes of one tensor, as they lie in it, and what is kept of them.
 
     Args:
-        start, size: In the tensor as it was. place, length: In the record's data (in a heap while it is written).
+        start, size: In the tensor as it was.
+        place, length: In the record's data (in a scratch file while it is written).
         before, after: SHA-256 of the bytes; after is empty where the tensor has another size now.
         how: `steps` (corrections to round(W' − Δ)), `difference` (of all bits), or `whole` (the old bytes).
     """
@@ -163,7 +164,7 @@ class Merged:
         return {key: value for key, value in vars(self).items() if value != ""}
 
 
-@dataclass
+@dataclass(frozen=True)
 class UndoRecord:
     """All that one merge needs to be undone.
 
@@ -270,7 +271,7 @@ def _kept(raw: dict[str, Any]) -> Kept:
 
 
 def planned_record(record: UndoRecord, name: str) -> tuple[PlannedFile, bytes, list[Place]]:
-    """The file of a record whose stretches lie in heaps: what it will hold, `about`, and the stretches in order."""
+    """The file of a record, its `about`, and in which scratch files its stretches lie, in their order."""
     places: list[Place] = []
     end = 0
     table: dict[str, Any] = {}
@@ -293,12 +294,12 @@ def planned_record(record: UndoRecord, name: str) -> tuple[PlannedFile, bytes, l
     return PlannedFile(name, tensors, {"format": FOLDER}), raw, places
 
 
-def write_planned(file: TensorFile, about: bytes, places: Sequence[Place], heaps: Path) -> None:
-    """Fill the file of a record from the heaps in a folder."""
+def write_planned(file: TensorFile, about: bytes, places: Sequence[Place], folder: Path) -> None:
+    """Fill the file of a record from the scratch files in a folder."""
 
     def pieces() -> Iterator[memoryview]:
         for place in places:
-            yield memoryview(read_back(heaps, place))
+            yield memoryview(read_back(folder, place))
 
     file.write("about", [memoryview(about)])
     file.write("data", pieces())

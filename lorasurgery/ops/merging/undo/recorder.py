@@ -15,9 +15,9 @@ import zstandard
 from torch import Tensor
 
 from lorasurgery.checkpoint.dtypes import torch_dtype
-from lorasurgery.checkpoint.files import Heap
+from lorasurgery.checkpoint.files import ScratchFile
 from lorasurgery.checkpoint.plan import PlannedTensor
-from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.tensor_reader import TensorReader
 from lorasurgery.checkpoint.writer import as_bytes
 from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.engine.threads import own_stream
@@ -34,12 +34,12 @@ class Recorder:
     """Keeps what was there; several threads may.
 
     Args:
-        heap: Where the packed stretches go. base: What the weights were.
+        scratch: Where the packed stretches go. base: What the weights were.
         device: Where corrections are found; one without float64 leaves it to the CPU, as does one that is full.
     """
 
-    def __init__(self, heap: Heap, base: Checkpoint, device: torch.device, fallback: Fallback) -> None:
-        self.heap, self.base, self.fallback, cpu = heap, base, fallback, torch.device("cpu")
+    def __init__(self, scratch: ScratchFile, base: TensorReader, device: torch.device, fallback: Fallback) -> None:
+        self.scratch, self.base, self.fallback, cpu = scratch, base, fallback, torch.device("cpu")
         self.devices = (cpu if device.type == "mps" else device, cpu)
         self._undoing: dict[str, dict[tuple[int, str], Undoing]] = {}  # tensor -> expert and device
         self._lock = threading.Lock()
@@ -99,7 +99,7 @@ class Recorder:
 
     def _stretch(self, start: int, before: memoryview, after: memoryview | None, packed: bytes, how: str) -> list[Any]:
         old, new = (hashlib.sha256(b).hexdigest() if b is not None else "" for b in (before, after))
-        return Stretch(start, len(before), self.heap.put(packed), len(packed), old, new, how).listed()
+        return Stretch(start, len(before), self.scratch.put(packed), len(packed), old, new, how).listed()
 
 
 def undoing_of(edit: Edit, expert: int, dtype: torch.dtype, device: torch.device) -> Undoing:
@@ -113,7 +113,7 @@ def undoing_of(edit: Edit, expert: int, dtype: torch.dtype, device: torch.device
     return found
 
 
-def kind_of(tensor: PlannedTensor, base: Checkpoint) -> str:
+def kind_of(tensor: PlannedTensor, base: TensorReader) -> str:
     """What became of a touched tensor; see Kept."""
     info = base.tensors.get(tensor.name)
     if info is None:
@@ -133,7 +133,7 @@ def _is_stored(c: Contribution) -> bool:
     return not c.decomposes and (c.delta is None or c.delta.stores_factors)
 
 
-def kept(tensor: PlannedTensor, base: Checkpoint, listed: list[Any]) -> Kept:
+def kept(tensor: PlannedTensor, base: TensorReader, listed: list[Any]) -> Kept:
     """The record of one tensor from what was kept of it."""
     info = base.tensors.get(tensor.name)
     shape, dtype = (info.shape, info.dtype) if info is not None else (tensor.shape, tensor.dtype)
@@ -142,7 +142,7 @@ def kept(tensor: PlannedTensor, base: Checkpoint, listed: list[Any]) -> Kept:
     return Kept(kind_of(tensor, base), dtype, shape, tuple(stretches), after)
 
 
-def _chunks(base: Checkpoint, name: str) -> Iterator[tuple[int, memoryview]]:
+def _chunks(base: TensorReader, name: str) -> Iterator[tuple[int, memoryview]]:
     start = 0
     for piece in base.chunks(name, _PIECE):
         yield start, piece

@@ -16,8 +16,8 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, SurgeryError, UsageError
 from lorasurgery.hub.reference import SCHEME, parse_reference
 from lorasurgery.ops.factors.sidecars import CONFIG, carried_files, patched_config, tokenizer_files
-from lorasurgery.ops.merging.recipe import Recipe
 from lorasurgery.ops.merging.undo.record import Merged, UndoRecord, digest, merged_adapter, read_undo_record, stack
+from lorasurgery.ops.placement.edits import EditPlan
 from lorasurgery.ops.provenance.record import describe, read_record
 from lorasurgery.report import RECORD_NAME
 
@@ -25,39 +25,38 @@ NO_UNDO = "--no-undo subtracts and rounds instead"
 
 
 def begin_record(
-    adapters: Sequence[Adapter], given: Sequence[str], weights: Sequence[float], blocks: Sequence[str]
-) -> UndoRecord:
+    adapters: Sequence[Adapter], given: Sequence[str], weights: Sequence[float], blocks: Sequence[str],
+    files: dict[str, bytes | None],
+) -> UndoRecord:  # fmt: skip
     """The record of a merge as far as it is known beforehand.
 
     Args:
         adapters, given, weights: All that were named, with the paths they were given by.
+        files: Other files that the merge changes: name -> their bytes before.
     """
     merged = [merged_adapter(a, g, w) for a, g, w in zip(adapters, given, weights, strict=True) if w]
-    return UndoRecord(merged, list(blocks))
+    return UndoRecord(merged, list(blocks), files=files)
 
 
-def files_changed(recipe: Recipe) -> dict[str, bytes | None]:
+def files_changed(base: Checkpoint, adapters: Sequence[Adapter], edits: EditPlan, out: Path) -> dict[str, bytes | None]:
     """Config and tokenizer files that a merge into a new folder changes: name -> their bytes before."""
-    base = recipe.base
-    if base.is_file or recipe.out.suffix == ".safetensors":
+    if base.is_file or out.suffix == ".safetensors":
         return {}
     before = carried_files(base.folder, parts=base.parts)
-    after = carried_files(base.folder, recipe.adapters, parts=base.parts)
+    after = carried_files(base.folder, adapters, parts=base.parts)
     found = {n: _bytes(before.get(n)) for n in {**before, **after} if before.get(n) != after.get(n)}
     about = base.folder / RECORD_NAME
     found[RECORD_NAME] = None if leads_out(about, base.folder) else _bytes(about)
-    edits = recipe.edits
     if patched_config(base.config, untied=edits.untied, vocab_size=edits.vocab_size) != base.config:
         found[CONFIG] = _bytes(before.get(CONFIG))
     return found
 
 
-def files_in_place(recipe: Recipe) -> dict[str, bytes]:
+def files_in_place(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, bytes]:
     """Tokenizer files that a merge in place brings, where they differ from what is there: name -> new bytes."""
-    base = recipe.base
     if base.is_file:
         return {}
-    new = {name: load_bytes(source) for name, source in tokenizer_files(recipe.adapters).items()}
+    new = {name: load_bytes(source) for name, source in tokenizer_files(adapters).items()}
     return {name: data for name, data in new.items() if _bytes(to_read(base.folder, name)) != data}
 
 

@@ -8,12 +8,14 @@ from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.dtypes import torch_dtype
-from lorasurgery.checkpoint.header import TensorInfo, show
+from lorasurgery.checkpoint.header import Header, TensorInfo, show
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.tensor_reader import ReadsByFill
 from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.errors import FormatError, MismatchError, UsageError
 from lorasurgery.ops.merging.undo.record import Stretch, UndoRecord
@@ -28,22 +30,23 @@ if TYPE_CHECKING:
 _HELD = 4  # tensors whose factors are kept at hand
 
 
-class Undone(Checkpoint):
+class UndoView(ReadsByFill):
     """What a record says was there, read through the merged checkpoint: each stretch is checked before and after.
 
     Args:
         merged: The checkpoint as it is. record: Of its last merge.
         adapters: Those of the record, in its order, with the same content.
         device: Where updates are taken out; None where only headers are wanted, and then torch is not imported.
+        fallback: Notes where the device's memory does not suffice; None is one of its own.
 
     Raises:
         MismatchError: the checkpoint's tensors are not those that the record speaks of.
     """
 
     def __init__(
-        self, merged: Checkpoint, record: UndoRecord, adapters: list[Adapter], device: torch.device | None
-    ) -> None:
-        self.__dict__ |= merged.__dict__  # the same files, read by the same rules
+        self, merged: Checkpoint, record: UndoRecord, adapters: list[Adapter], device: torch.device | None,
+        fallback: Fallback | None = None,
+    ) -> None:  # fmt: skip
         self.merged, self.record, self.device = merged, record, device
         strengths = [a.weight for a in record.adapters]
         try:
@@ -52,12 +55,45 @@ class Undone(Checkpoint):
             raise FormatError(f"{_at(record)}: is a damaged undo record ({problem})") from None
         self._edits: dict[str, Edit] = plan.edits
         self._held: OrderedDict[tuple[str, int, str], Undoing] = OrderedDict()
-        self._turn, self.fallback = threading.Lock(), Fallback()
+        self._turn, self._fallback = threading.Lock(), fallback or Fallback()
         self.added = frozenset(n for n, k in record.tensors.items() if k.kind == "added")
         self.tensors = {n: self._info(n, info) for n, info in merged.tensors.items() if n not in self.added}
         for name, kept in record.tensors.items():
             if any(s.how == "steps" for s in kept.stretches) and name not in self._edits:
                 raise MismatchError(f"{_at(record)}: {show(name)} was changed by no adapter given")
+
+    @property
+    def path(self) -> Path:
+        """The merged checkpoint's."""
+        return self.merged.path
+
+    @property
+    def files(self) -> dict[str, Header]:
+        """The merged checkpoint's shards."""
+        return self.merged.files
+
+    @property
+    def file_of(self) -> dict[str, str]:
+        """Tensor -> shard."""
+        return self.merged.file_of
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Of a diffusers folder, shard -> prefix."""
+        return self.merged.parts
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The merged checkpoint's config.json."""
+        return self.merged.config
+
+    def config_of(self, part: str) -> dict[str, Any]:
+        """The same of a part of a diffusers folder."""
+        return self.merged.config_of(part)
+
+    def where(self, name: str) -> str:
+        """A tensor, for messages: its file and name."""
+        return self.merged.where(name)
 
     def _info(self, name: str, info: TensorInfo) -> TensorInfo:
         kept = self.record.tensors.get(name)
@@ -73,12 +109,8 @@ class Undone(Checkpoint):
             )
         return replace(info)
 
-    def count(self, done: int) -> None:
-        """Bytes read are the merged checkpoint's; see Checkpoint.count."""
-        self.merged.count(done)
-
     def fill(self, name: str, view: memoryview, start: int) -> None:
-        """Read bytes of a tensor as it was; see Checkpoint.fill.
+        """Read bytes of a tensor as it was; see TensorReader.
 
         Raises:
             MismatchError: the merged bytes are not those that the merge wrote, or don't come back to the bit.
@@ -160,7 +192,7 @@ class Undone(Checkpoint):
                 return out.cpu()
 
         ways = [partial(restored, device) for device in (device, torch.device("cpu"))]
-        old, _ = self.fallback.first(name, ways)
+        old, _ = self._fallback.first(name, ways)
         return old.reshape(-1).view(torch.uint8).numpy().data
 
     @property
