@@ -21,6 +21,7 @@ from lorasurgery.checkpoint.inside import is_link, link_on_the_way, refuse_link,
 from lorasurgery.checkpoint.locate import load_bytes
 from lorasurgery.checkpoint.operation import current
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.same import same_tensors
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import MismatchError, OutputError, UsageError, some
 from lorasurgery.ops.factors.sidecars import CONFIG, tokenizer_files
@@ -234,8 +235,7 @@ class Rebased(Checkpoint):
 
     def _differing(self, plan: EditPlan) -> Iterator[str]:
         for name in [n for n in self.tensors if n not in plan.edits]:
-            pairs = zip(self.merged.chunks(name), self.origin.chunks(name), strict=True)
-            if any(bytes(here) != bytes(there) for here, there in pairs):
+            if not same_tensors(self.merged, self.merged.tensors[name], self.origin, self.origin.tensors[name]):
                 yield name
 
     def small_files(self, adapters: Sequence[Adapter]) -> tuple[dict[str, bytes], dict[str, bytes | None]]:

@@ -10,6 +10,7 @@ from lorasurgery.adapters.model_names.naming import BaseNames, NoTensorError, is
 from lorasurgery.adapters.model_names.projections import cuts_of
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.same import same_tensors
 from lorasurgery.errors import MismatchError, UnsupportedError
 from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement, RowReplacement, size_of
 from lorasurgery.ops.placement.image import Placer
@@ -166,8 +167,8 @@ class _Planner:
     def _check_conflict(self, edit: Edit, new: Replacement) -> None:
         old = edit.replacement
         assert old is not None
-        same = old.info.dtype == new.info.dtype and old.info.shape == new.info.shape and old.weight == new.weight
-        if not same or _bytes(old) != _bytes(new):
+        same = old.weight == new.weight and same_tensors(old.adapter.weights, old.info, new.adapter.weights, new.info)
+        if not same:
             raise MismatchError(
                 f"{old.adapter.path} and {new.adapter.path} both replace {new.name} with different values; "
                 "merge them one after the other to let the later one win"
@@ -214,8 +215,3 @@ class _Planner:
                 f"{self.names.where}: {edit.source.name} is stored with a separate scale ({scale}); "
                 "scaled checkpoints are not merged, so dequantize it to bfloat16 first"
             )
-
-
-def _bytes(replacement: Replacement) -> bytes:
-    weights = replacement.adapter.weights
-    return b"".join(bytes(chunk) for chunk in weights.chunks(replacement.info.name))
