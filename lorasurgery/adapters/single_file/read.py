@@ -9,12 +9,13 @@ import math
 from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter, Delta, Form, Format
+from lorasurgery.adapters.factor_check import check_factor, check_float
 from lorasurgery.adapters.image_names.components import UNDERSCORED_PREFIXES, adapter_place
 from lorasurgery.adapters.single_file.header import HeaderConfig, read_header_config
 from lorasurgery.adapters.single_file.keys import group_keys, is_adapter_key
 from lorasurgery.checkpoint.header import TensorInfo, read_header
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
+from lorasurgery.errors import FormatError, MismatchError, UnsupportedError, size_of
 
 Parts = dict[str, str]
 _NAMES = ("pytorch_lora_weights.safetensors", "adapter.safetensors", "lora.safetensors")
@@ -122,7 +123,8 @@ class _Reader:
             raise self._mismatch(path, "lora_mid", core, (up[1], down[0]))
         if not core and up[1] != down[0]:
             raise MismatchError(
-                f"{self.where}: {path}: lora_down is {_size(down)} but lora_up is {_size(up)}; their ranks must agree"
+                f"{self.where}: {path}: lora_down is {size_of(down)} but lora_up is {size_of(up)}; their ranks must "
+                "agree"
             )
         if math.prod(up[2:]) != 1:
             raise UnsupportedError(f"{self.where}: {parts['up']} has shape {list(up)}; expected a kernel of 1")
@@ -229,17 +231,13 @@ class _Reader:
         return name
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        info = self._float(name)
-        if not 2 <= len(info.shape) <= 5:
-            raise UnsupportedError(f"{self.where}: {name} has shape {list(info.shape)}, which is no factor's")
-        if not info.nbytes:
-            raise FormatError(f"{self.where}: {name} has shape {list(info.shape)}, so it holds no numbers")
+        info = self.weights.tensors[name]
+        check_factor(info, self.where)
         return info.shape
 
     def _float(self, name: str) -> TensorInfo:
         info = self.weights.tensors[name]
-        if not info.is_float:
-            raise FormatError(f"{self.where}: {name} is {info.dtype}; expected a floating-point tensor")
+        check_float(info, self.where)
         return info
 
     def _expect(self, path: str, parts: Parts, needed: set[str], allowed: set[str]) -> None:
@@ -251,8 +249,6 @@ class _Reader:
             raise FormatError(f"{self.where}: {path}: {what}; the adapter is incomplete, save it again")
 
     def _mismatch(self, path: str, what: str, found: tuple[int, ...], expected: tuple[int, ...]) -> MismatchError:
-        return MismatchError(f"{self.where}: {path}: {what} is {_size(found)} but the others need {_size(expected)}")
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))
+        return MismatchError(
+            f"{self.where}: {path}: {what} is {size_of(found)} but the others need {size_of(expected)}"
+        )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapters.adapter import Adapter, Delta, Kind
 from lorasurgery.adapters.model_names.naming import is_embedding, is_head, module_of
 from lorasurgery.checkpoint.same import same_tensors
-from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
+from lorasurgery.errors import MismatchError, UnsupportedError, UsageError, size_of
 from lorasurgery.lowrank import LowRank, Update
 from lorasurgery.ops.placement.block_weight import Blocks
 
@@ -192,7 +192,7 @@ def _equal(a: Adapter, b: Adapter, name: str) -> bool:
 
 
 def _kind(kind: str, shape: tuple[int, int]) -> str:
-    return f"a {kind} update of {shape[0]}×{shape[1]}"
+    return f"a {kind} update of {size_of(shape)}"
 
 
 def weigh_joints(

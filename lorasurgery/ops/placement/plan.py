@@ -11,8 +11,8 @@ from lorasurgery.adapters.model_names.projections import cuts_of
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.same import same_tensors
-from lorasurgery.errors import MismatchError, UnsupportedError
-from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement, RowReplacement, size_of
+from lorasurgery.errors import MismatchError, UnsupportedError, size_of
+from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement, RowReplacement
 from lorasurgery.ops.placement.image import Placer
 from lorasurgery.ops.placement.peft import PeftPlacer
 from lorasurgery.ops.placement.quantized import scale_of
