@@ -298,7 +298,7 @@ def write_planned(file: TensorFile, about: bytes, places: Sequence[Place], heaps
 
     def pieces() -> Iterator[memoryview]:
         for place in places:
-            yield memoryview(read_back(heaps, place))
+            yield read_back(heaps, place)
 
     file.write("about", [memoryview(about)])
     file.write("data", pieces())
