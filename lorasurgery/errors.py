@@ -81,6 +81,15 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def size_of(shape: Sequence[int]) -> str:
+    """A shape as people read it.
+
+    >>> size_of((4096, 11008)), size_of(())
+    ('4096×11008', 'a scalar')
+    """
+    return "×".join(map(str, shape)) or "a scalar"
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """Say which known names come nearest to `name`, as the tail of an error line.
 

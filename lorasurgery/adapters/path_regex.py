@@ -4,6 +4,13 @@ Python's re goes back and tries again, so that `(a+)+b` takes 2ⁿ steps on n le
 matches, and for that all ways can be followed at once: a set of places in the path, one bit each of a number, goes
 through the expression from left to right. Groups that refer back to others can't be followed so; they are refused.
 Where Python's re is quick for sure, as with most real expressions on paths of real length, it is asked instead.
+
+The regex package (2026.11.15) with a time-out can't take this file's place: given a second each it gives up on
+`(a|aa)+b` for 60 letters, `(.*a){30}b` for 5000 and `(a{1,1000}){1,1000}b`, which take less than 5 ms here, and that
+second counts the work of all threads (beside three busy ones it ended after 0.24 s of its own), so whether a pattern is
+refused would depend on what else runs. Nor does it mean what re means, which PEFT asks: it accepts `^*`, `a(?i)b`,
+`(?e)a`, `\\p{L}` and `(?<=a+)b`, errors in re, reads `[[:alpha:]]` as a class, and its `\\w` differs for 30,468
+characters.
 """
 
 from __future__ import annotations

@@ -205,26 +205,18 @@ def make(path: Path, mode: int = 0o600) -> None:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's names."""
-    if os.name == "posix":  # elsewhere a folder can't be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 Place = list[object]
 """Where a stretch lies: the file's name, the first byte, how many, and their CRC-32. JSON."""
 
 
 class ScratchFile:
-    """Takes stretches from several threads; what lies in the file already stays, unless it is to be a `new` one.
+    """Takes stretches from several threads, one behind the other.
+
+    What lies in the file already stays, unless it is to be a `new` one.
 
     >>> import tempfile
     >>> scratch = ScratchFile(Path(tempfile.mkdtemp()) / "scratch")
-    >>> read_back(scratch.path.parent, scratch.put(b"abc"))
+    >>> bytes(read_back(scratch.path.parent, scratch.put(b"abc")))
     b'abc'
     >>> scratch.close()
     """
@@ -250,19 +242,25 @@ class ScratchFile:
         self._file.close()
 
 
-def read_back(folder: Path, place: Place) -> bytes:
-    """A stretch that was put into a scratch file of this folder.
+def read_back(folder: Path, place: Place, view: memoryview | None = None) -> memoryview:
+    """Read a stretch that was put into a scratch file of this folder.
+
+    Args:
+        folder: Where the scratch file lies.
+        place: What put() returned.
+        view: Memory to read it into, as long as the stretch; None takes new memory.
 
     Raises:
-        FormatError: it is not what was put.
+        FormatError: it is not what was put, or the file was removed.
     """
     name, start, size, crc = place
     path = to_read(folder, name, odd=True)
     there = path.stat().st_size if path.is_file() else -1
     if isinstance(start, int) and isinstance(size, int) and 0 <= start <= start + size <= there:
-        data = bytearray(size)
+        found = memoryview(bytearray(size)) if view is None else view
         with ReadFile(path) as file:
-            got = file.read_all(start, memoryview(data))
-        if got == size and zlib.crc32(data) == crc:
-            return bytes(data)
-    raise FormatError(f"{path}: is damaged, so --resume can't; into a new output, --overwrite starts anew")
+            got = file.read_all(start, found)
+        if got == size and zlib.crc32(found) == crc:
+            return found
+    what = "was removed" if there < 0 else "is damaged"
+    raise FormatError(f"{path}: {what}, so --resume can't; into a new output, --overwrite starts anew")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,30 +22,20 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lorasurgery.checkpoint.files import make, sync_folder
+from lorasurgery.checkpoint.files import make
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inside import is_inside, is_link, to_replace
 from lorasurgery.checkpoint.operation import inputs
+from lorasurgery.engine.atomic_file import PARTIAL, new_token, partial_of, sync_folder, write_atomic
 from lorasurgery.engine.ranks import Ranks
 from lorasurgery.errors import FormatError, MismatchError
 
-PARTIAL = ".lorasurgery-partial"
 UNDO_FOLDER = "lorasurgery-undo"  # of finished records, in a checkpoint's folder or behind the name of a file
 JOURNAL, FACTORS, UNDO = ".journal-", ".factors-", ".undo-"
 KEPT = 10**9  # bytes worked through: less is done again sooner than anyone could wonder about the remains
 _NAME = 200  # bytes of a file's name
 _TOKEN = re.compile(r"[0-9a-f]{16}")
 _SECONDS = 20.0  # between two syncs
-
-
-def new_token() -> str:
-    """What tells the files of one run from those of all others."""
-    return secrets.token_hex(8)
-
-
-def partial_of(final: Path, token: str) -> Path:
-    """Where a run writes a file before it gets its name."""
-    return final.parent / f".{final.name}.{token}{PARTIAL}"
 
 
 def journals(out: Path, kind: str = JOURNAL) -> list[Path]:
@@ -193,18 +182,11 @@ class Run:
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
             self._sync_names()
-        scratch = self.path("new")
-        scratch.unlink(missing_ok=True)  # a kill may have left one, and then those that it is made from are there too
         lines = [{"about": self.about, "boot": _boot()}]
         lines += [{"done": key, "record": record} for key, record in self.done.items()]
-        make(scratch)
-        with scratch.open("w", encoding="utf-8") as text:
-            text.writelines(json.dumps(line) + "\n" for line in [*lines, {"synced": len(self.done)}])
-            text.flush()
-            os.fsync(text.fileno())
-        target = self.path("0")
-        scratch.replace(target)
-        sync_folder(target.parent)
+        data = (f"{json.dumps(line)}\n".encode() for line in [*lines, {"synced": len(self.done)}])
+        target, scratch = self.path("0"), self.path("new")  # those that it is made from are there until it is whole
+        write_atomic(target, data, mode=0o600, partial=scratch)
         for journal in old:
             if journal not in (target, scratch):
                 journal.unlink()

@@ -16,16 +16,17 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
-from lorasurgery.checkpoint.files import ReadFile, WriteFile, clone, sync_folder
+from lorasurgery.checkpoint.files import ReadFile, WriteFile, clone
 from lorasurgery.checkpoint.header import MAX_HEADER, show
 from lorasurgery.checkpoint.inside import refuse_folder_links, refuse_link
-from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, UNDO_FOLDER, Run, journals, new_token, partial_of, partials
+from lorasurgery.checkpoint.journal import JOURNAL, UNDO_FOLDER, Run, journals, partials
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, PIPELINE
 from lorasurgery.checkpoint.lock import LOCK
 from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.checkpoint.operation import current, holding
 from lorasurgery.checkpoint.plan import PlannedFile
 from lorasurgery.checkpoint.writer import TensorFile
+from lorasurgery.engine.atomic_file import PARTIAL, new_token, partial_of, sync_folder
 from lorasurgery.errors import OutputError
 from lorasurgery.report import RECORD_NAME
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lorasurgery.errors import plain
+from lorasurgery.errors import plain, size_of
 from lorasurgery.report import Comparison, ModuleReport, Report, Spectrum, percent
 
 Columns = dict[str, tuple[str, str | Callable[[float], str]]]
@@ -109,7 +109,7 @@ def _cell(text: str | Callable[[float], str], value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, (list, tuple)):
-        return "×".join(map(str, value))
+        return size_of(value)
     return plain(text(value) if callable(text) else text.format(value))
 
 
@@ -151,7 +151,7 @@ def _modules(modules: Sequence[ModuleReport]) -> None:
     for i, m in enumerate(modules):
         values = [getattr(m, c, None) for c in used]
         cells = [_cell(_COLUMNS[c][1], v) if v is not None else "" for c, v in zip(used, values, strict=True)]
-        table.add_row(plain(m.name), "×".join(map(str, m.shape)), *cells, *(column[i] for column in extra.values()))
+        table.add_row(plain(m.name), size_of(m.shape), *cells, *(column[i] for column in extra.values()))
     _console().print(table)
 
 

@@ -19,9 +19,9 @@ from lorasurgery.adapters.image_names.components import FOLDER_NAMES
 from lorasurgery.adapters.peft.read import WEIGHTS_NAME
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inside import is_commit, is_inside, to_write
-from lorasurgery.checkpoint.journal import new_token
 from lorasurgery.checkpoint.locate import INDEX_SUFFIX, load_bytes, locate
 from lorasurgery.checkpoint.operation import Operation
+from lorasurgery.engine.atomic_file import write_atomic
 from lorasurgery.errors import FormatError
 from lorasurgery.hub.client import WORKERS, Remote, api, explained
 from lorasurgery.hub.reference import Reference, parse_reference
@@ -216,12 +216,9 @@ def _keep_branch(reference: Reference, commit: str) -> None:
     name = reference.revision or "main"
     if name != commit:
         file = Path(constants.HF_HUB_CACHE) / f"models--{reference.repo.replace('/', '--')}" / "refs" / name
-        partial = file.with_name(f"{file.name}.{new_token()}.lorasurgery-partial")
         with suppress(OSError):  # a cache that can't be written is still a cache
             file.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("x") as opened:
-                opened.write(commit)
-            partial.replace(file)
+            write_atomic(file, commit.encode(), mode=0o666, durable=False)
 
 
 def _counter(label: str, progress: Progress | None) -> type:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.operation import Operation
-from lorasurgery.errors import MismatchError, UnsupportedError, nearest
+from lorasurgery.errors import MismatchError, UnsupportedError, nearest, size_of
 from lorasurgery.hub.pull import here
 from lorasurgery.nn.linear import LoRALayer, factored
 from lorasurgery.nn.model import M, activate_first
@@ -125,8 +125,8 @@ def _check_delta(adapter: Adapter, delta: Delta, modules: Mapping[str, nn.Module
         raise MismatchError(f"{adapter.path}: {delta.path} has {delta.kind} factors but is {kind} in the model")
     if delta.shape != shape:
         raise MismatchError(
-            f"{adapter.path}: {delta.path} is an update of {_size(delta.shape)} (out × in) but the model's layer is "
-            f"{_size(shape)}; is this the adapter's base model?"
+            f"{adapter.path}: {delta.path} is an update of {size_of(delta.shape)} (out × in) but the model's layer is "
+            f"{size_of(shape)}; is this the adapter's base model?"
         )
     check_called(modules, delta.path)
 
@@ -156,7 +156,7 @@ def _check_whole(adapter: Adapter, key: str, name: str, tensor: Tensor, modules:
     shape = adapter.weights.tensors[adapter.replaced[key]].shape
     if shape != tuple(tensor.shape):
         raise MismatchError(
-            f"{adapter.path}: {key} is {_size(shape)} but {name} in the model is {_size(tuple(tensor.shape))}; make "
+            f"{adapter.path}: {key} is {size_of(shape)} but {name} in the model is {size_of(tensor.shape)}; make "
             "the model that size first (resize_token_embeddings, num_labels), if it is the adapter's base"
         )
     module = inner(modules[name.rpartition(".")[0]])
@@ -172,7 +172,3 @@ def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
         plain, prefix = inner(module), f"{path}." if path else ""
         for name, tensor in [*plain.named_parameters(recurse=False), *plain.named_buffers(recurse=False)]:
             yield prefix + name, tensor
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "a scalar"

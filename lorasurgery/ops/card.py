@@ -15,7 +15,7 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.checkpoint.locate import exists, load_config
 from lorasurgery.clients.issue import Setting
 from lorasurgery.clients.servers import findings
-from lorasurgery.errors import SurgeryError, UsageError, plain
+from lorasurgery.errors import SurgeryError, UsageError, plain, size_of
 from lorasurgery.ops.inspect import inspect_adapter
 from lorasurgery.ops.provenance.card_reader import CARD, is_licence, license_of
 from lorasurgery.ops.provenance.record import COLUMNS, HUB_NAME, read_record
@@ -139,7 +139,7 @@ def modules(report: Report | None, record: dict[str, Any]) -> str:
     table = [row(["module", "shape", *(_COLUMNS[c][0] for c in used)]), "|---|---:|" + "---:|" * len(used)]
     for item in rows[:_MOST]:
         cells = [_COLUMNS[c][1].format(item[c]) if item.get(c) is not None else "" for c in used]
-        table.append(row([words(item["name"]), "×".join(map(str, item["shape"])), *cells]))
+        table.append(row([words(item["name"]), size_of(item["shape"]), *cells]))
     more = f", of which {_MOST:,} are shown" if len(rows) > _MOST else ""
     return _section("Modules", _folded(f"{len(rows):,} modules{more}", "\n".join(table)))
 

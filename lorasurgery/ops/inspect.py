@@ -14,9 +14,9 @@ from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.adapters.model_names.naming import BaseNames, commonest_dtype, count_parameters, is_head, module_of
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES
 from lorasurgery.checkpoint.inplace.recover import in_the_middle, unfinished
-from lorasurgery.checkpoint.journal import PARTIAL
 from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.atomic_file import PARTIAL
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import SurgeryError, UsageError, some
 from lorasurgery.module_location import place_of

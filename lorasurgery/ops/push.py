@@ -11,8 +11,8 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, show
 from lorasurgery.checkpoint.inside import files_below, is_link, leads_out
-from lorasurgery.checkpoint.journal import PARTIAL
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.atomic_file import PARTIAL
 from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import FormatError, OutputError, SurgeryError, UsageError, some
 from lorasurgery.hub import push as hub

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.engine.atomic_file import write_atomic
 from lorasurgery.engine.process import own_settings
 from lorasurgery.errors import OutputError
 
@@ -62,7 +61,6 @@ def house_style() -> Iterator[None]:
 
 DOTS_PER_INCH = 200  # two for each pixel of a README, so that it is sharp on fine screens too
 _DIGITS = 5  # of the figure: a hundredth of a pixel
-_PARTIAL = ".lorasurgery-partial"
 
 
 def render(figure: Figure, kind: str, *, title: str) -> bytes:
@@ -97,15 +95,9 @@ def write_whole(file: Path, content: bytes, mode: int = 0o666) -> None:
     Raises:
         OutputError: the folder is missing or can't be written to.
     """
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}{_PARTIAL}")
     try:
-        with open(partial, "xb", opener=lambda path, flags: os.open(path, flags, mode)) as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(file)
+        write_atomic(file, content, mode=mode, durable=False)  # a picture can be drawn again
     except OSError as problem:
-        partial.unlink(missing_ok=True)
         raise OutputError(
             f"{file}: can't be written ({problem.strerror}); name a file in a folder that exists"
         ) from None

@@ -1,14 +1,16 @@
-"""Writing past the system's cache: only what lies right goes that way, and every byte is where it belongs."""
+"""Writing past the system's cache: only what lies right goes that way, and every byte is where it belongs; scratch files."""
 
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from lorasurgery.checkpoint.files import PAGE, WriteFile
+from lorasurgery.checkpoint.files import PAGE, Heap, WriteFile, read_back
+from lorasurgery.errors import FormatError
 
 SIZE = 3 << 20
 
@@ -37,3 +39,30 @@ def test_what_lies_right_is_written_past_the_cache(
     before = -place % PAGE
     assert asked == ([] if askew else [(place + before, SIZE - before)])
     assert (tmp_path / "file").read_bytes()[place:] == bytes(view)
+
+
+def test_a_heap_gives_back_what_was_put(tmp_path: Path) -> None:
+    """From several threads, into new memory or into some that is there; what was changed, cut or removed is refused."""
+    pieces = [bytes([i]) * (1000 + i) for i in range(50)]
+    with ThreadPoolExecutor(4) as pool:
+        heap = Heap(tmp_path / "heap", new=True)
+        places = list(pool.map(heap.put, pieces))
+    heap.close()
+    assert [bytes(read_back(tmp_path, place)) for place in places] == pieces
+    memory = memoryview(bytearray(1049))
+    assert read_back(tmp_path, places[49], memory) is memory
+    assert bytes(memory) == pieces[49]
+    again = Heap(tmp_path / "heap")
+    assert again.put(b"more")[1] == sum(map(len, pieces))  # what lies there stays
+    again.close()
+    data = bytearray((tmp_path / "heap").read_bytes())
+    data[places[7][1]] ^= 1
+    (tmp_path / "heap").write_bytes(data)
+    with pytest.raises(FormatError, match="is damaged"):
+        read_back(tmp_path, places[7])
+    os.truncate(tmp_path / "heap", 10)
+    with pytest.raises(FormatError, match="is damaged"):
+        read_back(tmp_path, places[8])
+    (tmp_path / "heap").unlink()
+    with pytest.raises(FormatError, match="was removed"):
+        read_back(tmp_path, places[8])

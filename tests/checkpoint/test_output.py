@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasurgery.checkpoint.lock import LOCK
-from lorasurgery.checkpoint.output import PARTIAL, Output, check_output
+from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor, index_json, parse_size, split_shards
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.atomic_file import PARTIAL
 from lorasurgery.errors import OutputError, UsageError
 
 ONE = PlannedFile("model.safetensors", (PlannedTensor("w", "F32", (2,)),), {"format": "pt"})

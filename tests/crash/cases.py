@@ -16,8 +16,8 @@ from push_hub import upload
 from safetensors.torch import load_file, save_file
 
 from lorasurgery.checkpoint.inplace.recover import FOLDER
-from lorasurgery.checkpoint.journal import PARTIAL
 from lorasurgery.checkpoint.lock import LOCK
+from lorasurgery.engine.atomic_file import PARTIAL
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.merge import merge

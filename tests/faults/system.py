@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-GROWING = ("pwrite", "copy_file_range", "open", "mkdir", "fsync")  # what a full disk refuses
+GROWING = ("pwrite", "write", "copy_file_range", "open", "mkdir", "fsync")  # what a full disk refuses
 NAMING = ("replace", "rename", "unlink")
 
 

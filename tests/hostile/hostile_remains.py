@@ -15,8 +15,9 @@ from hostile_files import Files, Work, bytes_of, data_of, header_of, laid_out
 
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.inplace.recover import recover_first, unfinished
-from lorasurgery.checkpoint.journal import JOURNAL, PARTIAL, Run, new_token
+from lorasurgery.checkpoint.journal import JOURNAL, Run
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.atomic_file import PARTIAL, new_token
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import FormatError
 from lorasurgery.linalg.undo import Corrections

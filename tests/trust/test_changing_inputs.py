@@ -22,6 +22,7 @@ from lorasurgery.checkpoint.fingerprint import Identity
 from lorasurgery.checkpoint.lock import LOCK
 from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.engine.atomic_file import PARTIAL
 from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import FormatError, MismatchError, SurgeryError
 from lorasurgery.nn.load import load_adapter
@@ -264,7 +265,7 @@ def test_resume_of_a_run_whose_inputs_changed(world: Path, tmp_path: Path, monke
     out = tmp_path / "out"
     with pytest.raises(FormatError, match="was changed while it was read"):
         OUTSIDE["merge"].work(world, out, progress=changing(world / BASE[0], "rewritten"))
-    assert all(name.endswith(journal.PARTIAL) for name in state(out))
+    assert all(name.endswith(PARTIAL) for name in state(out))
     with pytest.raises(MismatchError, match=r"another input base .*--overwrite starts anew"):
         OUTSIDE["merge"].work(world, out, resume=True)
     OUTSIDE["merge"].work(world, out, overwrite=True)

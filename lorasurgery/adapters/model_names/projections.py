@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lorasurgery.adapters.model_names.cuts import Cut, as_range
 from lorasurgery.adapters.model_names.naming import BaseNames
-from lorasurgery.errors import MismatchError, UnsupportedError
+from lorasurgery.errors import MismatchError, UnsupportedError, size_of
 
 _PARTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -58,8 +58,8 @@ def projection_rows(names: BaseNames, path: str, shape: tuple[int, int], where: 
             into = _place(names, prefix, tensor, parts, leaf, shape)
             if into is None:
                 raise MismatchError(
-                    f"{where}: {path} is an update of {shape[0]}×{shape[1]}, which is no {leaf} of {tensor} in "
-                    f"{names.where} ({'×'.join(map(str, names.tensors[tensor].shape))}); is this the adapter's base "
+                    f"{where}: {path} is an update of {size_of(shape)}, which is no {leaf} of {tensor} in "
+                    f"{names.where} ({size_of(names.tensors[tensor].shape)}); is this the adapter's base "
                     "model?"
                 )
             return [Rows(tensor, into=into)]
@@ -117,7 +117,7 @@ def _apart(
     fits = len(found) == len(parts) and sum(heights) == shape[0]
     if not fits or any(names.tensors[t].shape[1:] != shape[1:] for t in found):
         raise MismatchError(
-            f"{where}: {path} is an update of {shape[0]}×{shape[1]} but {', '.join(found)} in {names.where} have "
+            f"{where}: {path} is an update of {size_of(shape)} but {', '.join(found)} in {names.where} have "
             f"{' + '.join(map(str, heights))} rows; is this the adapter's base model?"
         )
     starts = [sum(heights[:i]) for i in range(len(heights))]

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.deltas import AttentionOutput, Delta, Embedding, Experts, Lora
+from lorasurgery.adapters.factor_check import check_factor
 from lorasurgery.adapters.image_names.components import FOLDER_NAMES
 from lorasurgery.adapters.magnitude import PeftMagnitude
 from lorasurgery.adapters.peft.config import PeftConfig, read_config
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.locate import Located
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
+from lorasurgery.errors import FormatError, MismatchError, UnsupportedError, size_of
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -152,8 +153,8 @@ def _delta(path: str, parts: dict[str, str], weights: Checkpoint, config: PeftCo
             path, experts = module.removesuffix(".weight"), 0
     if up.shape[1] != down.shape[0]:
         raise MismatchError(
-            f"{where}: {path}: lora_{prefix}A is {down.shape[0]}×{down.shape[1]} but lora_{prefix}B is "
-            f"{up.shape[0]}×{up.shape[1]}; their ranks must agree"
+            f"{where}: {path}: lora_{prefix}A is {size_of(down.shape[:2])} but lora_{prefix}B is "
+            f"{size_of(up.shape[:2])}; their ranks must agree"
         )
     alpha, scale = config.scaling(module, rank, where)
     magnitude = parts.get("magnitude")
@@ -190,12 +191,12 @@ def _check_parts(path: str, parts: dict[str, str], prefix: str, config: PeftConf
 
 def _check_factors(down: TensorInfo, up: TensorInfo, where: str) -> None:
     for info in (down, up):
-        if not 2 <= len(info.shape) <= 5 or len(info.shape) != len(down.shape):
-            raise UnsupportedError(f"{where}: {info.name} has shape {list(info.shape)}, which is no LoRA factor")
-        if not info.is_float:
-            raise FormatError(f"{where}: {info.name} is {info.dtype}; a LoRA factor must be a floating-point tensor")
-        if not info.nbytes:
-            raise FormatError(f"{where}: {info.name} has shape {list(info.shape)}, so it holds no numbers")
+        check_factor(info, where)
+    if len(up.shape) != len(down.shape):
+        raise UnsupportedError(
+            f"{where}: {up.name} has shape {list(up.shape)} but {down.name} "
+            f"has {list(down.shape)}; expected as many axes"
+        )
     if math.prod(up.shape[2:]) != 1:
         raise UnsupportedError(f"{where}: {up.name} has shape {list(up.shape)}; expected a kernel of 1 in lora_B")
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.deltas import Delta, Lora
-from lorasurgery.adapters.single_file.stored import StoredModule, size_text
+from lorasurgery.adapters.single_file.stored import StoredModule
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import MismatchError
+from lorasurgery.errors import MismatchError, size_of
 from lorasurgery.lowrank import Dense, LowRank, Update, widened
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def read_lora(module: StoredModule) -> Lora | Tucker:
         raise module.mismatch("lora_mid", core, (up[1], down[0]))
     if not core and up[1] != down[0]:
         raise MismatchError(
-            f"{module.where}: {module.path}: lora_down is {size_text(down)} but lora_up is {size_text(up)}; "
+            f"{module.where}: {module.path}: lora_down is {size_of(down)} but lora_up is {size_of(up)}; "
             "their ranks must agree"
         )
     module.check_no_kernel("up", up)

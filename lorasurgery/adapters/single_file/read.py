@@ -9,11 +9,12 @@ from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter, Format
 from lorasurgery.adapters.deltas import Delta
+from lorasurgery.adapters.factor_check import check_float
 from lorasurgery.adapters.image_names.components import UNDERSCORED_PREFIXES
 from lorasurgery.adapters.single_file.header import HeaderConfig, read_header_config
 from lorasurgery.adapters.single_file.keys import group_keys, is_adapter_key
 from lorasurgery.adapters.single_file.products import read_delta
-from lorasurgery.adapters.single_file.stored import StoredModule, floating
+from lorasurgery.adapters.single_file.stored import StoredModule
 from lorasurgery.checkpoint.header import read_header
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import FormatError
@@ -98,4 +99,5 @@ class _Reader:
         """Note a tensor that is added or replaces whole; two that mean the same are an error."""
         if name in target:
             raise FormatError(f"{self.where}: {target[name]} and {key} both change {name}; which is meant?")
-        target[name] = floating(self.weights, key, self.where).name
+        check_float(self.weights.tensors[key], self.where)
+        target[name] = key

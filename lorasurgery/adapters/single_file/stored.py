@@ -6,12 +6,12 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from lorasurgery.adapters.factor_check import check_factor, check_float
 from lorasurgery.adapters.image_names.components import adapter_place
 from lorasurgery.adapters.magnitude import LycorisMagnitude, Magnitude, PeftMagnitude
 from lorasurgery.adapters.single_file.header import HeaderConfig
-from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import FormatError, MismatchError, UnsupportedError
+from lorasurgery.errors import FormatError, MismatchError, UnsupportedError, size_of
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,8 @@ class StoredModule:
 
     def shape(self, part: str) -> tuple[int, ...]:
         """The shape of a factor, which must be a floating-point matrix or kernel with numbers in it."""
-        info = floating(self.weights, self.parts[part], self.where)
-        if not 2 <= len(info.shape) <= 5:
-            raise UnsupportedError(f"{self.where}: {info.name} has shape {list(info.shape)}, which is no factor's")
-        if not info.nbytes:
-            raise FormatError(f"{self.where}: {info.name} has shape {list(info.shape)}, so it holds no numbers")
+        info = self.weights.tensors[self.parts[part]]
+        check_factor(info, self.where)
         return info.shape
 
     def check_no_kernel(self, part: str, shape: tuple[int, ...]) -> None:
@@ -87,7 +84,7 @@ class StoredModule:
         by_input = lycoris and shape[:1] == (1,) and 0 < size == math.prod(shape[:2])
         if not by_output and not (by_input and flat[1] % size == 0):
             raise self.mismatch(name.rpartition(".")[2], shape, (flat[0], 1))
-        floating(self.weights, name, self.where)
+        check_float(self.weights.tensors[name], self.where)
         return LycorisMagnitude(name, shape, not by_output) if lycoris else PeftMagnitude(name, shape)
 
     def incomplete(self, what: str) -> FormatError:
@@ -97,22 +94,5 @@ class StoredModule:
     def mismatch(self, what: str, found: tuple[int, ...], expected: tuple[int, ...]) -> MismatchError:
         """The error that shapes contradict each other."""
         return MismatchError(
-            f"{self.where}: {self.path}: {what} is {size_text(found)} but the others need {size_text(expected)}"
+            f"{self.where}: {self.path}: {what} is {size_of(found)} but the others need {size_of(expected)}"
         )
-
-
-def floating(weights: Checkpoint, name: str, where: str) -> TensorInfo:
-    """A tensor's header entry, once it is seen to hold floating-point numbers."""
-    info = weights.tensors[name]
-    if not info.is_float:
-        raise FormatError(f"{where}: {name} is {info.dtype}; expected a floating-point tensor")
-    return info
-
-
-def size_text(shape: tuple[int, ...]) -> str:
-    """A shape for a message.
-
-    >>> size_text((2, 3))
-    '2×3'
-    """
-    return "×".join(map(str, shape))

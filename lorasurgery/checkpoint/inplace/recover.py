@@ -16,13 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lorasurgery.checkpoint.files import ReadFile, WriteFile, sync_folder
+from lorasurgery.checkpoint.files import ReadFile, WriteFile
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inplace.journal import line_of, raw_lines, read_lines
 from lorasurgery.checkpoint.inside import is_link, link_on_the_way, refuse_link, to_replace, to_write
 from lorasurgery.checkpoint.locate import locate
 from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.checkpoint.operation import holding
+from lorasurgery.engine.atomic_file import sync_folder, write_atomic
 from lorasurgery.errors import FormatError, MismatchError, OutputError, SurgeryError
 
 _CHUNK = 4 << 20
@@ -185,13 +186,7 @@ def discard(folder: Path) -> None:
 
 def _cut(journal: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write the journal anew, without a last line that was not written to its end."""
-    fresh = journal.with_name("journal.new")
-    with WriteFile(fresh) as file:
-        file.truncate(0)
-        file.write_at(0, memoryview(b"".join(as_line(line) for line in lines)))
-        file.sync()
-    fresh.replace(journal)
-    sync_folder(journal.parent)
+    write_atomic(journal, map(as_line, lines), mode=0o600, partial=journal.with_name("journal.new"))
 
 
 def lines_of(journal: Path) -> list[dict[str, Any]]:

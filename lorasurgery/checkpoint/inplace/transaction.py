@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lorasurgery.checkpoint.files import ScratchFile, WriteFile, sync_folder
+from lorasurgery.checkpoint.files import ScratchFile, WriteFile
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inplace.journal import check_line, file_of
 from lorasurgery.checkpoint.inplace.recover import (
@@ -36,6 +36,7 @@ from lorasurgery.checkpoint.inplace.recover import (
 )
 from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.checkpoint.operation import holding
+from lorasurgery.engine.atomic_file import sync_folder
 from lorasurgery.errors import MismatchError, OutputError, SurgeryError
 
 _GO_ON = "some tensors are changed already, and --resume goes on from here"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter, Delta, Kind
 from lorasurgery.adapters.model_names.naming import is_embedding, is_head, module_of
-from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
+from lorasurgery.checkpoint.same import same_tensors
+from lorasurgery.errors import MismatchError, UnsupportedError, UsageError, size_of
 from lorasurgery.lowrank import LowRank, Update
 from lorasurgery.ops.placement.block_weight import Blocks
 
@@ -187,15 +188,12 @@ def whole_tensors(adapters: Sequence[Adapter], weights: Sequence[float], *, aver
 
 
 def _equal(a: Adapter, b: Adapter, name: str) -> bool:
-    one, two = a.weights.tensors[a.replaced[name]], b.weights.tensors[b.replaced[name]]
-    if one.dtype != two.dtype or one.shape != two.shape:
-        return False
-    chunks = zip(a.weights.chunks(one.name), b.weights.chunks(two.name), strict=True)
-    return all(x == y for x, y in chunks)
+    one, two = (x.weights.tensors[x.replaced[name]] for x in (a, b))
+    return same_tensors(a.weights, one, b.weights, two)
 
 
 def _kind(kind: str, shape: tuple[int, int]) -> str:
-    return f"a {kind} update of {shape[0]}×{shape[1]}"
+    return f"a {kind} update of {size_of(shape)}"
 
 
 def weigh_joints(

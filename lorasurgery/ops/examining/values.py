@@ -14,6 +14,7 @@ from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import TensorInfo, show
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.same import same_tensors
 from lorasurgery.engine.buffers import spans
 from lorasurgery.engine.pipeline import Flow
 from lorasurgery.engine.threads import team
@@ -102,10 +103,7 @@ def _line(name: str, model: Checkpoint, base: Checkpoint, plan: EditPlan) -> Che
 
 def _same_bytes(model: Checkpoint, base: Checkpoint, name: str) -> bool:
     one, two = model.tensors.get(name), base.tensors.get(name)
-    if one is None or two is None or (one.dtype, one.shape) != (two.dtype, two.shape):
-        return False
-    pairs = zip(model.chunks(name), base.chunks(name), strict=True)
-    return all(a == b for a, b in pairs)
+    return one is not None and two is not None and same_tensors(model, one, base, two)
 
 
 class _Compared:

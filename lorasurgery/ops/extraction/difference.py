@@ -14,6 +14,7 @@ from torch import Tensor
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.same import same_bytes, same_tensors
 from lorasurgery.engine.buffers import Arena, Buffers, spans
 from lorasurgery.engine.threads import each, scratch
 from lorasurgery.linalg.blocks import InMemory, Streamed
@@ -190,19 +191,7 @@ class Difference:
 
     def same_bytes(self, old: TensorInfo, new: TensorInfo) -> bool:
         """Whether two tensors of any dtype are the same, byte for byte."""
-        if old.dtype != new.dtype or old.shape != new.shape:
-            return False
-        starts = range(0, old.nbytes, _BLOCK)
-        same = [True] * len(starts)
-
-        def compare(i: int) -> None:
-            if all(same):
-                size = min(_BLOCK, old.nbytes - starts[i])
-                with self._both((old, starts[i], size), (new, starts[i], size)) as (before, after):
-                    same[i] = _same(before, after)
-
-        each(compare, range(len(starts)))
-        return all(same)
+        return same_tensors(self.base, old, self.tuned, new, self._bytes)
 
     def _verdict(self, piece: Piece) -> Verdict:
         return Verdict(piece, keep_rounding=self.keep)
@@ -253,7 +242,7 @@ class Difference:
         start, count, shape = first * columns, out.numel(), out.shape
         old, new = ((info, start * _itemsize(info), count * _itemsize(info)) for info in (piece.old, piece.new))
         with self._both(old, new) as (before, after):
-            if piece.old.dtype == piece.new.dtype and _same(before, after):
+            if piece.old.dtype == piece.new.dtype and same_bytes(before, after):
                 return False
             lower = before.view(torch_dtype(piece.old.dtype)).view(shape).to(out.device, non_blocking=True)
             upper = after.view(torch_dtype(piece.new.dtype)).view(shape).to(out.device, non_blocking=True)
@@ -295,13 +284,6 @@ class Difference:
 def _wide(pieces: tuple[Piece, ...]) -> torch.dtype:
     dtypes = {info.dtype for piece in pieces for info in (piece.old, piece.new)}
     return torch.float64 if "F64" in dtypes else torch.float32
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether bytes are equal, compared eight at a time."""
-    whole = a.numel() // 8 * 8
-    wide = torch.equal(a[:whole].view(torch.int64), b[:whole].view(torch.int64))
-    return wide and torch.equal(a[whole:], b[whole:])
 
 
 def _itemsize(info: TensorInfo) -> int:

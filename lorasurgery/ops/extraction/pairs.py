@@ -21,10 +21,9 @@ from lorasurgery.adapters.model_names.naming import is_buffer, is_embedding, is_
 from lorasurgery.adapters.model_names.patterns import any_match
 from lorasurgery.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
+from lorasurgery.errors import MismatchError, UnsupportedError, UsageError, size_of
 from lorasurgery.ops.extraction.options import Selection
 from lorasurgery.ops.extraction.sides import Sides, refuse_layers, refuse_strangers
-from lorasurgery.ops.placement.edits import size_of
 
 Treatment = Literal["linear", "conv1d", "embedding", "conv", "experts", "full", "left out", "skipped"]
 FACTORED: tuple[Treatment, ...] = ("linear", "conv1d", "embedding", "conv", "experts")

@@ -15,9 +15,8 @@ from lorasurgery.adapters.model_names.naming import BaseNames, is_buffer, is_emb
 from lorasurgery.adapters.model_names.patterns import exclude_only
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.errors import MismatchError, some
+from lorasurgery.errors import MismatchError, size_of, some
 from lorasurgery.module_location import Place, place_of
-from lorasurgery.ops.placement.edits import size_of
 
 if TYPE_CHECKING:
     from lorasurgery.ops.extraction.options import Selection

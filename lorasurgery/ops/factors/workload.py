@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -14,12 +13,11 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined,unused-ignore]
 
 from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
-from lorasurgery.checkpoint.files import ReadFile, WriteFile
-from lorasurgery.checkpoint.inside import to_read
+from lorasurgery.checkpoint.files import ScratchFile, read_back
 from lorasurgery.checkpoint.journal import FACTORS, Run
 from lorasurgery.checkpoint.writer import as_bytes
 from lorasurgery.engine.pipeline import Flow
-from lorasurgery.errors import FormatError, SurgeryError
+from lorasurgery.errors import SurgeryError
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.factors.factored import ExpertFactors, Factored, Share
 from lorasurgery.report import ModuleReport, Progress
@@ -173,16 +171,14 @@ def named(name: str, *others: str) -> Iterator[None]:
 
 
 class Spill:
-    """Writes factors to a file of this rank's own, one behind the other, and reads those of all ranks back.
+    """Writes factors to a scratch file of this rank's own, and reads those of all ranks back.
 
     Args:
         run: Whose factors they are; its folder must be there.
     """
 
     def __init__(self, run: Run) -> None:
-        self._path = run.new_path(FACTORS)
-        self._file = WriteFile(self._path, new=True)
-        self._place, self._lock = 0, threading.Lock()
+        self._scratch = ScratchFile(run.new_path(FACTORS), new=True)
 
     def put(self, found: Factored) -> dict[str, Any]:
         """Write factors; the record says where they are and all else that is known of them."""
@@ -214,29 +210,21 @@ class Spill:
 
     def sync(self) -> None:
         """Wait until the disk has what was put."""
-        self._file.sync()
+        self._scratch.sync()
 
     def close(self) -> None:
         """Close; the file stays until the run ends."""
-        self._file.close()
+        self._scratch.close()
 
     def _write(self, tensor: Tensor) -> list[Any]:
-        data = as_bytes(tensor.contiguous())
-        with self._lock:
-            place, self._place = self._place, self._place + len(data)
-        self._file.write_at(place, data)
-        return [self._path.name, place, dtype_name(tensor.dtype), list(tensor.shape), zlib.crc32(data)]
+        name, start, _, crc = self._scratch.put(as_bytes(tensor.contiguous()))
+        return [name, start, dtype_name(tensor.dtype), list(tensor.shape), crc]
 
     def _read(self, where: list[Any]) -> Tensor:
-        name, place, dtype, shape, wanted = where
+        name, start, dtype, shape, crc = where
         tensor = torch.empty(shape, dtype=torch_dtype(dtype))
         view = as_bytes(tensor)
-        path, got = to_read(self._path.parent, name, odd=True), -1
-        with suppress(FileNotFoundError), ReadFile(path) as file:
-            got = file.read_all(place, view)
-        if got != len(view) or zlib.crc32(view) != wanted:
-            what = "was removed" if got < 0 else "is damaged"
-            raise FormatError(f"{path}: {what}, so --resume can't; --overwrite starts anew")
+        read_back(self._scratch.path.parent, [name, start, len(view), crc], view)
         return tensor
 
 

@@ -21,6 +21,7 @@ from lorasurgery.checkpoint.inside import is_link, link_on_the_way, refuse_link,
 from lorasurgery.checkpoint.locate import load_bytes
 from lorasurgery.checkpoint.operation import current
 from lorasurgery.checkpoint.reader import Checkpoint
+from lorasurgery.checkpoint.same import same_tensors
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import MismatchError, OutputError, UsageError, some
 from lorasurgery.ops.factors.sidecars import CONFIG, tokenizer_files, tokenizer_in
@@ -201,9 +202,8 @@ def check_same_tensors(checkpoint: Checkpoint, origin: Checkpoint) -> None:
 def put_back(plan: EditPlan, checkpoint: Checkpoint, origin: Checkpoint) -> None:
     """Let a plan write every other tensor too in which a checkpoint differs from what it is begun from again."""
     for name in [n for n in checkpoint.tensors if n not in plan.edits]:
-        pairs = zip(checkpoint.chunks(name), origin.chunks(name), strict=True)
-        if any(bytes(here) != bytes(there) for here, there in pairs):
-            info = origin.tensors[name]
+        info = origin.tensors[name]
+        if not same_tensors(checkpoint, checkpoint.tensors[name], origin, info):
             plan.edits[name] = Edit(name, info, info.shape, replacement=Replacement(origin, name))
 
 

@@ -11,8 +11,8 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.image_names.blocks import BlockWeights, check_patterns, names_of, parse_block_weight
 from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.checkpoint.tensor_reader import ModelHeaders
-from lorasurgery.errors import MismatchError, UsageError
-from lorasurgery.ops.placement.edits import Contribution, Edit, EditPlan, size_of
+from lorasurgery.errors import MismatchError, UsageError, size_of
+from lorasurgery.ops.placement.edits import Contribution, Edit, EditPlan
 from lorasurgery.ops.placement.plan import plan_edits
 
 if TYPE_CHECKING:

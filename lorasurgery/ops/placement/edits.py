@@ -136,12 +136,3 @@ class EditPlan:
         if name not in self.edits:
             self.edits[name] = Edit(name, source, shape or (source.shape if source else ()))
         return self.edits[name]
-
-
-def size_of(shape: tuple[int, ...]) -> str:
-    """A shape for a message.
-
-    >>> size_of((2, 3))
-    '2×3'
-    """
-    return "×".join(map(str, shape)) or "a scalar"

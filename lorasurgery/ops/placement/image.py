@@ -13,8 +13,8 @@ from lorasurgery.adapters.image_names.components import Place, adapter_place
 from lorasurgery.adapters.image_names.dictionary import Dictionary, Slot
 from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.checkpoint.tensor_reader import ModelHeaders
-from lorasurgery.errors import MismatchError, UnsupportedError
-from lorasurgery.ops.placement.edits import Contribution, Edit, EditPlan, size_of
+from lorasurgery.errors import MismatchError, UnsupportedError, size_of
+from lorasurgery.ops.placement.edits import Contribution, Edit, EditPlan
 
 
 class Placer:

@@ -10,9 +10,9 @@ from lorasurgery.adapters.model_names.fused import is_turned
 from lorasurgery.adapters.model_names.naming import BaseNames, is_head, module_of
 from lorasurgery.adapters.model_names.projections import Rows, library_rows, projection_rows
 from lorasurgery.checkpoint.header import TensorInfo
-from lorasurgery.errors import MismatchError, UnsupportedError
+from lorasurgery.errors import MismatchError, UnsupportedError, size_of
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops.placement.edits import Contribution, Edit, EditPlan, size_of
+from lorasurgery.ops.placement.edits import Contribution, Edit, EditPlan
 from lorasurgery.ops.placement.image import Placer
 
 

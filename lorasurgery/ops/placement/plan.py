@@ -9,9 +9,10 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.model_names.naming import BaseNames, NoTensorError, is_embedding, is_head, module_of
 from lorasurgery.adapters.model_names.projections import cuts_of
 from lorasurgery.checkpoint.header import TensorInfo
+from lorasurgery.checkpoint.same import same_tensors
 from lorasurgery.checkpoint.tensor_reader import ModelHeaders
-from lorasurgery.errors import MismatchError, UnsupportedError
-from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement, RowReplacement, size_of
+from lorasurgery.errors import MismatchError, UnsupportedError, size_of
+from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement, RowReplacement
 from lorasurgery.ops.placement.image import Placer
 from lorasurgery.ops.placement.peft import PeftPlacer
 from lorasurgery.ops.placement.quantized import scale_of
@@ -164,8 +165,8 @@ class _Planner:
             )
 
     def _check_conflict(self, old: Replacement, new: Replacement) -> None:
-        same = old.info.dtype == new.info.dtype and old.info.shape == new.info.shape and old.weight == new.weight
-        if not same or _bytes(old) != _bytes(new):
+        same = old.weight == new.weight and same_tensors(old.weights, old.info, new.weights, new.info)
+        if not same:
             raise MismatchError(
                 f"{old.where} and {new.where} both replace {new.name} with different values; "
                 "merge them one after the other to let the later one win"
@@ -212,7 +213,3 @@ class _Planner:
                 f"{self.names.where}: {edit.source.name} is stored with a separate scale ({scale}); "
                 "scaled checkpoints are not merged, so dequantize it to bfloat16 first"
             )
-
-
-def _bytes(replacement: Replacement) -> bytes:
-    return b"".join(bytes(chunk) for chunk in replacement.weights.chunks(replacement.key))

@@ -19,12 +19,11 @@ from lorasurgery._version import __version__
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.adapters.peft.config import read_config
 from lorasurgery.adapters.peft.read import CONFIG_NAME, WEIGHTS_NAME, is_peft
-from lorasurgery.checkpoint.files import WriteFile, sync_folder
 from lorasurgery.checkpoint.fingerprint import sha256_of
 from lorasurgery.checkpoint.header import show
-from lorasurgery.checkpoint.journal import new_token, partial_of
 from lorasurgery.checkpoint.locate import load_object, locate
 from lorasurgery.checkpoint.modes import Modes
+from lorasurgery.engine.atomic_file import write_atomic
 from lorasurgery.errors import FormatError, OutputError, SurgeryError, UsageError
 from lorasurgery.hub.reference import cached_reference
 from lorasurgery.ops.provenance.card_reader import license_of
@@ -131,19 +130,12 @@ def record(report: Report, call: str) -> None:
     if not out.is_dir():
         return
     data = record_bytes(report, call)
-    partial = partial_of(out / RECORD_NAME, new_token())
+    where = out / RECORD_NAME
     try:
-        with WriteFile(partial, mode=Modes.of([out], out).file, new=True) as file:
-            file.write_at(0, memoryview(data))
-            file.truncate(len(data))
-            file.sync()
-        partial.replace(out / RECORD_NAME)
-        sync_folder(out)
+        write_atomic(where, data, mode=Modes.of([out], out).file)
     except OSError as problem:
-        where = out / RECORD_NAME
-        for left in (partial, where):
-            with suppress(OSError):
-                left.unlink()
+        with suppress(OSError):
+            where.unlink()
         raise OutputError(f"{where}: cannot be written ({problem.strerror}); the rest of {out} is whole") from None
     report.bytes_written += len(data)
 

@@ -299,7 +299,7 @@ def write_planned(file: TensorFile, about: bytes, places: Sequence[Place], folde
 
     def pieces() -> Iterator[memoryview]:
         for place in places:
-            yield memoryview(read_back(folder, place))
+            yield read_back(folder, place)
 
     file.write("about", [memoryview(about)])
     file.write("data", pieces())

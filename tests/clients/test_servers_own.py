@@ -1,6 +1,6 @@
 """The servers' own code on adapters: vLLM's is run in an environment of its own, SGLang's config is loaded from its wheel.
 
-Slow: it downloads both wheels (380 MB) once, into .bench/. `make test-slow TESTS=tests/ops/test_servers_own.py`.
+Slow: it downloads both wheels (380 MB) once, into .bench/. `make test-slow TESTS=tests/clients/test_servers_own.py`.
 """
 
 from __future__ import annotations

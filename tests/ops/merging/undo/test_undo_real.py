@@ -15,7 +15,7 @@ from lorasurgery.ops.switch import switch
 from lorasurgery.ops.unmerge import unmerge
 from lorasurgery.ops.verify import verify
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
+sys.path.append(str(Path(__file__).parents[4] / "examples"))
 from minilm_finetune import base_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
