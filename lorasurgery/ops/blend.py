@@ -23,7 +23,7 @@ from lorasurgery.ops.factors.layout import check_name
 from lorasurgery.ops.factors.losses import rule_warning, total_error, worst
 from lorasurgery.ops.factors.sidecars import not_followed
 from lorasurgery.ops.placement.block_weight import Blocks
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.ops.provenance.resume import start_run
 from lorasurgery.report import ModuleReport, Progress, Report
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 _WORTH_SAYING = 1e-4  # below this error, where it lies is of no use to anyone
 
 
-@on_references("adapters")
 def blend(
     adapters: Sequence[str | Path],
     out: str | Path,
@@ -59,10 +58,23 @@ def blend(
     Raises:
         SurgeryError: one line saying which file, what was expected, what was found and the next move.
     """
-    clock, options = Clock(), options or BlendOptions()
+    given = {"adapters": adapters, "options": options}
+    with open_call("blend", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        adapters = call.all_local(adapters)
+        report = _blend(
+            adapters, Path(out), options or BlendOptions(), device=device, overwrite=overwrite, resume=resume,
+            dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+        return call.checked(report) if dry_run else call.recorded(report, adapters)
+
+
+def _blend(
+    adapters: Sequence[str | Path], out: Path, options: BlendOptions, *, device: str, overwrite: bool, resume: bool,
+    dry_run: bool, progress: Progress | None,
+) -> Report:  # fmt: skip
+    clock = Clock()
     options.check()
     check_device_name(device)
-    out = Path(out)
     strengths = options.strengths(len(adapters))
     opened = [open_adapter(a) for a in adapters]
     check_name(out, loose=opened[0].format != "peft")
@@ -197,7 +209,6 @@ def _summarise(report: Report, draft: Composed, options: BlendOptions) -> None:
     )
 
 
-@on_references("adapter")
 def rerank(
     adapter: str | Path,
     out: str | Path,
@@ -232,14 +243,19 @@ def rerank(
     options = BlendOptions(choice=choice, uniform_rank=uniform_rank, dtype=dtype, command="rerank")
 
     def one(source: str | Path, target: str | Path) -> Report:
-        return blend(
+        return blend(  # which records each adapter that it writes
             [source], target, options, device=device, overwrite=overwrite, resume=resume, dry_run=dry_run,
             progress=progress,
         )  # fmt: skip
 
-    several = find_adapters(adapter)
-    if several and ranks().size > 1:
-        raise UsageError(f"{adapter}: a folder of adapters is not shared out over ranks; run it without torchrun")
-    if several:
-        return run_each("rerank", adapter, several, one, out, overwrite=overwrite, dry_run=dry_run)
-    return one(adapter, out)
+    given = {"adapter": adapter, "choice": choice, "uniform_rank": uniform_rank, "dtype": dtype}
+    with open_call("rerank", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        adapter = call.local(adapter)
+        several = find_adapters(adapter)
+        if several and ranks().size > 1:
+            raise UsageError(f"{adapter}: a folder of adapters is not shared out over ranks; run it without torchrun")
+        if several:
+            report = run_each("rerank", adapter, several, one, out, overwrite=overwrite, dry_run=dry_run)
+        else:
+            report = one(adapter, out)
+        return call.checked(report) if dry_run else call.named(report)

@@ -19,11 +19,10 @@ from lorasurgery.ops.conversion.options import Conversion, ConvertOptions
 from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.factors.layout import check_name
 from lorasurgery.ops.placement.plan import plan_edits
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import ModuleReport, Progress, Report
 
 
-@on_references("adapter", "base")
 def convert(
     adapter: str | Path,
     out: str | Path,
@@ -51,17 +50,21 @@ def convert(
     """
     options.check()
     check_device_name(device)
-    several = find_adapters(adapter)
-    if several:
-        return run_each(
-            "convert", adapter, several,
-            lambda one, to: convert(one, to, options, base=base, device=device, overwrite=overwrite, dry_run=dry_run,
-                                    progress=progress),
-            out, loose=options.to != "peft", overwrite=overwrite, dry_run=dry_run,
-        )  # fmt: skip
-    return convert_adapter(
-        adapter, Path(out), options, base=base, device=device, overwrite=overwrite, dry_run=dry_run, progress=progress
-    )
+    given = {"adapter": adapter, "options": options, "base": base}
+    with open_call("convert", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        adapter, model = call.local(adapter), call.local(base)
+        several = find_adapters(adapter)
+        if several:
+            report = run_each(
+                "convert", adapter, several,
+                lambda one, to: convert(one, to, options, base=model, device=device, overwrite=overwrite,
+                                        dry_run=dry_run, progress=progress),  # which records each
+                out, loose=options.to != "peft", overwrite=overwrite, dry_run=dry_run,
+            )  # fmt: skip
+            return call.checked(report) if dry_run else call.named(report)
+        report = convert_adapter(adapter, Path(out), options, base=model, device=device, overwrite=overwrite,
+                                 dry_run=dry_run, progress=progress)  # fmt: skip
+        return call.checked(report) if dry_run else call.recorded(report, [adapter, model])
 
 
 def convert_adapter(

@@ -26,7 +26,7 @@ from lorasurgery.ops.extraction.options import ExtractOptions
 from lorasurgery.ops.extraction.pairs import Pair, group_experts, match_pairs
 from lorasurgery.ops.extraction.report import add_excluded, plan_report, summarise, warning_of
 from lorasurgery.ops.factors.losses import rule_warning
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.ops.provenance.resume import start_run
 from lorasurgery.report import Progress, Report
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from lorasurgery.ops.extraction.decompose import Extraction
 
 
-@on_references("base", "tuned")
 def extract(
     base: str | Path,
     tuned: str | Path,
@@ -66,9 +65,23 @@ def extract(
     Raises:
         SurgeryError: one line saying which file, what was expected, what was found and the next move.
     """
-    options = options or ExtractOptions()
+    given = {"base": base, "tuned": tuned, "options": options}
+    with open_call("extract", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        base, tuned = call.local(base), call.local(tuned)
+        report = _extract(
+            base, tuned, Path(out), options or ExtractOptions(), device=device, overwrite=overwrite, resume=resume,
+            memory_limit=memory_limit, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+        return call.checked(report) if dry_run else call.recorded(report, [base, tuned])
+
+
+def _extract(
+    base: str | Path, tuned: str | Path, out: Path, options: ExtractOptions, *, device: str, overwrite: bool,
+    resume: bool, memory_limit: int | None, dry_run: bool, progress: Progress | None,
+) -> Report:  # fmt: skip
+    """Extract into what the client takes: a folder, or a file that is made from one."""
     options.check()
-    client, out = client_named(options.client), Path(out)
+    client = client_named(options.client)
     if client.one_rank:
         options = replace(options, uniform_rank=True)
     if (out.suffix == ".safetensors") != bool(client.file):

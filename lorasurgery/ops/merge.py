@@ -12,9 +12,10 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
-from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
+from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import some
 from lorasurgery.ops.factors.sidecars import carried_files, not_followed
+from lorasurgery.ops.merging.options import MergeOptions
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
 from lorasurgery.ops.merging.targets import (
     check_in_place,
@@ -25,9 +26,9 @@ from lorasurgery.ops.merging.targets import (
     settled,
 )
 from lorasurgery.ops.merging.undo.select import about, before_in_place, begin_record, files_changed, files_in_place
-from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
+from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.provenance.record import describe
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.ops.provenance.resume import start_run
 from lorasurgery.report import Progress, Report
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 LOW_RETENTION = 0.9
 
 
-@on_references("base", "adapters")
 def merge(
     base: str | Path,
     adapters: Sequence[str | Path],
@@ -86,42 +86,64 @@ def merge(
     Raises:
         SurgeryError: one line saying which file, what was expected, what was found and the next move.
     """
-    clock = Clock()
-    strengths = check_weights(weights, len(adapters))
+    options = MergeOptions(
+        weights, block_weights, dtype, rounding, seed, max_shard_size, allow_loss, allow_nonfinite, memory_limit
+    )
+    given = {"base": base, "adapters": adapters, "in_place": in_place, "undo": undo, **vars(options)}
+    with open_call("merge", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        base, adapters = call.local(base), call.all_local(adapters)
+        report = _merge(
+            base, adapters, out, options, in_place=in_place, undo=in_place if undo is None else undo, device=device,
+            overwrite=overwrite, resume=resume, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+        if dry_run:
+            return call.checked(report)
+        # in place the record is part of the change, so that a kill leaves both or neither
+        return call.named(report) if in_place else call.recorded(report, [base, *adapters])
+
+
+def _merge(
+    base: str | Path, adapters: Sequence[str | Path], out: str | Path | None, options: MergeOptions, *,
+    in_place: bool, undo: bool, device: str, overwrite: bool, resume: bool, dry_run: bool, progress: Progress | None,
+) -> Report:  # fmt: skip
+    clock, strengths = Clock(), options.check(len(adapters))
     check_device_name(device)
-    check_memory_limit(memory_limit)
-    undo = in_place if undo is None else undo
-    target = check_target(base, out, in_place, dtype, max_shard_size, undo=undo)
+    target = check_target(base, out, in_place, options.dtype, options.max_shard_size, undo=undo)
     if in_place and is_settled(target, resume=resume, dry_run=dry_run):
         return clock.stamp(settled("merge", str(base)))
     checkpoint, opened = Checkpoint.open(base, unfinished=in_place), [open_adapter(a) for a in adapters]
     if not in_place:
         check_output(target, [Path(base), *map(Path, adapters)], overwrite, resume=resume)
-    plan = weighed_plan(checkpoint, opened, strengths, block_weights)
     recipe = Recipe(
-        checkpoint, [a for a, w in zip(opened, strengths, strict=True) if w], plan,
-        target, dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, overwrite=overwrite,
-        allow_loss=allow_loss, allow_nonfinite=allow_nonfinite, memory_limit=memory_limit,
+        checkpoint, [a for a, w in zip(opened, strengths, strict=True) if w],
+        weighed_plan(checkpoint, opened, strengths, options.block_weights), target, dtype=options.dtype,
+        rounding=options.rounding, seed=options.seed, max_shard_size=options.max_shard_size, overwrite=overwrite,
+        allow_loss=options.allow_loss, allow_nonfinite=options.allow_nonfinite, memory_limit=options.memory_limit,
     )  # fmt: skip
     plan_files(recipe)
     report = start_report("merge", recipe, [str(base), *map(str, adapters)], strengths, dry_run)
     if undo:
-        recipe.undo = begin_record(opened, [str(a) for a in adapters], strengths, block_weights)
+        recipe.undo = begin_record(opened, [str(a) for a in adapters], strengths, options.block_weights)
     if dry_run and in_place:
         check_in_place(recipe)
     if not dry_run:
         chosen = resolve_device(device)
         report.device = str(chosen)
-        options = {"block_weights": tuple(block_weights), "max_shard_size": max_shard_size, "undo": undo}
+        about_it = identity_of(options) | {"undo": undo}
         if in_place:
-            _inside(recipe, opened, options, report, chosen, progress, resume=resume)
+            _inside(recipe, opened, about_it, report, chosen, progress, resume=resume)
         else:
             if recipe.undo is not None:
                 recipe.undo.files |= files_changed(recipe)
-            carry_out(recipe, report, options, chosen, progress, resume=resume)
+            carry_out(recipe, report, about_it, chosen, progress, resume=resume)
         if ranks().first:
             judge_retention(report, recipe)
     return clock.stamp(report)
+
+
+def identity_of(options: MergeOptions) -> dict[str, Any]:
+    """What of the options decides the result besides what a recipe and its report hold."""
+    return {"block_weights": tuple(options.block_weights), "max_shard_size": options.max_shard_size}
 
 
 def _inside(

@@ -16,13 +16,12 @@ from lorasurgery.errors import MismatchError, UsageError, some
 from lorasurgery.module_location import place_of
 from lorasurgery.ops.extraction.options import DEFAULT_RANK, Selection
 from lorasurgery.ops.extraction.pairs import FACTORED, Pair, group_experts, plan_pairs
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import Planned, Report
 
 TARGET = ("all-linear",)
 
 
-@on_references("model", headers_only=lambda _: True)
 def plan(
     model: str | Path,
     rank: int = DEFAULT_RANK,
@@ -49,11 +48,15 @@ def plan(
         UsageError: a rank below 1, or a pattern that means no module, with the nearest names.
         MismatchError: nothing that LoRA fits is left.
     """
-    clock = Clock()
     if rank < 1:
         raise UsageError(f"--rank {rank}: expected a whole number of at least 1")
-    checkpoint = Checkpoint.open(model)
     selection = Selection(tuple(target) or TARGET, tuple(exclude), ("none",))
+    with open_call("plan", {"model": model, "rank": rank, "target": target}, headers_only=True) as call:
+        return call.checked(_plan(call.local(model), rank, selection, dtype))
+
+
+def _plan(model: str | Path, rank: int, selection: Selection, dtype: str | None) -> Report:
+    clock, checkpoint = Clock(), Checkpoint.open(model)
     pairs = group_experts(plan_pairs(checkpoint, checkpoint, selection), checkpoint.config)
     report = Report("plan", [str(model)], "")
     report.modules = [_module(p, rank) for p in pairs if p.treatment in FACTORED and all(p.matrix)]

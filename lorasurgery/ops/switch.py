@@ -11,9 +11,10 @@ from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
+from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, UsageError, some
 from lorasurgery.ops.merge import judge_retention, start_report
+from lorasurgery.ops.merging.options import MergeOptions
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
 from lorasurgery.ops.merging.targets import Rebased, check_in_place, in_place_call, is_settled, record_file, settled
 from lorasurgery.ops.merging.undo.record import top_record
@@ -27,16 +28,15 @@ from lorasurgery.ops.merging.undo.select import (
     record_to_undo,
 )
 from lorasurgery.ops.merging.undo.view import Undone
-from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
+from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.provenance.record import describe
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import RECORD_NAME, Progress, Report
 
 if TYPE_CHECKING:
     import torch
 
 
-@on_references("to", "from_", "base")
 def switch(
     checkpoint: str | Path,
     to: Sequence[str | Path],
@@ -73,10 +73,24 @@ def switch(
         MismatchError: no record says what is to come out, and neither `add` nor `base` was given.
         SurgeryError: as merge and unmerge do.
     """
-    clock, path = Clock(), Path(checkpoint)
-    strengths = check_weights(weights, len(to))
+    options = MergeOptions(
+        weights, block_weights, None, rounding, seed, None, allow_loss, allow_nonfinite, memory_limit
+    )  # fmt: skip
+    given = {"checkpoint": checkpoint, "to": to, "from_": from_, "add": add, "base": base, **vars(options)}
+    with open_call("switch", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        report = _switch(
+            checkpoint, call.all_local(to), call.all_local(from_), call.local(base), options, add=add, device=device,
+            resume=resume, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+        return call.checked(report) if dry_run else call.named(report)  # the record is part of the change
+
+
+def _switch(
+    checkpoint: str | Path, to: Sequence[str | Path], from_: Sequence[str | Path], base: str | Path | None,
+    options: MergeOptions, *, add: bool, device: str, resume: bool, dry_run: bool, progress: Progress | None,
+) -> Report:  # fmt: skip
+    clock, path, strengths = Clock(), Path(checkpoint), options.check(len(to))
     check_device_name(device)
-    check_memory_limit(memory_limit)
     _check_ways(from_, add=add, base=base)
     if is_settled(path, resume=resume, dry_run=dry_run):
         return clock.stamp(settled("switch", str(path)))
@@ -94,10 +108,10 @@ def switch(
     start = Rebased(merged, Checkpoint.open(base)) if base is not None else start
     recipe = Recipe(
         start, [a for a, w in zip(opened, strengths, strict=True) if w],
-        weighed_plan(start, opened, strengths, block_weights), path, rounding=rounding, seed=seed,
-        allow_loss=allow_loss, allow_nonfinite=allow_nonfinite, memory_limit=memory_limit,
-        restored=found[0] if found else None,
-        undo=begin_record(opened, [str(a) for a in to], strengths, block_weights),
+        weighed_plan(start, opened, strengths, options.block_weights), path, rounding=options.rounding,
+        seed=options.seed, allow_loss=options.allow_loss, allow_nonfinite=options.allow_nonfinite,
+        memory_limit=options.memory_limit, restored=found[0] if found else None,
+        undo=begin_record(opened, [str(a) for a in to], strengths, options.block_weights),
     )  # fmt: skip
     recipe.fallback = start.fallback if isinstance(start, Undone) else recipe.fallback
     if isinstance(start, Rebased) and not dry_run:
@@ -109,8 +123,9 @@ def switch(
     check_in_place(recipe)
     if chosen is not None:
         report.device = str(chosen)
-        options = {"weights": strengths, "blocks": list(block_weights), "rounding": rounding, "seed": seed}
-        _carry_out(recipe, report, [*old, *opened], options, chosen, progress, add=add, resume=resume)
+        about_it = {"weights": strengths, "blocks": list(options.block_weights), "rounding": options.rounding,
+                    "seed": options.seed}  # fmt: skip
+        _carry_out(recipe, report, [*old, *opened], about_it, chosen, progress, add=add, resume=resume)
         report.bytes_read += merged.bytes_read if start is not merged else 0
         judge_retention(report, recipe)
         what = f"{last.names} is out" if last else f"begun from {base}" if base is not None else "nothing is taken out"

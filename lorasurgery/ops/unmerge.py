@@ -12,17 +12,18 @@ from lorasurgery.adapters.model_names.naming import BaseNames, module_of
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
-from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
+from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, UsageError
-from lorasurgery.ops.merge import carry_out, start_report
+from lorasurgery.ops.merge import carry_out, identity_of, start_report
+from lorasurgery.ops.merging.options import MergeOptions
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
 from lorasurgery.ops.merging.targets import check_in_place, check_target, in_place_call, is_settled, settled
 from lorasurgery.ops.merging.undo.record import UndoRecord
 from lorasurgery.ops.merging.undo.select import about, merged_weights, record_to_undo
 from lorasurgery.ops.merging.undo.view import Undone
-from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
+from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import ModuleReport, Progress, Report
 
 
@@ -55,7 +56,6 @@ def undo_merge(
         if in_place:
             from lorasurgery.ops.merging.in_place import run_in_place  # imports torch
 
-            report.sources = []
             identity = about(in_place_call(report), adapters, chosen.type, **options)
             run_in_place(recipe, identity, dict, report, chosen, progress, resume=resume)
         else:
@@ -78,7 +78,6 @@ def describe_record(record: UndoRecord, report: Report) -> None:
     report.summary = f"{len(record.tensors)} tensors to restore to the bit"
 
 
-@on_references("merged", "adapters", "base")
 def unmerge(
     merged: str | Path,
     adapters: Sequence[str | Path],
@@ -122,11 +121,34 @@ def unmerge(
     Raises:
         SurgeryError: as merge does.
     """
-    clock = Clock()
-    strengths = check_weights(weights, len(adapters))
+    options = MergeOptions(
+        weights, block_weights, dtype, rounding, seed, max_shard_size, allow_nonfinite=allow_nonfinite,
+        memory_limit=memory_limit,
+    )  # fmt: skip
+    given = {
+        "merged": merged, "adapters": adapters, "in_place": in_place, "undo": undo, "undo_file": undo_file,
+        "base": base, **{name: value for name, value in vars(options).items() if name != "allow_loss"},
+    }  # fmt: skip
+    with open_call("unmerge", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        merged, adapters, original = call.local(merged), call.all_local(adapters), call.local(base)
+        report = _unmerge(
+            merged, adapters, out, options, in_place=in_place, undo=undo, undo_file=undo_file, base=original,
+            device=device, overwrite=overwrite, resume=resume, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+        if dry_run:
+            return call.checked(report)
+        # in place the record that the merge found comes back, as part of the change
+        return call.named(report) if in_place else call.recorded(report, [merged, *adapters, original])
+
+
+def _unmerge(
+    merged: str | Path, adapters: Sequence[str | Path], out: str | Path | None, options: MergeOptions, *,
+    in_place: bool, undo: bool | None, undo_file: str | Path | None, base: str | Path | None, device: str,
+    overwrite: bool, resume: bool, dry_run: bool, progress: Progress | None,
+) -> Report:  # fmt: skip
+    clock, strengths = Clock(), options.check(len(adapters))
     check_device_name(device)
-    check_memory_limit(memory_limit)
-    target = check_target(merged, out, in_place, dtype, max_shard_size)
+    target = check_target(merged, out, in_place, options.dtype, options.max_shard_size)
     if in_place and is_settled(target, resume=resume, dry_run=dry_run):
         return clock.stamp(settled("unmerge", str(merged)))
     checkpoint, opened = Checkpoint.open(merged, unfinished=in_place), [open_adapter(a) for a in adapters]
@@ -136,14 +158,14 @@ def unmerge(
         check_output(target, [Path(i) for i in inputs], overwrite, resume=resume)
     found = None
     if undo is not False:
-        found = record_to_undo(Path(merged), opened, undo_file, weights, block_weights)
+        found = record_to_undo(Path(merged), opened, undo_file, options.weights, options.block_weights)
     if found is not None:
-        if dtype:
+        if options.dtype:
             raise UsageError("--dtype: what comes back to the bit keeps its dtype; --no-undo subtracts and rounds")
         record, ordered = found
         recipe = Recipe(
-            checkpoint, [], EditPlan(), target, max_shard_size=max_shard_size, overwrite=overwrite,
-            memory_limit=memory_limit, restored=record,
+            checkpoint, [], EditPlan(), target, max_shard_size=options.max_shard_size, overwrite=overwrite,
+            memory_limit=options.memory_limit, restored=record,
         )  # fmt: skip
         report = undo_merge(recipe, ordered, inputs, device, progress, resume=resume, dry_run=dry_run)
         return clock.stamp(report)
@@ -152,27 +174,35 @@ def unmerge(
             f"{merged}: has no record of a merge, so nothing would give the bits back; -o OUT subtracts and rounds "
             "into a new checkpoint"
         )
-    plan = weighed_plan(checkpoint, opened, [-w for w in strengths], block_weights, replaces=False)
-    plan.untied, dropped = False, frozenset[str]()
-    if original is not None:
-        dropped = restore_from(original, checkpoint, plan)
-    recipe = Recipe(
-        checkpoint, [], plan, target, dtype=dtype, rounding=rounding, seed=seed,
-        max_shard_size=max_shard_size, overwrite=overwrite, dropped=dropped, config_from=original,
-        memory_limit=memory_limit, allow_nonfinite=allow_nonfinite,
-    )  # fmt: skip
-    plan_files(recipe)
+    recipe = _subtraction(checkpoint, opened, strengths, original, target, options, overwrite=overwrite)
     report = start_report("unmerge", recipe, inputs, strengths, dry_run)
     _compare(report, Path(merged), opened, strengths)
-    _name_unrestored(report, checkpoint, plan)
+    _name_unrestored(report, checkpoint, recipe.edits)
     if not dry_run:
         chosen = resolve_device(device)
         report.device = str(chosen)
-        options = {"block_weights": tuple(block_weights), "max_shard_size": max_shard_size}
-        carry_out(recipe, report, options, chosen, progress, resume=resume)
+        carry_out(recipe, report, identity_of(options), chosen, progress, resume=resume)
         if ranks().first:
             _summarise(report)
     return clock.stamp(report)
+
+
+def _subtraction(
+    merged: Checkpoint, adapters: list[Adapter], strengths: list[float], original: Checkpoint | None, out: Path,
+    options: MergeOptions, *, overwrite: bool,
+) -> Recipe:  # fmt: skip
+    """The recipe of an unmerge without a record: the merge with negative weights."""
+    plan = weighed_plan(merged, adapters, [-w for w in strengths], options.block_weights, replaces=False)
+    plan.untied, dropped = False, frozenset[str]()
+    if original is not None:
+        dropped = restore_from(original, merged, plan)
+    recipe = Recipe(
+        merged, [], plan, out, dtype=options.dtype, rounding=options.rounding, seed=options.seed,
+        max_shard_size=options.max_shard_size, overwrite=overwrite, dropped=dropped, config_from=original,
+        memory_limit=options.memory_limit, allow_nonfinite=options.allow_nonfinite,
+    )  # fmt: skip
+    plan_files(recipe)
+    return recipe
 
 
 def restore_from(original: Checkpoint, merged: Checkpoint, plan: EditPlan) -> frozenset[str]:

@@ -20,7 +20,7 @@ from lorasurgery.errors import UnsupportedError, UsageError, some
 from lorasurgery.module_location import place_of
 from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
 from lorasurgery.ops.placement.plan import plan_edits
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import Progress, Report
 
 
@@ -108,7 +108,6 @@ def findings_in_adapter(adapter: Adapter) -> list[str]:
     return found + ([f"{some(zero)}: the scale is 0, so nothing would change"] if zero else [])
 
 
-@on_references("path", "against", "adapters")
 def verify(
     path: str | Path,
     *,
@@ -136,11 +135,23 @@ def verify(
     Raises:
         SurgeryError: it can't be read at all, in one line. UsageError: adapters without `against`.
     """
-    clock = Clock()
     check_device_name(device)
     if adapters and against is None:
         raise UsageError("--adapter: needs --against BASE, which it was merged into")
     strengths = check_weights(weights, len(adapters)) if adapters else []
+    given = {"path": path, "against": against, "adapters": adapters, "weights": weights}
+    with open_call("verify", given, progress=progress) as call:
+        return call.checked(
+            _verify(call.local(path), call.local(against), call.all_local(adapters), strengths, block_weights, device,
+                    progress)
+        )  # fmt: skip
+
+
+def _verify(
+    path: str | Path, against: str | Path | None, adapters: Sequence[str | Path], strengths: list[float],
+    block_weights: Sequence[str], device: str, progress: Progress | None,
+) -> Report:  # fmt: skip
+    clock = Clock()
     report = Report("verify", [str(path), *map(str, adapters), *([str(against)] if against is not None else [])], "")
     report.totals = {"what": "checkpoint", "holds": True, "findings": []}
     if Path(path).exists() and is_adapter(Path(path)):
