@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.issue import Finding, Setting
 from lorasurgery.clients.servers import SERVERS, findings
@@ -33,10 +34,11 @@ def check(
     Raises:
         SurgeryError: the adapter is broken or does not fit the base, in one line. UsageError: no such server.
     """
-    if server not in SERVERS:
-        raise UsageError(f"--for {server}: expected one of {', '.join(SERVERS)}")
     given = {"adapter": adapter, "server": server, "base": base, "max_lora_rank": max_lora_rank}
     with open_call("check", given, headers_only=True) as call:
+        check_kinds(given, "adapter", "server")
+        if server not in SERVERS:
+            raise UsageError(f"--for {server}: expected one of {', '.join(SERVERS)}")
         adapter, model = call.local(adapter), call.local(base)
         several = find_adapters(adapter)
         if not several:

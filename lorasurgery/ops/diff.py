@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.adapters.model_names.align import PairNames
+from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
@@ -258,8 +259,10 @@ def diff(a: str | Path, b: str | Path, *, device: str = "auto", progress: Progre
     Raises:
         SurgeryError: neither, or not two of a kind, or adapters of different shapes, in one line.
     """
-    check_device_name(device)
-    with open_call("diff", {"a": a, "b": b, "device": device}, progress=progress) as call:
+    given = {"a": a, "b": b, "device": device, "progress": progress}
+    with open_call("diff", given, progress=progress) as call:
+        check_kinds(given, "a", "b", "device")
+        check_device_name(device)
         clock, a, b = Clock(), call.local(a), call.local(b)
         kinds = [is_adapter(Path(x)) if Path(x).exists() else None for x in (a, b)]
         if None not in kinds and kinds[0] != kinds[1]:

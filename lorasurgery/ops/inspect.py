@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.adapters.model_names.naming import BaseNames, commonest_dtype, count_parameters, is_head, module_of
+from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES
 from lorasurgery.checkpoint.inplace.recover import in_the_middle, unfinished
 from lorasurgery.checkpoint.journal import PARTIAL
@@ -274,9 +275,10 @@ def inspect(
     Raises:
         SurgeryError: neither, or broken, in one line. UsageError: an option that belongs to adapters.
     """
-    check_device_name(device)
-    given = {"path": path, "spectrum": spectrum, "base": base}
+    given = {"path": path, "spectrum": spectrum, "base": base, "device": device, "progress": progress}
     with open_call("inspect", given, headers_only=not spectrum, progress=progress) as call:
+        check_kinds(given, "path", "device")
+        check_device_name(device)
         path, model = call.local(path), call.local(base)
         several = find_adapters(path)
         if not several:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import some
+from lorasurgery.ops.asked import Paths, all_paths, merge_options
 from lorasurgery.ops.factors.sidecars import carried_files, not_followed
 from lorasurgery.ops.merging.options import MergeOptions
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
@@ -40,23 +42,24 @@ LOW_RETENTION = 0.9
 
 def merge(
     base: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Paths,
     out: str | Path | None = None,
+    options: MergeOptions | None = None,
     *,
     in_place: bool = False,
     undo: bool | None = None,
-    weights: Sequence[float] = (),
-    block_weights: Sequence[str] = (),
-    dtype: str | None = None,
+    weights: float | Sequence[float] = (),
+    block_weights: str | Sequence[str] = (),
+    dtype: str | torch.dtype | None = None,
     rounding: Rounding = "nearest",
     seed: int = 0,
     device: str = "auto",
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
     allow_loss: bool = False,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     resume: bool = False,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -64,42 +67,49 @@ def merge(
 
     Example:
         merge("llama", ["style", "topic"], "merged", weights=[0.7, -0.3])
-        merge("llama", ["style"], in_place=True)
+        merge("llama", "style", in_place=True)
 
     Args:
         base: Checkpoint folder or file.
+        adapters: The adapters, or the one.
         out: Where the merged checkpoint goes; None with `in_place`.
+        options: What the keywords from `weights` on say, as an object; what a keyword says too must not be in it.
         in_place: Change the touched tensors inside the base's own files.
         undo: Keep beside the result what it takes to undo the merge to the bit; None does so in place.
         weights: One strength per adapter, any finite number; the rest are 1.
         block_weights: `[N:]PATTERN=W`, an LBW preset or list: strengths by module, for all adapters or the N-th.
-        dtype: safetensors name (BF16, F32 …) of floating tensors written, 8-bit ones only where an adapter
-            touches them; None keeps each tensor's own.
+        dtype: Of floating tensors written, 8-bit ones only where an adapter touches them, as "bf16", "bfloat16",
+            "BF16" or torch.bfloat16; None keeps each tensor's own.
         rounding: `nearest` (even), or `stochastic`, which is unbiased and seeded by `seed`.
-        max_shard_size: Bytes per shard; None keeps the base's layout.
+        max_shard_size: Bytes per shard, or a size such as "5GB"; None keeps the base's layout.
         allow_loss: Write the result even when rounding keeps less than half of the update.
         allow_nonfinite: Go on where a weight, an update or their sum is NaN or infinite, instead of naming it.
         resume: Go on with what an interrupted run of the same inputs and options left; the result is the same.
-        memory_limit: Bytes that weights on their way may take.
+        memory_limit: Bytes that weights on their way may take, or a size such as "2GB".
         dry_run: Settle everything from headers, write nothing (torch is not imported).
 
     Raises:
         SurgeryError: one line saying which file, what was expected, what was found and the next move.
     """
-    options = MergeOptions(
-        weights, block_weights, dtype, rounding, seed, max_shard_size, allow_loss, allow_nonfinite, memory_limit
-    )
-    given = {"base": base, "adapters": adapters, "in_place": in_place, "undo": undo, **vars(options)}
+    given = {
+        "base": base, "adapters": adapters, "out": out, "options": options, "in_place": in_place, "undo": undo,
+        "weights": weights, "block_weights": block_weights, "dtype": dtype, "rounding": rounding, "seed": seed,
+        "max_shard_size": max_shard_size, "allow_loss": allow_loss, "allow_nonfinite": allow_nonfinite,
+        "memory_limit": memory_limit, "device": device, "overwrite": overwrite, "resume": resume,
+        "dry_run": dry_run, "progress": progress,
+    }  # fmt: skip
     with open_call("merge", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
-        base, adapters = call.local(base), call.all_local(adapters)
+        check_kinds(given, "base", "adapters", "device")
+        settings = merge_options(options, given)
+        base, sources = call.local(base), call.all_local(all_paths(adapters))
         report = _merge(
-            base, adapters, out, options, in_place=in_place, undo=in_place if undo is None else undo, device=device,
+            base, sources, out, settings, in_place=in_place, undo=in_place if undo is None else undo, device=device,
             overwrite=overwrite, resume=resume, dry_run=dry_run, progress=progress,
         )  # fmt: skip
         if dry_run:
             return call.checked(report)
         # in place the record is part of the change, so that a kill leaves both or neither
-        return call.named(report) if in_place else call.recorded(report, [base, *adapters])
+        return call.named(report) if in_place else call.recorded(report, [base, *sources])
 
 
 def _merge(

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.arguments import PATHS, check_kinds
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, UsageError, some
+from lorasurgery.ops.asked import Paths, all_paths, merge_options
 from lorasurgery.ops.merge import judge_retention, start_report
 from lorasurgery.ops.merging.options import MergeOptions
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
@@ -39,31 +41,33 @@ if TYPE_CHECKING:
 
 def switch(
     checkpoint: str | Path,
-    to: Sequence[str | Path],
+    to: Paths,
+    options: MergeOptions | None = None,
     *,
-    from_: Sequence[str | Path] = (),
+    from_: Paths = (),
     add: bool = False,
     base: str | Path | None = None,
-    weights: Sequence[float] = (),
-    block_weights: Sequence[str] = (),
+    weights: float | Sequence[float] = (),
+    block_weights: str | Sequence[str] = (),
     rounding: Rounding = "nearest",
     seed: int = 0,
     device: str = "auto",
     allow_loss: bool = False,
     allow_nonfinite: bool = False,
     resume: bool = False,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Undo the last merge to the bit and merge other adapters instead, reading and writing what changes once.
 
     Example:
-        switch("llama", ["topic"])
+        switch("llama", "topic")
 
     Args:
         checkpoint: A folder or file that `merge --in-place` or `merge --undo` left with a record.
-        to: The adapters to be merged now, with `weights` and `block_weights` as for merge.
+        to: The adapters to be merged now, or the one, with `weights` and `block_weights` as for merge.
+        options: As for merge; files keep their dtypes and shards, so that those two must not be in it.
         from_: Where the adapters that were merged last are, unless they lie beside the checkpoint or the new ones, in
             the current folder, or in the Hub's cache.
         add: Take nothing out: put `to` on top of whatever is there, as `merge --in-place` does.
@@ -73,14 +77,19 @@ def switch(
         MismatchError: no record says what is to come out, and neither `add` nor `base` was given.
         SurgeryError: as merge and unmerge do.
     """
-    options = MergeOptions(
-        weights, block_weights, None, rounding, seed, None, allow_loss, allow_nonfinite, memory_limit
-    )  # fmt: skip
-    given = {"checkpoint": checkpoint, "to": to, "from_": from_, "add": add, "base": base, **vars(options)}
+    given = {
+        "checkpoint": checkpoint, "to": to, "options": options, "from_": from_, "add": add, "base": base,
+        "weights": weights, "block_weights": block_weights, "rounding": rounding, "seed": seed,
+        "allow_loss": allow_loss, "allow_nonfinite": allow_nonfinite, "memory_limit": memory_limit,
+        "device": device, "resume": resume, "dry_run": dry_run, "progress": progress,
+    }  # fmt: skip
     with open_call("switch", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        check_kinds(given, "checkpoint", "to", "device", to=PATHS)
+        settings = merge_options(options, given)
+        new, old = call.all_local(all_paths(to)), call.all_local(all_paths(from_))
         report = _switch(
-            checkpoint, call.all_local(to), call.all_local(from_), call.local(base), options, add=add, device=device,
-            resume=resume, dry_run=dry_run, progress=progress,
+            checkpoint, new, old, call.local(base), settings, add=add, device=device, resume=resume, dry_run=dry_run,
+            progress=progress,
         )  # fmt: skip
         return call.checked(report) if dry_run else call.named(report)  # the record is part of the change
 
@@ -92,6 +101,8 @@ def _switch(
     clock, path, strengths = Clock(), Path(checkpoint), options.check(len(to))
     check_device_name(device)
     _check_ways(from_, add=add, base=base)
+    if options.dtype or options.max_shard_size:
+        raise UsageError("switch: dtypes and shards stay as they are; leave --dtype and --max-shard-size out")
     if is_settled(path, resume=resume, dry_run=dry_run):
         return clock.stamp(settled("switch", str(path)))
     merged, opened = Checkpoint.open(path, unfinished=True), [open_adapter(a) for a in to]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.adapters.model_names.naming import BaseNames, module_of
+from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, UsageError
+from lorasurgery.ops.asked import Paths, all_paths, merge_options
 from lorasurgery.ops.merge import carry_out, identity_of, start_report
 from lorasurgery.ops.merging.options import MergeOptions
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
@@ -25,6 +27,9 @@ from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement
 from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import ModuleReport, Progress, Report
+
+if TYPE_CHECKING:
+    import torch
 
 
 def undo_merge(
@@ -80,24 +85,25 @@ def describe_record(record: UndoRecord, report: Report) -> None:
 
 def unmerge(
     merged: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Paths,
     out: str | Path | None = None,
+    options: MergeOptions | None = None,
     *,
     in_place: bool = False,
     undo: bool | None = None,
     undo_file: str | Path | None = None,
     base: str | Path | None = None,
-    weights: Sequence[float] = (),
-    block_weights: Sequence[str] = (),
-    dtype: str | None = None,
+    weights: float | Sequence[float] = (),
+    block_weights: str | Sequence[str] = (),
+    dtype: str | torch.dtype | None = None,
     rounding: Rounding = "nearest",
     seed: int = 0,
     device: str = "auto",
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     resume: bool = False,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -105,10 +111,11 @@ def unmerge(
 
     Example:
         unmerge("merged", ["style"], "restored", weights=[0.7], base="llama")
-        unmerge("llama", ["style"], in_place=True)
+        unmerge("llama", "style", in_place=True)
 
     Args:
         merged: Checkpoint the adapters were merged into, with the same weights as given here.
+        adapters: The adapters, or the one.
         out: Where the restored checkpoint goes; None with `in_place`, which needs a record.
         undo: False subtracts and rounds though there is a record. What no record says was merged is subtracted too,
             and named in `totals["unrecorded"]` and the first warning.
@@ -116,29 +123,31 @@ def unmerge(
         block_weights: As they were merged.
         base: Where replaced tensors (modules_to_save, biases) are restored from; without it they stay as
             they are and the report names them. Deltas are subtracted either way.
-        resume, memory_limit: as for merge.
+        options, weights, dtype, max_shard_size, resume, memory_limit: as for merge.
 
     Raises:
         SurgeryError: as merge does.
     """
-    options = MergeOptions(
-        weights, block_weights, dtype, rounding, seed, max_shard_size, allow_nonfinite=allow_nonfinite,
-        memory_limit=memory_limit,
-    )  # fmt: skip
     given = {
-        "merged": merged, "adapters": adapters, "in_place": in_place, "undo": undo, "undo_file": undo_file,
-        "base": base, **{name: value for name, value in vars(options).items() if name != "allow_loss"},
+        "merged": merged, "adapters": adapters, "out": out, "options": options, "in_place": in_place, "undo": undo,
+        "undo_file": undo_file, "base": base, "weights": weights, "block_weights": block_weights, "dtype": dtype,
+        "rounding": rounding, "seed": seed, "max_shard_size": max_shard_size, "allow_nonfinite": allow_nonfinite,
+        "memory_limit": memory_limit, "device": device, "overwrite": overwrite, "resume": resume,
+        "dry_run": dry_run, "progress": progress,
     }  # fmt: skip
     with open_call("unmerge", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
-        merged, adapters, original = call.local(merged), call.all_local(adapters), call.local(base)
+        check_kinds(given, "merged", "adapters", "device")
+        settings = merge_options(options, given)
+        merged, original = call.local(merged), call.local(base)
+        sources = call.all_local(all_paths(adapters))
         report = _unmerge(
-            merged, adapters, out, options, in_place=in_place, undo=undo, undo_file=undo_file, base=original,
+            merged, sources, out, settings, in_place=in_place, undo=undo, undo_file=undo_file, base=original,
             device=device, overwrite=overwrite, resume=resume, dry_run=dry_run, progress=progress,
         )  # fmt: skip
         if dry_run:
             return call.checked(report)
         # in place the record that the merge found comes back, as part of the change
-        return call.named(report) if in_place else call.recorded(report, [merged, *adapters, original])
+        return call.named(report) if in_place else call.recorded(report, [merged, *sources, original])
 
 
 def _unmerge(

@@ -13,6 +13,7 @@ from lorasurgery.checkpoint.operation import Operation
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.errors import SurgeryError
 from lorasurgery.hub.reference import parse_reference
+from lorasurgery.keywords import say, saying_keywords
 from lorasurgery.ops.provenance.record import describe, record
 from lorasurgery.report import COMMAND_LINE, Progress, Report
 
@@ -24,7 +25,8 @@ def open_call(
 ) -> Iterator[Call]:  # fmt: skip
     """Begin a call of a verb: until the end of the `with` it holds its locks and knows its inputs again.
 
-    What fails in it names references as they were given, and says first when an input changed meanwhile.
+    What fails in it names references as they were given and keywords as Python has them, and says first when an
+    input changed meanwhile.
 
     Example:
         with open_call("merge", {"base": base, "adapters": adapters}) as call:
@@ -37,9 +39,13 @@ def open_call(
         headers_only: Whether headers are all that is read of what lies on the Hub.
     """
     said = COMMAND_LINE.get() or _call(name, given)
-    with Operation(said, writes=writes) as operation, _Fetched(headers_only, progress) as fetched:
+    with (
+        saying_keywords(name),
+        Operation(said, writes=writes) as operation,
+        _Fetched(headers_only, progress) as fetched,
+    ):
         try:
-            yield Call(said, operation, fetched)
+            yield Call(name, said, operation, fetched)
         except SurgeryError as problem:
             cause = operation.inputs.cause()
             if cause and not str(problem).startswith(cause):
@@ -55,8 +61,8 @@ class Call:
     own: a change in place does so as part of the change, and work on a folder of adapters for each of them.
     """
 
-    def __init__(self, said: str, operation: Operation, fetched: _Fetched) -> None:
-        self._said, self._operation, self._fetched = said, operation, fetched
+    def __init__(self, verb: str, said: str, operation: Operation, fetched: _Fetched) -> None:
+        self._verb, self._said, self._operation, self._fetched = verb, said, operation, fetched
 
     @overload
     def local(self, given: str | Path) -> str | Path: ...
@@ -74,9 +80,9 @@ class Call:
         return [self.local(item) for item in given]
 
     def named(self, report: Report) -> Report:
-        """The report, with references as they were given."""
+        """The report, with references as they were given and, to a caller from Python, keywords for options."""
         self._fetched.rename(report)
-        return report
+        return say(report, self._verb)
 
     def checked(self, report: Report) -> Report:
         """The report of what wrote nothing, once its inputs are seen to be those that it read.
@@ -174,7 +180,7 @@ def _call(name: str, given: Mapping[str, Any]) -> str:
     def short(value: Any) -> Any:
         if isinstance(value, (str, Path)):
             return Path(value).name if Path(value).is_absolute() or exists(value) else str(value)
-        return [short(item) for item in value] if isinstance(value, list) else value
+        return type(value)(map(short, value)) if type(value) in (list, tuple) else value
 
     said = {key: short(value) for key, value in given.items() if key not in _UNSAID and value is not None}
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in said.items())})"
