@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lorasurgery.ops.extraction.options import Selection as Selection
     from lorasurgery.ops.inspect import inspect as inspect
     from lorasurgery.ops.merge import merge as merge
+    from lorasurgery.ops.merging.options import MergeOptions as MergeOptions
     from lorasurgery.ops.plan import plan as plan
     from lorasurgery.ops.push import Target as Target
     from lorasurgery.ops.push import push as push
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
     from lorasurgery.report import Report as Report
 
 __all__ = [
-    "BlendOptions", "Budget", "Checkpoint", "ConvertOptions", "ExtractOptions", "LowRank", "RankChoice", "Report",
-    "Selection", "SurgeryError", "Target", "blend", "check", "convert", "diff", "draw", "extract", "inspect",
+    "BlendOptions", "Budget", "Checkpoint", "ConvertOptions", "ExtractOptions", "LowRank", "MergeOptions", "RankChoice",
+    "Report", "Selection", "SurgeryError", "Target", "blend", "check", "convert", "diff", "draw", "extract", "inspect",
     "merge", "open_adapter", "plan", "push", "rerank", "switch", "unmerge", "verify",
 ]  # fmt: skip
 _HOMES = {
@@ -53,7 +54,8 @@ _HOMES = {
     "ops.blend": ("blend", "rerank"), "ops.blending.options": ("BlendOptions",), "ops.check": ("check",),
     "ops.convert": ("convert",), "ops.conversion.options": ("ConvertOptions",), "ops.diff": ("diff",),
     "ops.extract": ("extract",), "ops.extraction.options": ("ExtractOptions", "Selection"),
-    "ops.inspect": ("inspect",), "ops.merge": ("merge",), "ops.plan": ("plan",), "ops.push": ("Target", "push"),
+    "ops.inspect": ("inspect",), "ops.merge": ("merge",),
+    "ops.merging.options": ("MergeOptions",), "ops.plan": ("plan",), "ops.push": ("Target", "push"),
     "ops.switch": ("switch",), "ops.unmerge": ("unmerge",), "ops.verify": ("verify",),
 }  # fmt: skip
 _PLACES = {name: home for home, names in _HOMES.items() for name in names}

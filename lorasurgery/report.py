@@ -8,6 +8,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from lorasurgery.notebook import page
+from lorasurgery.totals import TotalsField
+
 Progress = Callable[[str, int, int], None]
 """Called as progress(name, bytes_done, bytes_total) after each tensor."""
 
@@ -16,6 +19,9 @@ RECORD_NAME = "lorasurgery.json"
 
 COMMAND_LINE: ContextVar[str | None] = ContextVar("COMMAND_LINE", default=None)
 """The command as it was typed, with local paths cut to their last name; None when there was no command line."""
+
+
+_LINE = 200  # characters of a summary in a report's repr
 
 
 @dataclass
@@ -165,7 +171,7 @@ class Source:
         return _fields(self)
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What one command did: the same object feeds `--json`, the terminal and the tests.
 
@@ -173,7 +179,13 @@ class Report:
     are the inputs of what was written, `pushed` says where it was published, `resumed` how many tensors or modules an
     interrupted run had finished already.
 
-    >>> Report("merge", ["base", "adapter"], "out").to_dict()["command"]
+    `totals` are those of the command by name and type (lorasurgery/totals.py): `report.totals.error` and
+    `report.totals["error"]` are the same.
+
+    >>> report = Report("merge", ["base", "adapter"], "out", summary="2 tensors changed")
+    >>> report
+    <Report of merge, out: 2 tensors changed>
+    >>> report.to_dict()["command"]
     'merge'
     """
 
@@ -188,7 +200,7 @@ class Report:
     bytes_written: int = 0
     peak_memory_bytes: int = 0
     resumed: int = 0
-    totals: dict[str, Any] = field(default_factory=dict)
+    totals: TotalsField = TotalsField()  # noqa: RUF009  # a descriptor
     modules: list[ModuleReport] = field(default_factory=list)
     full: list[ModuleReport] = field(default_factory=list)
     left_out: list[ModuleReport] = field(default_factory=list)
@@ -202,6 +214,17 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The JSON report of the command-line contract (docs/design.md)."""
         return _fields(self)
+
+    def __repr__(self) -> str:
+        """One line: the command, where its result is, and the summary."""
+        lines = (self.error or self.summary or "dry run" * self.dry_run).splitlines()
+        said = f"{lines[0]}{' …' if len(lines) > 1 else ''}" if lines else f"{len(self.modules)} modules"
+        where = f", {self.output}" if self.output else ""
+        return f"<Report of {self.command}{where}: {said if len(said) <= _LINE else said[: _LINE - 1] + '…'}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: summary, warnings, totals and the first modules."""
+        return page(self.to_dict())
 
 
 def percent(share: float) -> str:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # The floors, lowest first: a room imports rooms that stand before it. `ops` alone are the verbs, a file each, which may
 # call one another; their rooms stand beneath them.
 FLOORS = [
-    "_version", "errors", "report", "module_location", "engine", "lowrank", "linalg", "checkpoint", "adapters", "clients",
+    "_version", "errors", "arguments", "notebook", "totals", "report", "keywords", "module_location", "engine", "lowrank", "linalg", "checkpoint", "adapters", "clients",
     "hub", "plots", "ops.provenance", "ops.placement", "ops.factors", "ops.merging", "ops.blending", "ops.conversion",
     "ops.extraction", "ops.examining", "ops", "cli", "__main__", "",
 ]  # fmt: skip

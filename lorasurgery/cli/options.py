@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -22,7 +20,9 @@ from lorasurgery.checkpoint.locate import exists
 from lorasurgery.checkpoint.plan import parse_size
 from lorasurgery.engine.ranks import ranks as torchrun
 from lorasurgery.errors import SurgeryError, UsageError
-from lorasurgery.linalg.rank import Budget, RankChoice
+from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.ops.asked import RULES, budget_of
+from lorasurgery.ops.asked import rank_choice as choice_of
 from lorasurgery.report import COMMAND_LINE
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,30 +41,12 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(str(problem), param, ctx)
 
 
-def parse_budget(text: str) -> Budget:
-    """A size such as 100MB, or a share such as 0.25 or 25% of what there was.
-
-    >>> parse_budget("25%"), parse_budget("1KB").size
-    (Budget(size=None, share=0.25), 1000)
-
-    Raises:
-        UsageError: neither, or a share of 0.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text.strip())
-    share = float(match[1]) / (100 if match[2] else 1) if match else math.inf
-    if 0 < share <= 1:
-        return Budget(share=share)
-    if match and (match[2] or share == 0):
-        raise UsageError(f"budget {text!r}: expected a share above 0 and up to 1 (25%), or a size such as 100MB")
-    return Budget(size=parse_size(text))
-
-
 SHARED = ("extract", "merge", "unmerge", "rerank", "blend")
 """Commands whose work is shared out over the ranks of torchrun."""
 
 DTYPE = _Parsed("dtype", parse_dtype)
 SIZE = _Parsed("size", parse_size)
-BUDGET = _Parsed("size|share", parse_budget)
+BUDGET = _Parsed("size|share", budget_of)
 
 _TELLING = [
     click.option("--json", "as_json", is_flag=True, help="Print one JSON report on stdout and nothing else."),
@@ -192,18 +174,13 @@ def rank_choice(chosen: dict[str, Any], default: int | None = None) -> RankChoic
 
     Without a rule it is the default rank, or all directions up to the cap, or None.
     """
-    rules = {name: chosen.pop(name, None) for name in ("rank", "energy", "tolerance", "budget", "sv_ratio",
-                                                       "sv_cumulative")}  # fmt: skip
-    fro, max_rank = chosen.pop("sv_fro", None), chosen.pop("max_rank", None)
+    rules = {name: chosen.pop(name, None) for name in RULES}
+    fro = chosen.pop("sv_fro", None)
     if fro is not None:
         if rules["energy"] is not None or not 0 < fro <= 1:
             raise UsageError(f"--sv-fro {fro}: expected a share above 0 and up to 1, and no --energy beside it")
         rules["energy"] = fro**2
-    if all(value is None for value in rules.values()):
-        rules["rank"] = default or max_rank
-        if rules["rank"] is None:
-            return None
-    return RankChoice(**rules, max_rank=max_rank)
+    return choice_of(rules, default)
 
 
 def guarded(function: F) -> F:

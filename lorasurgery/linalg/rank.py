@@ -7,7 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lorasurgery.arguments import Kind, check_kinds
 from lorasurgery.errors import UsageError
+from lorasurgery.keywords import saying_keywords
 
 # Σσ̂² and ‖ΔW‖² come out of float32 data, so they agree to about 1e-7 of ‖ΔW‖² at best.
 SLACK = 2e-7
@@ -60,6 +62,11 @@ class RankChoice:
     sv_cumulative: float | None = None
 
     def __post_init__(self) -> None:
+        with saying_keywords():
+            self._check()
+
+    def _check(self) -> None:
+        check_kinds(vars(self), budget=Kind("a Budget", lambda value: isinstance(value, Budget)))
         given = (self.rank, self.energy, self.tolerance, self.budget, self.sv_ratio, self.sv_cumulative)
         if sum(r is not None for r in given) != 1:
             raise UsageError("give exactly one of --rank, --energy, --tolerance, --budget and the --sv rules")

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.dtypes import typed_name
 from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
-from lorasurgery.linalg.methods import ELEMENTWISE
-from lorasurgery.linalg.rank import RankChoice
+from lorasurgery.linalg.methods import ELEMENTWISE, Method
+from lorasurgery.linalg.rank import Budget, RankChoice
+from lorasurgery.ops.asked import Paths, all_paths, blend_options
 from lorasurgery.ops.blending.join import Joint, Whole, base_models, join, weigh_joints, whole_tensors
 from lorasurgery.ops.blending.options import BlendOptions
 from lorasurgery.ops.blending.write import factor_dtype
@@ -23,22 +25,31 @@ from lorasurgery.ops.factors.layout import check_name
 from lorasurgery.ops.factors.losses import rule_warning, total_error, worst
 from lorasurgery.ops.factors.sidecars import not_followed
 from lorasurgery.ops.placement.block_weight import Blocks
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.ops.provenance.resume import start_run
 from lorasurgery.report import ModuleReport, Progress, Report
 
 if TYPE_CHECKING:
+    import torch
+
     from lorasurgery.ops.blending.write import Composed
 
 _WORTH_SAYING = 1e-4  # below this error, where it lies is of no use to anyone
 
 
-@on_references("adapters")
 def blend(
-    adapters: Sequence[str | Path],
+    adapters: Paths,
     out: str | Path,
     options: BlendOptions | None = None,
     *,
+    weights: float | Sequence[float] | None = None,
+    method: Method | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    tolerance: float | None = None,
+    budget: Budget | float | str | None = None,
+    max_rank: int | None = None,
+    dtype: str | torch.dtype | None = None,
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
@@ -48,21 +59,46 @@ def blend(
     """Blend adapters into one; the d×k matrices are never formed for `linear`, `cat` and `knots-ties`.
 
     Example:
-        blend(["style", "topic"], "both", BlendOptions(weights=[0.7, 0.3], choice=RankChoice(rank=32)))
+        blend(["style", "topic"], "both", weights=[0.7, 0.3], rank=32)
+        blend(["style", "topic"], "both", BlendOptions(density=0.2, seed=1), method="ties")
 
     Args:
-        adapters: Adapter folders; they may differ in ranks, scaling, dtypes and modules.
+        adapters: Adapter folders, or one; they may differ in ranks, scaling, dtypes and modules.
         out: Folder for the new PEFT adapter.
+        options: The rest of what can be said; what a keyword says too must not be in it.
+        weights: One strength per adapter, the rest are 1.
+        method: `linear` is the exact weighted sum; docs/maths.md says what the others are.
+        rank, energy, tolerance, budget, max_rank: As for extract; without one every direction is kept. A budget's
+            share is of the adapters' bytes.
+        dtype: What factors are written in, as "bf16", "bfloat16", "BF16" or torch.bfloat16.
         resume: Go on with what an interrupted run of the same inputs and options left; the result is the same.
         dry_run: Settle everything from headers, write nothing (torch is not imported).
 
     Raises:
         SurgeryError: one line saying which file, what was expected, what was found and the next move.
     """
-    clock, options = Clock(), options or BlendOptions()
-    options.check()
+    given = {
+        "adapters": adapters, "out": out, "options": options, "weights": weights, "method": method,
+        "rank": rank, "energy": energy, "tolerance": tolerance, "budget": budget, "max_rank": max_rank,
+        "dtype": dtype, "device": device, "overwrite": overwrite, "resume": resume, "dry_run": dry_run,
+        "progress": progress,
+    }  # fmt: skip
+    with open_call("blend", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        check_kinds(given, "adapters", "out", "device")
+        settings, sources = blend_options(options, given), call.all_local(all_paths(adapters))
+        report = _blend(
+            sources, Path(out), settings, device=device, overwrite=overwrite, resume=resume, dry_run=dry_run,
+            progress=progress,
+        )  # fmt: skip
+        return call.checked(report) if dry_run else call.recorded(report, sources)
+
+
+def _blend(
+    adapters: Sequence[str | Path], out: Path, options: BlendOptions, *, device: str, overwrite: bool, resume: bool,
+    dry_run: bool, progress: Progress | None,
+) -> Report:  # fmt: skip
+    clock = Clock()
     check_device_name(device)
-    out = Path(out)
     strengths = options.strengths(len(adapters))
     opened = [open_adapter(a) for a in adapters]
     check_name(out, loose=opened[0].format != "peft")
@@ -197,14 +233,18 @@ def _summarise(report: Report, draft: Composed, options: BlendOptions) -> None:
     )
 
 
-@on_references("adapter")
 def rerank(
     adapter: str | Path,
     out: str | Path,
     choice: RankChoice | None = None,
     *,
+    rank: int | None = None,
+    energy: float | None = None,
+    tolerance: float | None = None,
+    budget: Budget | float | str | None = None,
+    max_rank: int | None = None,
     uniform_rank: bool = False,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
@@ -214,32 +254,46 @@ def rerank(
     """Change an adapter's ranks: scale·B·A of each module becomes its best approximation, or itself.
 
     Example:
-        rerank("adapter", "smaller", RankChoice(energy=0.95, max_rank=32))
+        rerank("adapter", "smaller", energy=0.95, max_rank=32)
 
     Args:
         adapter: Adapter folder or file, or a folder of several.
         out: Folder or file for the new adapter, in the format of the old one.
-        choice: Rank by number, energy, tolerance or budget; None keeps the minimal exact rank. A module that has no
-            more directions than asked for keeps its factors as they are.
+        choice: The rule as an object, instead of the five keywords; it has sd-scripts' rules too.
+        rank, energy, tolerance, budget, max_rank: As for extract; without one the minimal exact rank is kept. A
+            module that has no more directions than asked for keeps its factors as they are. A budget's share is of
+            the adapter's bytes.
         uniform_rank: Zero-pad all factors to one rank: the form every server takes.
-        dtype: safetensors name of what is written; None keeps the adapter's own.
+        dtype: What factors are written in, as "bf16", "bfloat16", "BF16" or torch.bfloat16; None keeps the
+            adapter's own.
         resume: Go on with what an interrupted run of the same inputs and options left; the result is the same.
         dry_run: Settle everything from headers, write nothing (torch is not imported).
 
     Raises:
         SurgeryError: one line saying which file, what was expected, what was found and the next move.
     """
-    options = BlendOptions(choice=choice, uniform_rank=uniform_rank, dtype=dtype, command="rerank")
-
-    def one(source: str | Path, target: str | Path) -> Report:
-        return blend(
-            [source], target, options, device=device, overwrite=overwrite, resume=resume, dry_run=dry_run,
-            progress=progress,
+    given = {
+        "adapter": adapter, "out": out, "choice": choice, "rank": rank, "energy": energy, "tolerance": tolerance,
+        "budget": budget, "max_rank": max_rank, "uniform_rank": uniform_rank, "dtype": dtype, "device": device,
+        "overwrite": overwrite, "resume": resume, "dry_run": dry_run, "progress": progress,
+    }  # fmt: skip
+    with open_call("rerank", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        check_kinds(given, "adapter", "out", "device")
+        settings = blend_options(BlendOptions(choice=choice, command="rerank"), given)
+        adapter = call.local(adapter)
+        several = find_adapters(adapter)
+        if several and ranks().size > 1:
+            raise UsageError(f"{adapter}: a folder of adapters is not shared out over ranks; run it without torchrun")
+        if not several:
+            report = _blend(
+                [adapter], Path(out), settings, device=device, overwrite=overwrite, resume=resume, dry_run=dry_run,
+                progress=progress,
+            )  # fmt: skip
+            return call.checked(report) if dry_run else call.recorded(report, [adapter])
+        report = run_each(
+            "rerank", adapter, several,
+            lambda one, to: rerank(one, to, settings.choice, uniform_rank=uniform_rank, dtype=dtype, device=device,
+                                   overwrite=overwrite, resume=resume, dry_run=dry_run, progress=progress),
+            out, overwrite=overwrite, dry_run=dry_run,
         )  # fmt: skip
-
-    several = find_adapters(adapter)
-    if several and ranks().size > 1:
-        raise UsageError(f"{adapter}: a folder of adapters is not shared out over ranks; run it without torchrun")
-    if several:
-        return run_each("rerank", adapter, several, one, out, overwrite=overwrite, dry_run=dry_run)
-    return one(adapter, out)
+        return call.checked(report) if dry_run else call.named(report)  # each has a record of its own

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.issue import Finding, Setting
 from lorasurgery.clients.servers import SERVERS, findings
@@ -12,11 +13,10 @@ from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.placement.plan import plan_edits
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import Report
 
 
-@on_references("adapter", "base", headers_only=lambda _: True)
 def check(
     adapter: str | Path, server: str, *, base: str | Path | None = None, max_lora_rank: int | None = None
 ) -> Report:
@@ -34,19 +34,27 @@ def check(
     Raises:
         SurgeryError: the adapter is broken or does not fit the base, in one line. UsageError: no such server.
     """
-    clock = Clock()
-    if server not in SERVERS:
-        raise UsageError(f"--for {server}: expected one of {', '.join(SERVERS)}")
-    several = find_adapters(adapter)
-    if several:
+    given = {"adapter": adapter, "server": server, "base": base, "max_lora_rank": max_lora_rank}
+    with open_call("check", given, headers_only=True) as call:
+        check_kinds(given, "adapter", "server")
+        if server not in SERVERS:
+            raise UsageError(f"--for {server}: expected one of {', '.join(SERVERS)}")
+        adapter, model = call.local(adapter), call.local(base)
+        several = find_adapters(adapter)
+        if not several:
+            return call.checked(_check(adapter, server, model, max_lora_rank))
         report = run_each(
-            "check", adapter, several, lambda p, _: check(p, server, base=base, max_lora_rank=max_lora_rank)
+            "check", adapter, several, lambda p, _: check(p, server, base=model, max_lora_rank=max_lora_rank)
         )
         good = [bool(r.totals.get("serves")) for r in report.adapters or []]
         report.totals |= {"for": server, "serves": all(good)}
         report.summary = f"{server} serves {sum(good)} of {len(good)} adapters as they are"
-        return report
-    opened = open_adapter(adapter)
+        return call.checked(report)
+
+
+def _check(adapter: str | Path, server: str, base: str | Path | None, max_lora_rank: int | None) -> Report:
+    """Check one adapter."""
+    clock, opened = Clock(), open_adapter(adapter)
     checkpoint = Checkpoint.open(base) if base is not None else None
     report = Report("check", [str(adapter), *([str(base)] if base is not None else [])], "")
     matched = plan_edits(checkpoint, [opened], [1.0]).matched if checkpoint else None

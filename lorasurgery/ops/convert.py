@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
@@ -10,25 +11,33 @@ from lorasurgery.adapters.image_names.components import FOLDER_NAMES, Part, adap
 from lorasurgery.adapters.image_names.dialects import family_of
 from lorasurgery.adapters.image_names.dictionary import Dictionary
 from lorasurgery.adapters.image_names.translate import Piece, Target, Translator
+from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError
+from lorasurgery.ops.asked import convert_options
 from lorasurgery.ops.conversion.limits import check_place, check_sayable, check_whole
-from lorasurgery.ops.conversion.options import Conversion, ConvertOptions
+from lorasurgery.ops.conversion.options import Conversion, ConvertOptions, To
 from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.factors.layout import check_name
 from lorasurgery.ops.placement.plan import plan_edits
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import ModuleReport, Progress, Report
 
+if TYPE_CHECKING:
+    import torch
 
-@on_references("adapter", "base")
+
 def convert(
     adapter: str | Path,
     out: str | Path,
-    options: ConvertOptions,
+    options: ConvertOptions | None = None,
     *,
+    to: To | None = None,
+    portable: bool = False,
+    rank: int | None = None,
+    dtype: str | torch.dtype | None = None,
     base: str | Path | None = None,
     device: str = "auto",
     overwrite: bool = False,
@@ -38,30 +47,44 @@ def convert(
     """Write an adapter in another format; factors, alphas and metadata go along as they are.
 
     Example:
-        convert("style.safetensors", "style", ConvertOptions("peft"), base="sdxl")
+        convert("style.safetensors", "style", to="peft", base="sdxl")
 
     Args:
         adapter: Adapter folder or file of any format, or a folder of several.
         out: Folder, or a .safetensors file for all formats but PEFT's.
+        options: All of this as an object; what a keyword says too must not be in it.
+        to: The format that comes out: peft, kohya, diffusers or comfyui.
+        portable: One rank for all (zero-padded), alpha = r, the scale in the factors: what every reader takes.
+        rank: Of what has no LoRA factors of its own.
+        dtype: What factors are written in, as "bf16", "bfloat16", "BF16" or torch.bfloat16.
         base: The adapter's model: it turns underscores back into dots, and every tensor must match it.
         dry_run: Settle everything from headers, write nothing (torch is not imported).
 
     Raises:
         SurgeryError: one line saying which file, what was expected, what was found and the next move.
     """
-    options.check()
-    check_device_name(device)
-    several = find_adapters(adapter)
-    if several:
-        return run_each(
-            "convert", adapter, several,
-            lambda one, to: convert(one, to, options, base=base, device=device, overwrite=overwrite, dry_run=dry_run,
-                                    progress=progress),
-            out, loose=options.to != "peft", overwrite=overwrite, dry_run=dry_run,
-        )  # fmt: skip
-    return convert_adapter(
-        adapter, Path(out), options, base=base, device=device, overwrite=overwrite, dry_run=dry_run, progress=progress
-    )
+    given = {
+        "adapter": adapter, "out": out, "options": options, "to": to, "portable": portable or None, "rank": rank,
+        "dtype": dtype, "base": base, "device": device, "overwrite": overwrite, "dry_run": dry_run,
+        "progress": progress,
+    }  # fmt: skip
+    with open_call("convert", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        check_kinds(given, "adapter", "out", "device")
+        check_device_name(device)
+        settings = convert_options(options, given)
+        adapter, model = call.local(adapter), call.local(base)
+        several = find_adapters(adapter)
+        if several:
+            report = run_each(
+                "convert", adapter, several,
+                lambda one, target: convert(one, target, settings, base=model, device=device, overwrite=overwrite,
+                                        dry_run=dry_run, progress=progress),  # which records each
+                out, loose=settings.to != "peft", overwrite=overwrite, dry_run=dry_run,
+            )  # fmt: skip
+            return call.checked(report) if dry_run else call.named(report)
+        report = convert_adapter(adapter, Path(out), settings, base=model, device=device, overwrite=overwrite,
+                                 dry_run=dry_run, progress=progress)  # fmt: skip
+        return call.checked(report) if dry_run else call.recorded(report, [adapter, model])
 
 
 def convert_adapter(

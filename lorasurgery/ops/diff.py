@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.adapters.model_names.align import PairNames
+from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, SurgeryError, UsageError, some
 from lorasurgery.module_location import Place, place_of
 from lorasurgery.ops.blending.join import Joint, base_models, join
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import Change, Comparison, Progress, Report, percent
 
 if TYPE_CHECKING:
@@ -244,7 +245,6 @@ def _words(t: dict[str, Any], changes: Sequence[Change]) -> str:
     return text
 
 
-@on_references("a", "b")
 def diff(a: str | Path, b: str | Path, *, device: str = "auto", progress: Progress | None = None) -> Report:
     """Compare two checkpoints tensor by tensor, or two adapters module by module.
 
@@ -259,13 +259,16 @@ def diff(a: str | Path, b: str | Path, *, device: str = "auto", progress: Progre
     Raises:
         SurgeryError: neither, or not two of a kind, or adapters of different shapes, in one line.
     """
-    clock = Clock()
-    check_device_name(device)
-    kinds = [is_adapter(Path(x)) if Path(x).exists() else None for x in (a, b)]
-    if None not in kinds and kinds[0] != kinds[1]:
-        adapter, other = (a, b) if kinds[0] else (b, a)
-        raise UsageError(
-            f"{adapter} is an adapter and {other} is none: compare two of a kind; merge the adapter first, say"
-        )
-    work = diff_adapters if any(kinds) else diff_checkpoints
-    return clock.stamp(work(a, b, device=device, progress=progress))
+    given = {"a": a, "b": b, "device": device, "progress": progress}
+    with open_call("diff", given, progress=progress) as call:
+        check_kinds(given, "a", "b", "device")
+        check_device_name(device)
+        clock, a, b = Clock(), call.local(a), call.local(b)
+        kinds = [is_adapter(Path(x)) if Path(x).exists() else None for x in (a, b)]
+        if None not in kinds and kinds[0] != kinds[1]:
+            adapter, other = (a, b) if kinds[0] else (b, a)
+            raise UsageError(
+                f"{adapter} is an adapter and {other} is none: compare two of a kind; merge the adapter first, say"
+            )
+        work = diff_adapters if any(kinds) else diff_checkpoints
+        return call.checked(clock.stamp(work(a, b, device=device, progress=progress)))

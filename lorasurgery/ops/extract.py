@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.inside import refuse_link
 from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.checkpoint.reader import Checkpoint
@@ -20,13 +21,14 @@ from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rank import Budget
+from lorasurgery.ops.asked import extract_options, size_of
 from lorasurgery.ops.conversion.limits import check_place
 from lorasurgery.ops.extraction.forms import fit_pairs, host_of, narrowed
 from lorasurgery.ops.extraction.options import ExtractOptions
 from lorasurgery.ops.extraction.pairs import Pair, group_experts, match_pairs
 from lorasurgery.ops.extraction.report import add_excluded, plan_report, summarise, warning_of
 from lorasurgery.ops.factors.losses import rule_warning
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.ops.provenance.resume import start_run
 from lorasurgery.report import Progress, Report
 
@@ -37,38 +39,84 @@ if TYPE_CHECKING:
     from lorasurgery.ops.extraction.decompose import Extraction
 
 
-@on_references("base", "tuned")
 def extract(
     base: str | Path,
     tuned: str | Path,
     out: str | Path,
     options: ExtractOptions | None = None,
     *,
+    rank: int | None = None,
+    energy: float | None = None,
+    tolerance: float | None = None,
+    budget: Budget | float | str | None = None,
+    max_rank: int | None = None,
+    target: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    full: str | Sequence[str] | None = None,
+    alpha: float | None = None,
+    dtype: str | torch.dtype | None = None,
+    client: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Extract a LoRA adapter from a fine-tuned checkpoint by truncated SVD of every changed matrix.
 
     Example:
-        extract("llama", "llama-chat", "adapter", ExtractOptions(RankChoice(rank=64)))
+        extract("llama", "llama-chat", "adapter", rank=64)
+        extract("llama", "llama-chat", "adapter", budget="100MB", target="attention", client="vllm")
+        extract("llama", "llama-chat", "adapter", ExtractOptions(svd="exact", seed=1), energy=0.9)
 
     Args:
         base, tuned: Checkpoint folders or files of the same architecture.
         out: Folder for adapter_config.json and adapter_model.safetensors; for image tools a .safetensors file.
+        options: The rest of what can be said; what a keyword says too must not be in it.
+        rank: Directions kept in every module, 16 unless another rule is given; one of these five:
+        energy: Keep the least rank that holds this share of ‖ΔW‖².
+        tolerance: Keep the least rank with a relative error of at most this.
+        budget: For the file: bytes (an int), a share of the base's (a float), or either as text: "100MB", "25%".
+        max_rank: A cap on what energy, tolerance or budget ask for.
+        target: Only these modules: a suffix (q_proj), a regular expression on the whole path, or attention, mlp,
+            all-linear; one or several.
+        exclude: Not these modules, in the same words.
+        full: What is stored whole: auto, none, or what patterns mean.
+        alpha: lora_alpha to write; the factors make up for it.
+        dtype: What factors are written in, as "bf16", "bfloat16", "BF16" or torch.bfloat16.
+        client: The program it is for: peft, vllm, sglang, llama.cpp, diffusers, comfyui or kohya.
         resume: Go on with what an interrupted run of the same inputs and options left; the result is the same.
-        memory_limit: Bytes that differences may take; larger ones are read anew for every pass over them.
+        memory_limit: Bytes that differences may take, or a size such as "2GB"; larger ones are read anew for every
+            pass over them.
         dry_run: Settle everything from headers, write nothing (torch is not imported).
 
     Raises:
         SurgeryError: one line saying which file, what was expected, what was found and the next move.
     """
-    options = options or ExtractOptions()
-    options.check()
-    client, out = client_named(options.client), Path(out)
+    given = {
+        "base": base, "tuned": tuned, "out": out, "options": options, "rank": rank, "energy": energy,
+        "tolerance": tolerance, "budget": budget, "max_rank": max_rank, "target": target, "exclude": exclude,
+        "full": full, "alpha": alpha, "dtype": dtype, "client": client, "device": device, "overwrite": overwrite,
+        "resume": resume, "memory_limit": memory_limit, "dry_run": dry_run, "progress": progress,
+    }  # fmt: skip
+    with open_call("extract", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        check_kinds(given, "base", "tuned", "out", "device")
+        settings = extract_options(options, given)
+        base, tuned = call.local(base), call.local(tuned)
+        report = _extract(
+            base, tuned, Path(out), settings, device=device, overwrite=overwrite, resume=resume,
+            memory_limit=size_of(memory_limit), dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+        return call.checked(report) if dry_run else call.recorded(report, [base, tuned])
+
+
+def _extract(
+    base: str | Path, tuned: str | Path, out: Path, options: ExtractOptions, *, device: str, overwrite: bool,
+    resume: bool, memory_limit: int | None, dry_run: bool, progress: Progress | None,
+) -> Report:  # fmt: skip
+    """Extract into what the client takes: a folder, or a file that is made from one."""
+    client = client_named(options.client)
     if client.one_rank:
         options = replace(options, uniform_rank=True)
     if (out.suffix == ".safetensors") != bool(client.file):

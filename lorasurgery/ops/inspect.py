@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.adapters.model_names.naming import BaseNames, commonest_dtype, count_parameters, is_head, module_of
+from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES
 from lorasurgery.checkpoint.inplace.recover import in_the_middle, unfinished
 from lorasurgery.checkpoint.locate import load_object
@@ -24,7 +25,7 @@ from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.merging.undo.record import read_undo_record, stack
 from lorasurgery.ops.placement.plan import plan_edits
 from lorasurgery.ops.placement.quantized import scale_of
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import ModuleReport, Progress, Report, Spectrum, Stored
 
 if TYPE_CHECKING:
@@ -251,7 +252,6 @@ def _add_energy(report: Report) -> None:
         report.summary += "; energy " + ", ".join(f"{e / whole:.1%} at rank {r}" for r, e in kept.items())
 
 
-@on_references("path", "base", headers_only=lambda given: not given["spectrum"])
 def inspect(
     path: str | Path,
     *,
@@ -275,14 +275,25 @@ def inspect(
     Raises:
         SurgeryError: neither, or broken, in one line. UsageError: an option that belongs to adapters.
     """
-    clock = Clock()
-    check_device_name(device)
-    several = find_adapters(path)
-    if several:
-        return run_each(
+    given = {"path": path, "spectrum": spectrum, "base": base, "device": device, "progress": progress}
+    with open_call("inspect", given, headers_only=not spectrum, progress=progress) as call:
+        check_kinds(given, "path", "device")
+        check_device_name(device)
+        path, model = call.local(path), call.local(base)
+        several = find_adapters(path)
+        if not several:
+            return call.checked(_inspect(path, spectrum, model, device, progress))
+        return call.checked(run_each(
             "inspect", path, several,
-            lambda p, _: inspect(p, spectrum=spectrum, base=base, device=device, progress=progress),
-        )  # fmt: skip
+            lambda p, _: inspect(p, spectrum=spectrum, base=model, device=device, progress=progress),
+        ))  # fmt: skip
+
+
+def _inspect(
+    path: str | Path, spectrum: bool, base: str | Path | None, device: str, progress: Progress | None
+) -> Report:
+    """Inspect one adapter or checkpoint."""
+    clock = Clock()
     if not _is_adapter(path):
         if spectrum or base is not None:
             option = "--spectrum" if spectrum else "--base"

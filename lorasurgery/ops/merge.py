@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.ranks import ranks
-from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
+from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import some
+from lorasurgery.ops.asked import Paths, all_paths, merge_options
 from lorasurgery.ops.factors.sidecars import carried_files, not_followed
+from lorasurgery.ops.merging.options import MergeOptions
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
 from lorasurgery.ops.merging.run_state import RunState
 from lorasurgery.ops.merging.targets import (
@@ -26,35 +29,38 @@ from lorasurgery.ops.merging.targets import (
     recovered_report,
 )
 from lorasurgery.ops.merging.undo.select import about, before_in_place, begin_record, files_changed, files_in_place
-from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
+from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.provenance.record import describe
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.ops.provenance.resume import start_run
 from lorasurgery.report import Progress, Report
+
+if TYPE_CHECKING:
+    import torch
 
 LOW_RETENTION = 0.9
 
 
-@on_references("base", "adapters")
 def merge(
     base: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Paths,
     out: str | Path | None = None,
+    options: MergeOptions | None = None,
     *,
     in_place: bool = False,
     undo: bool | None = None,
-    weights: Sequence[float] = (),
-    block_weights: Sequence[str] = (),
-    dtype: str | None = None,
+    weights: float | Sequence[float] = (),
+    block_weights: str | Sequence[str] = (),
+    dtype: str | torch.dtype | None = None,
     rounding: Rounding = "nearest",
     seed: int = 0,
     device: str = "auto",
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
     allow_loss: bool = False,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     resume: bool = False,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -62,42 +68,66 @@ def merge(
 
     Example:
         merge("llama", ["style", "topic"], "merged", weights=[0.7, -0.3])
-        merge("llama", ["style"], in_place=True)
+        merge("llama", "style", in_place=True)
 
     Args:
         base: Checkpoint folder or file.
+        adapters: The adapters, or the one.
         out: Where the merged checkpoint goes; None with `in_place`.
+        options: What the keywords from `weights` on say, as an object; what a keyword says too must not be in it.
         in_place: Change the touched tensors inside the base's own files.
         undo: Keep beside the result what it takes to undo the merge to the bit; None does so in place.
         weights: One strength per adapter, any finite number; the rest are 1.
         block_weights: `[N:]PATTERN=W`, an LBW preset or list: strengths by module, for all adapters or the N-th.
-        dtype: safetensors name (BF16, F32 …) of floating tensors written, 8-bit ones only where an adapter
-            touches them; None keeps each tensor's own.
+        dtype: Of floating tensors written, 8-bit ones only where an adapter touches them, as "bf16", "bfloat16",
+            "BF16" or torch.bfloat16; None keeps each tensor's own.
         rounding: `nearest` (even), or `stochastic`, which is unbiased and seeded by `seed`.
-        max_shard_size: Bytes per shard; None keeps the base's layout.
+        max_shard_size: Bytes per shard, or a size such as "5GB"; None keeps the base's layout.
         allow_loss: Write the result even when rounding keeps less than half of the update.
         allow_nonfinite: Go on where a weight, an update or their sum is NaN or infinite, instead of naming it.
         resume: Go on with what an interrupted run of the same inputs and options left; the result is the same.
-        memory_limit: Bytes that weights on their way may take.
+        memory_limit: Bytes that weights on their way may take, or a size such as "2GB".
         dry_run: Settle everything from headers, write nothing (torch is not imported).
 
     Raises:
         SurgeryError: one line saying which file, what was expected, what was found and the next move.
     """
-    clock = Clock()
-    strengths = check_weights(weights, len(adapters))
+    given = {
+        "base": base, "adapters": adapters, "out": out, "options": options, "in_place": in_place, "undo": undo,
+        "weights": weights, "block_weights": block_weights, "dtype": dtype, "rounding": rounding, "seed": seed,
+        "max_shard_size": max_shard_size, "allow_loss": allow_loss, "allow_nonfinite": allow_nonfinite,
+        "memory_limit": memory_limit, "device": device, "overwrite": overwrite, "resume": resume,
+        "dry_run": dry_run, "progress": progress,
+    }  # fmt: skip
+    with open_call("merge", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        check_kinds(given, "base", "adapters", "device")
+        settings = merge_options(options, given)
+        base, sources = call.local(base), call.all_local(all_paths(adapters))
+        report = _merge(
+            base, sources, out, settings, in_place=in_place, undo=in_place if undo is None else undo, device=device,
+            overwrite=overwrite, resume=resume, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+        if dry_run:
+            return call.checked(report)
+        # in place the record is part of the change, so that a kill leaves both or neither
+        return call.named(report) if in_place else call.recorded(report, [base, *sources])
+
+
+def _merge(
+    base: str | Path, adapters: Sequence[str | Path], out: str | Path | None, options: MergeOptions, *,
+    in_place: bool, undo: bool, device: str, overwrite: bool, resume: bool, dry_run: bool, progress: Progress | None,
+) -> Report:  # fmt: skip
+    clock, strengths = Clock(), options.check(len(adapters))
     check_device_name(device)
-    check_memory_limit(memory_limit)
-    undo = in_place if undo is None else undo
-    target = check_target(base, out, in_place, dtype, max_shard_size, undo=undo)
+    target = check_target(base, out, in_place, options.dtype, options.max_shard_size, undo=undo)
     if in_place and is_recovered(target, resume=resume, dry_run=dry_run):
         return clock.stamp(recovered_report("merge", str(base)))
     checkpoint, opened = Checkpoint.open(base, unfinished=in_place), [open_adapter(a) for a in adapters]
     if not in_place:
         check_output(target, [Path(base), *map(Path, adapters)], overwrite, resume=resume)
-    plan = weighed_plan(checkpoint, opened, strengths, block_weights)
+    plan = weighed_plan(checkpoint, opened, strengths, options.block_weights)
     used = [a for a, w in zip(opened, strengths, strict=True) if w]
-    files = plan_files(checkpoint, checkpoint, plan, target, dtype=dtype, max_shard_size=max_shard_size)
+    files = plan_files(checkpoint, checkpoint, plan, target, dtype=options.dtype, max_shard_size=options.max_shard_size)
     brought = files_in_place(checkpoint, used) if in_place and not dry_run else {}
     record = None
     if undo:
@@ -106,11 +136,12 @@ def merge(
             before = before_in_place(checkpoint, list(brought))
         elif not dry_run:
             before = files_changed(checkpoint, used, plan, target)
-        record = begin_record(opened, [str(a) for a in adapters], strengths, block_weights, before)
+        record = begin_record(opened, [str(a) for a in adapters], strengths, options.block_weights, before)
     recipe = Recipe(
         base=checkpoint, disk=checkpoint, companion=checkpoint, adapters=used, edits=plan, out=target, files=files,
-        dtype=dtype, rounding=rounding, seed=seed, overwrite=overwrite, allow_loss=allow_loss,
-        allow_nonfinite=allow_nonfinite, memory_limit=memory_limit, undo=record,
+        dtype=options.dtype, rounding=options.rounding, seed=options.seed, overwrite=overwrite,
+        allow_loss=options.allow_loss, allow_nonfinite=options.allow_nonfinite, memory_limit=options.memory_limit,
+        undo=record,
     )  # fmt: skip
     report = start_report("merge", recipe, [str(base), *map(str, adapters)], strengths, dry_run)
     if dry_run and in_place:
@@ -118,14 +149,19 @@ def merge(
     if not dry_run:
         chosen = resolve_device(device)
         report.device, state = str(chosen), RunState(chosen, progress)
-        options = {"block_weights": tuple(block_weights), "max_shard_size": max_shard_size, "undo": undo}
+        about_it = identity_of(options) | {"undo": undo}
         if in_place:
-            _inside(recipe, state, opened, brought, options, report, resume=resume)
+            _inside(recipe, state, opened, brought, about_it, report, resume=resume)
         else:
-            carry_out(recipe, state, report, options, resume=resume)
+            carry_out(recipe, state, report, about_it, resume=resume)
         if ranks().first:
             judge_retention(report, recipe)
     return clock.stamp(report)
+
+
+def identity_of(options: MergeOptions) -> dict[str, Any]:
+    """What of the options decides the result besides what a recipe and its report hold."""
+    return {"block_weights": tuple(options.block_weights), "max_shard_size": options.max_shard_size}
 
 
 def _inside(

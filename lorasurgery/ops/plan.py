@@ -6,30 +6,34 @@ from collections import defaultdict
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.model_names.naming import commonest_dtype, count_parameters
+from lorasurgery.arguments import as_tuple, check_kinds
 from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import MismatchError, UsageError, some
 from lorasurgery.module_location import place_of
+from lorasurgery.ops.asked import dtype_of
 from lorasurgery.ops.extraction.options import DEFAULT_RANK, Selection
 from lorasurgery.ops.extraction.pairs import FACTORED, Pair, group_experts, plan_pairs
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import Planned, Report
+
+if TYPE_CHECKING:
+    import torch
 
 TARGET = ("all-linear",)
 
 
-@on_references("model", headers_only=lambda _: True)
 def plan(
     model: str | Path,
     rank: int = DEFAULT_RANK,
     *,
-    target: Sequence[str] = TARGET,
-    exclude: Sequence[str] = (),
-    dtype: str | None = None,
+    target: str | Sequence[str] = TARGET,
+    exclude: str | Sequence[str] = (),
+    dtype: str | torch.dtype | None = None,
 ) -> Report:
     """Count the parameters and bytes that LoRA would take on a model: r(d + k) for a d×k matrix instead of d·k.
 
@@ -40,7 +44,8 @@ def plan(
         model: Checkpoint folder or file; only its headers are read, and torch is not imported.
         rank: r of every module (LoRA, arXiv:2106.09685, section 4.1).
         target, exclude: A suffix (q_proj), a regular expression on the whole path, or attention, mlp, all-linear.
-        dtype: safetensors name of what the factors would be stored in; None is the model's own.
+        dtype: What the factors would be stored in, as "bf16", "bfloat16", "BF16" or torch.bfloat16; None is the
+            model's own.
 
     Returns:
         A report with `Planned` modules; its totals count the adapter among `all_parameters`, as PEFT prints them.
@@ -49,11 +54,17 @@ def plan(
         UsageError: a rank below 1, or a pattern that means no module, with the nearest names.
         MismatchError: nothing that LoRA fits is left.
     """
-    clock = Clock()
-    if rank < 1:
-        raise UsageError(f"--rank {rank}: expected a whole number of at least 1")
-    checkpoint = Checkpoint.open(model)
-    selection = Selection(tuple(target) or TARGET, tuple(exclude), ("none",))
+    given = {"model": model, "rank": rank, "target": target, "exclude": exclude, "dtype": dtype}
+    with open_call("plan", given, headers_only=True) as call:
+        check_kinds(given, "model", "rank")
+        if rank < 1:
+            raise UsageError(f"--rank {rank}: expected a whole number of at least 1")
+        selection = Selection(as_tuple(target) or TARGET, as_tuple(exclude), ("none",))
+        return call.checked(_plan(call.local(model), rank, selection, dtype_of(dtype)))
+
+
+def _plan(model: str | Path, rank: int, selection: Selection, dtype: str | None) -> Report:
+    clock, checkpoint = Clock(), Checkpoint.open(model)
     pairs = group_experts(plan_pairs(checkpoint, checkpoint, selection), checkpoint.config)
     report = Report("plan", [str(model)], "")
     report.modules = [_module(p, rank) for p in pairs if p.treatment in FACTORED and all(p.matrix)]

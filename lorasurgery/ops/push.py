@@ -9,6 +9,7 @@ from typing import Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
+from lorasurgery.arguments import check_class, check_kinds
 from lorasurgery.checkpoint.header import PICKLE_SUFFIXES, show
 from lorasurgery.checkpoint.inside import files_below, is_link, leads_out
 from lorasurgery.checkpoint.reader import Checkpoint
@@ -16,6 +17,7 @@ from lorasurgery.engine.atomic_file import PARTIAL
 from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import FormatError, OutputError, SurgeryError, UsageError, some
 from lorasurgery.hub import push as hub
+from lorasurgery.keywords import say, saying_keywords
 from lorasurgery.ops.card import make_card
 from lorasurgery.ops.factors.folders import find_adapters
 from lorasurgery.ops.provenance.card_reader import check_card
@@ -49,8 +51,11 @@ class Parcel:
 
 def push(
     path: str | Path,
-    target: Target,
+    target: str | Target,
     *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
     message: str | None = None,
     base_model: str | None = None,
     overwrite_card: bool = False,
@@ -60,10 +65,14 @@ def push(
     """Publish an adapter or checkpoint on the Hugging Face Hub, in one commit.
 
     Example:
-        push("adapter", Target("me/llama-style", private=True)).pushed["url"]
+        push("adapter", "me/llama-style", private=True).pushed["url"]
 
     Args:
         path: Folder or .safetensors file; checked from its headers to be whole before anything is sent.
+        target: `org/name`, or a Target, which holds the three that follow.
+        private: Make the repository private; one that is public already is refused.
+        revision: Commit to this branch, made where it is missing; None is main.
+        create_pr: Open a pull request instead of committing.
         message: Of the commit; None says what was uploaded.
         base_model: The base as the Hub knows it, for the adapter's config and the model card as they are sent; the
             local files stay as they are.
@@ -74,10 +83,28 @@ def push(
         SurgeryError: not whole, or the Hub refuses; the local files stay as they are, and repeating the same call
             sends only what is missing.
     """
+    with saying_keywords("push"):
+        check_kinds({"path": path, "private": private, "revision": revision, "create_pr": create_pr,
+                     "message": message, "base_model": base_model, "overwrite_card": overwrite_card,
+                     "dry_run": dry_run, "progress": progress}, "path")  # fmt: skip
+        whole = Target(target, private, revision, create_pr) if isinstance(target, str) else target
+        check_class("target", whole, Target)
+        if whole is target and (private or revision or create_pr):
+            raise UsageError("target: a Target says whether --private, --revision or --create-pr; put them into it")
+        report = _push(
+            Path(path), whole, message, base_model, overwrite_card=overwrite_card, dry_run=dry_run, progress=progress
+        )
+    return say(report, "push")
+
+
+def _push(
+    path: Path, target: Target, message: str | None, base_model: str | None, *, overwrite_card: bool, dry_run: bool,
+    progress: Progress | None,
+) -> Report:  # fmt: skip
     clock = Clock()
     target.check()
     check_base_model(base_model)
-    parcel = pack(Path(path))
+    parcel = pack(path)
     sent = parcel.files | with_base_model(parcel.files, base_model)
     report = Report("push", [str(path)], "", dry_run=dry_run)
     report.totals = {"files": sorted(parcel.files), "bytes": parcel.nbytes, "left_out": parcel.left_out}

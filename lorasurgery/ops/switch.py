@@ -8,12 +8,15 @@ from pathlib import Path
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
+from lorasurgery.arguments import PATHS, check_kinds
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.device_memory import Fallback
-from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
+from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, UsageError, some
+from lorasurgery.ops.asked import Paths, all_paths, merge_options
 from lorasurgery.ops.merge import judge_retention, start_report
+from lorasurgery.ops.merging.options import MergeOptions
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
 from lorasurgery.ops.merging.run_state import RunState
 from lorasurgery.ops.merging.targets import (
@@ -37,40 +40,41 @@ from lorasurgery.ops.merging.undo.select import (
     record_to_undo,
 )
 from lorasurgery.ops.merging.undo.view import UndoView
-from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
+from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.provenance.record import describe
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import RECORD_NAME, Progress, Report
 
 
-@on_references("to", "from_", "base")
 def switch(
     checkpoint: str | Path,
-    to: Sequence[str | Path],
+    to: Paths,
+    options: MergeOptions | None = None,
     *,
-    from_: Sequence[str | Path] = (),
+    from_: Paths = (),
     add: bool = False,
     base: str | Path | None = None,
-    weights: Sequence[float] = (),
-    block_weights: Sequence[str] = (),
+    weights: float | Sequence[float] = (),
+    block_weights: str | Sequence[str] = (),
     rounding: Rounding = "nearest",
     seed: int = 0,
     device: str = "auto",
     allow_loss: bool = False,
     allow_nonfinite: bool = False,
     resume: bool = False,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Undo the last merge to the bit and merge other adapters instead, reading and writing what changes once.
 
     Example:
-        switch("llama", ["topic"])
+        switch("llama", "topic")
 
     Args:
         checkpoint: A folder or file that `merge --in-place` or `merge --undo` left with a record.
-        to: The adapters to be merged now, with `weights` and `block_weights` as for merge.
+        to: The adapters to be merged now, or the one, with `weights` and `block_weights` as for merge.
+        options: As for merge; files keep their dtypes and shards, so that those two must not be in it.
         from_: Where the adapters that were merged last are, unless they lie beside the checkpoint or the new ones, in
             the current folder, or in the Hub's cache.
         add: Take nothing out: put `to` on top of whatever is there, as `merge --in-place` does.
@@ -80,11 +84,32 @@ def switch(
         MismatchError: no record says what is to come out, and neither `add` nor `base` was given.
         SurgeryError: as merge and unmerge do.
     """
-    clock, path = Clock(), Path(checkpoint)
-    strengths = check_weights(weights, len(to))
+    given = {
+        "checkpoint": checkpoint, "to": to, "options": options, "from_": from_, "add": add, "base": base,
+        "weights": weights, "block_weights": block_weights, "rounding": rounding, "seed": seed,
+        "allow_loss": allow_loss, "allow_nonfinite": allow_nonfinite, "memory_limit": memory_limit,
+        "device": device, "resume": resume, "dry_run": dry_run, "progress": progress,
+    }  # fmt: skip
+    with open_call("switch", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        check_kinds(given, "checkpoint", "to", "device", to=PATHS)
+        settings = merge_options(options, given)
+        new, old = call.all_local(all_paths(to)), call.all_local(all_paths(from_))
+        report = _switch(
+            checkpoint, new, old, call.local(base), settings, add=add, device=device, resume=resume, dry_run=dry_run,
+            progress=progress,
+        )  # fmt: skip
+        return call.checked(report) if dry_run else call.named(report)  # the record is part of the change
+
+
+def _switch(
+    checkpoint: str | Path, to: Sequence[str | Path], from_: Sequence[str | Path], base: str | Path | None,
+    options: MergeOptions, *, add: bool, device: str, resume: bool, dry_run: bool, progress: Progress | None,
+) -> Report:  # fmt: skip
+    clock, path, strengths = Clock(), Path(checkpoint), options.check(len(to))
     check_device_name(device)
-    check_memory_limit(memory_limit)
     _check_ways(from_, add=add, base=base)
+    if options.dtype or options.max_shard_size:
+        raise UsageError("switch: dtypes and shards stay as they are; leave --dtype and --max-shard-size out")
     if is_recovered(path, resume=resume, dry_run=dry_run):
         return clock.stamp(recovered_report("switch", str(path)))
     merged, opened = Checkpoint.open(path, unfinished=True), [open_adapter(a) for a in to]
@@ -102,16 +127,17 @@ def switch(
     start: Checkpoint | UndoView = origin or (UndoView(merged, *found, chosen, fallback) if found else merged)
     if origin is not None:
         check_same_tensors(merged, origin)
-    plan = weighed_plan(start, opened, strengths, block_weights)
+    plan = weighed_plan(start, opened, strengths, options.block_weights)
     used = [a for a, w in zip(opened, strengths, strict=True) if w]
     if origin is not None and not dry_run:
         put_back(plan, merged, origin)
     files, before = ({}, {}) if dry_run else _small_files(merged, origin, used, found[0] if found else None)
     recipe = Recipe(
         base=start, disk=merged, companion=merged, adapters=used, edits=plan, out=path,
-        files=plan_files(merged, start, plan, path), rounding=rounding, seed=seed, allow_loss=allow_loss,
-        allow_nonfinite=allow_nonfinite, memory_limit=memory_limit, restored=found[0] if found else None,
-        undo=begin_record(opened, [str(a) for a in to], strengths, block_weights, before),
+        files=plan_files(merged, start, plan, path), rounding=options.rounding, seed=options.seed,
+        allow_loss=options.allow_loss, allow_nonfinite=options.allow_nonfinite, memory_limit=options.memory_limit,
+        restored=found[0] if found else None,
+        undo=begin_record(opened, [str(a) for a in to], strengths, options.block_weights, before),
     )  # fmt: skip
     inputs = [str(checkpoint), *([str(base)] if base is not None else []), *map(str, to)]
     report = start_report("switch", recipe, inputs, strengths, dry_run)
@@ -119,9 +145,10 @@ def switch(
     check_in_place(recipe)
     if chosen is not None:
         report.device, state = str(chosen), RunState(chosen, progress, fallback)
-        options = {"weights": strengths, "blocks": list(block_weights), "rounding": rounding, "seed": seed}
+        about_it: dict[str, object] = {"weights": strengths, "blocks": list(options.block_weights),
+                                       "rounding": options.rounding, "seed": options.seed}  # fmt: skip
         _carry_out(
-            recipe, state, report, [*old, *opened], files, options, add=add, rebased=origin is not None, resume=resume
+            recipe, state, report, [*old, *opened], files, about_it, add=add, rebased=origin is not None, resume=resume
         )
         judge_retention(report, recipe)
         what = f"{last.names} is out" if last else f"begun from {base}" if base is not None else "nothing is taken out"

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.adapters.model_names.naming import BaseNames, module_of
+from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.device_memory import Fallback
 from lorasurgery.engine.ranks import ranks
-from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
+from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, UsageError
-from lorasurgery.ops.merge import carry_out, start_report
+from lorasurgery.ops.asked import Paths, all_paths, merge_options
+from lorasurgery.ops.merge import carry_out, identity_of, start_report
+from lorasurgery.ops.merging.options import MergeOptions
 from lorasurgery.ops.merging.recipe import Recipe, Rounding, plan_files
 from lorasurgery.ops.merging.run_state import RunState
 from lorasurgery.ops.merging.targets import check_in_place, check_target, in_place_call, is_recovered, recovered_report
 from lorasurgery.ops.merging.undo.record import UndoRecord
 from lorasurgery.ops.merging.undo.select import about, merged_weights, record_to_undo
 from lorasurgery.ops.merging.undo.view import UndoView
-from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
+from lorasurgery.ops.placement.block_weight import weighed_plan
 from lorasurgery.ops.placement.edits import Edit, EditPlan, Replacement
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import ModuleReport, Progress, Report
+
+if TYPE_CHECKING:
+    import torch
 
 
 def undo_merge(
@@ -60,7 +66,6 @@ def undo_merge(
         if in_place:
             from lorasurgery.ops.merging.in_place import run_in_place  # imports torch
 
-            report.sources = []
             identity = about(in_place_call(report), adapters, chosen.type, **options)
             run_in_place(recipe, state, identity, dict, report, resume=resume)
         else:
@@ -83,27 +88,27 @@ def describe_record(record: UndoRecord, report: Report) -> None:
     report.summary = f"{len(record.tensors)} tensors to restore to the bit"
 
 
-@on_references("merged", "adapters", "base")
 def unmerge(
     merged: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Paths,
     out: str | Path | None = None,
+    options: MergeOptions | None = None,
     *,
     in_place: bool = False,
     undo: bool | None = None,
     undo_file: str | Path | None = None,
     base: str | Path | None = None,
-    weights: Sequence[float] = (),
-    block_weights: Sequence[str] = (),
-    dtype: str | None = None,
+    weights: float | Sequence[float] = (),
+    block_weights: str | Sequence[str] = (),
+    dtype: str | torch.dtype | None = None,
     rounding: Rounding = "nearest",
     seed: int = 0,
     device: str = "auto",
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     resume: bool = False,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -111,10 +116,11 @@ def unmerge(
 
     Example:
         unmerge("merged", ["style"], "restored", weights=[0.7], base="llama")
-        unmerge("llama", ["style"], in_place=True)
+        unmerge("llama", "style", in_place=True)
 
     Args:
         merged: Checkpoint the adapters were merged into, with the same weights as given here.
+        adapters: The adapters, or the one.
         out: Where the restored checkpoint goes; None with `in_place`, which needs a record.
         undo: False subtracts and rounds though there is a record. What no record says was merged is subtracted too,
             and named in `totals["unrecorded"]` and the first warning.
@@ -122,16 +128,41 @@ def unmerge(
         block_weights: As they were merged.
         base: Where replaced tensors (modules_to_save, biases) are restored from; without it they stay as
             they are and the report names them. Deltas are subtracted either way.
-        resume, memory_limit: as for merge.
+        options, weights, dtype, max_shard_size, resume, memory_limit: as for merge.
 
     Raises:
         SurgeryError: as merge does.
     """
-    clock = Clock()
-    strengths = check_weights(weights, len(adapters))
+    given = {
+        "merged": merged, "adapters": adapters, "out": out, "options": options, "in_place": in_place, "undo": undo,
+        "undo_file": undo_file, "base": base, "weights": weights, "block_weights": block_weights, "dtype": dtype,
+        "rounding": rounding, "seed": seed, "max_shard_size": max_shard_size, "allow_nonfinite": allow_nonfinite,
+        "memory_limit": memory_limit, "device": device, "overwrite": overwrite, "resume": resume,
+        "dry_run": dry_run, "progress": progress,
+    }  # fmt: skip
+    with open_call("unmerge", given, writes=not dry_run, headers_only=dry_run, progress=progress) as call:
+        check_kinds(given, "merged", "adapters", "device")
+        settings = merge_options(options, given)
+        merged, original = call.local(merged), call.local(base)
+        sources = call.all_local(all_paths(adapters))
+        report = _unmerge(
+            merged, sources, out, settings, in_place=in_place, undo=undo, undo_file=undo_file, base=original,
+            device=device, overwrite=overwrite, resume=resume, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+        if dry_run:
+            return call.checked(report)
+        # in place the record that the merge found comes back, as part of the change
+        return call.named(report) if in_place else call.recorded(report, [merged, *sources, original])
+
+
+def _unmerge(
+    merged: str | Path, adapters: Sequence[str | Path], out: str | Path | None, options: MergeOptions, *,
+    in_place: bool, undo: bool | None, undo_file: str | Path | None, base: str | Path | None, device: str,
+    overwrite: bool, resume: bool, dry_run: bool, progress: Progress | None,
+) -> Report:  # fmt: skip
+    clock, strengths = Clock(), options.check(len(adapters))
     check_device_name(device)
-    check_memory_limit(memory_limit)
-    target = check_target(merged, out, in_place, dtype, max_shard_size)
+    target = check_target(merged, out, in_place, options.dtype, options.max_shard_size)
     if in_place and is_recovered(target, resume=resume, dry_run=dry_run):
         return clock.stamp(recovered_report("unmerge", str(merged)))
     checkpoint, opened = Checkpoint.open(merged, unfinished=in_place), [open_adapter(a) for a in adapters]
@@ -141,14 +172,14 @@ def unmerge(
         check_output(target, [Path(i) for i in inputs], overwrite, resume=resume)
     found = None
     if undo is not False:
-        found = record_to_undo(Path(merged), opened, undo_file, weights, block_weights)
+        found = record_to_undo(Path(merged), opened, undo_file, options.weights, options.block_weights)
     if found is not None:
-        if dtype:
+        if options.dtype:
             raise UsageError("--dtype: what comes back to the bit keeps its dtype; --no-undo subtracts and rounds")
         record, ordered = found
         report = undo_merge(
-            checkpoint, record, ordered, target, inputs, device, progress, max_shard_size=max_shard_size,
-            overwrite=overwrite, memory_limit=memory_limit, resume=resume, dry_run=dry_run,
+            checkpoint, record, ordered, target, inputs, device, progress, max_shard_size=options.max_shard_size,
+            overwrite=overwrite, memory_limit=options.memory_limit, resume=resume, dry_run=dry_run,
         )  # fmt: skip
         return clock.stamp(report)
     if in_place:
@@ -156,28 +187,35 @@ def unmerge(
             f"{merged}: has no record of a merge, so nothing would give the bits back; -o OUT subtracts and rounds "
             "into a new checkpoint"
         )
-    plan = weighed_plan(checkpoint, opened, [-w for w in strengths], block_weights, replaces=False)
-    plan.untied, dropped = False, frozenset[str]()
-    if original is not None:
-        dropped = restore_from(original, checkpoint, plan)
-    files = plan_files(checkpoint, checkpoint, plan, target, dtype=dtype, max_shard_size=max_shard_size,
-                       dropped=dropped)  # fmt: skip
-    recipe = Recipe(
-        base=checkpoint, disk=checkpoint, companion=original or checkpoint, edits=plan, out=target, files=files,
-        dtype=dtype, rounding=rounding, seed=seed, overwrite=overwrite, memory_limit=memory_limit,
-        allow_nonfinite=allow_nonfinite,
-    )  # fmt: skip
+    recipe = _subtraction(checkpoint, opened, strengths, original, target, options, overwrite=overwrite)
     report = start_report("unmerge", recipe, inputs, strengths, dry_run)
     _compare(report, Path(merged), opened, strengths)
-    _name_unrestored(report, checkpoint, plan)
+    _name_unrestored(report, checkpoint, recipe.edits)
     if not dry_run:
         chosen = resolve_device(device)
         report.device, state = str(chosen), RunState(chosen, progress)
-        options = {"block_weights": tuple(block_weights), "max_shard_size": max_shard_size}
-        carry_out(recipe, state, report, options, resume=resume)
+        carry_out(recipe, state, report, identity_of(options), resume=resume)
         if ranks().first:
             _summarise(report)
     return clock.stamp(report)
+
+
+def _subtraction(
+    merged: Checkpoint, adapters: list[Adapter], strengths: list[float], original: Checkpoint | None, out: Path,
+    options: MergeOptions, *, overwrite: bool,
+) -> Recipe:  # fmt: skip
+    """The recipe of an unmerge without a record: the merge with negative weights."""
+    plan = weighed_plan(merged, adapters, [-w for w in strengths], options.block_weights, replaces=False)
+    plan.untied, dropped = False, frozenset[str]()
+    if original is not None:
+        dropped = restore_from(original, merged, plan)
+    files = plan_files(merged, merged, plan, out, dtype=options.dtype, max_shard_size=options.max_shard_size,
+                       dropped=dropped)  # fmt: skip
+    return Recipe(
+        base=merged, disk=merged, companion=original or merged, edits=plan, out=out, files=files, dtype=options.dtype,
+        rounding=options.rounding, seed=options.seed, overwrite=overwrite, memory_limit=options.memory_limit,
+        allow_nonfinite=options.allow_nonfinite,
+    )  # fmt: skip
 
 
 def restore_from(original: Checkpoint, merged: Checkpoint, plan: EditPlan) -> frozenset[str]:

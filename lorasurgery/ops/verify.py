@@ -10,6 +10,7 @@ from typing import Any
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.adapters.formats import is_adapter, open_adapter
 from lorasurgery.adapters.model_names.naming import BaseNames
+from lorasurgery.arguments import as_tuple, check_kinds
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inplace.recover import in_the_middle, unfinished
@@ -18,9 +19,10 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import UnsupportedError, UsageError, some
 from lorasurgery.module_location import place_of
+from lorasurgery.ops.asked import Paths, all_paths
 from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
 from lorasurgery.ops.placement.plan import plan_edits
-from lorasurgery.ops.provenance.references import on_references
+from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import Progress, Report
 
 
@@ -110,21 +112,20 @@ def findings_in_adapter(adapter: Adapter) -> list[str]:
     return found + ([f"{some(zero)}: the scale is 0, so nothing would change"] if zero else [])
 
 
-@on_references("path", "against", "adapters")
 def verify(
     path: str | Path,
     *,
     against: str | Path | None = None,
-    adapters: Sequence[str | Path] = (),
-    weights: Sequence[float] = (),
-    block_weights: Sequence[str] = (),
+    adapters: Paths = (),
+    weights: float | Sequence[float] = (),
+    block_weights: str | Sequence[str] = (),
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Report:
     """Read everything once and say whether it holds: headers, index, config, every value finite, undo records.
 
     Example:
-        verify("merged", against="llama", adapters=["style"]).totals["holds"]
+        verify("merged", against="llama", adapters="style").totals["holds"]
 
     Args:
         path: Checkpoint or adapter. against: The checkpoint that it was made from: an adapter must match it tensor by
@@ -138,11 +139,28 @@ def verify(
     Raises:
         SurgeryError: it can't be read at all, in one line. UsageError: adapters without `against`.
     """
+    given = {
+        "path": path, "against": against, "adapters": adapters, "weights": weights, "block_weights": block_weights,
+        "device": device, "progress": progress,
+    }  # fmt: skip
+    with open_call("verify", given, progress=progress) as call:
+        check_kinds(given, "path", "device")
+        check_device_name(device)
+        sources = all_paths(adapters)
+        if sources and against is None:
+            raise UsageError("--adapter: needs --against BASE, which it was merged into")
+        strengths = check_weights(as_tuple(weights), len(sources)) if sources else []
+        return call.checked(
+            _verify(call.local(path), call.local(against), call.all_local(sources), strengths,
+                    as_tuple(block_weights), device, progress)
+        )  # fmt: skip
+
+
+def _verify(
+    path: str | Path, against: str | Path | None, adapters: Sequence[str | Path], strengths: list[float],
+    block_weights: Sequence[str], device: str, progress: Progress | None,
+) -> Report:  # fmt: skip
     clock = Clock()
-    check_device_name(device)
-    if adapters and against is None:
-        raise UsageError("--adapter: needs --against BASE, which it was merged into")
-    strengths = check_weights(weights, len(adapters)) if adapters else []
     report = Report("verify", [str(path), *map(str, adapters), *([str(against)] if against is not None else [])], "")
     report.totals = {"what": "checkpoint", "holds": True, "findings": []}
     if Path(path).exists() and is_adapter(Path(path)):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorasurgery.errors import UsageError
+from lorasurgery.keywords import saying_keywords
 from lorasurgery.report import Report
 
 FORMATS = ("svg", "png")
@@ -26,13 +27,14 @@ def draw(report: Report, file: str | Path, *, mode: int = 0o666) -> None:
         UsageError: another ending, no such folder, no matplotlib, or a report with nothing to draw.
         OutputError: the file can't be written.
     """
-    check_plot_name(file)
-    from lorasurgery.plots.sheet import sheet
-    from lorasurgery.plots.style import house_style, render, write_whole
+    with saying_keywords("draw"):
+        check_plot_name(file)
+        from lorasurgery.plots.sheet import sheet
+        from lorasurgery.plots.style import house_style, render, write_whole
 
-    with house_style():
-        picture = render(sheet(report), format_of(file), title=f"lorasurgery {report.command}")
-    write_whole(Path(file), picture, mode)
+        with house_style():
+            picture = render(sheet(report), format_of(file), title=f"lorasurgery {report.command}")
+        write_whole(Path(file), picture, mode)
 
 
 def card_picture(report: Report) -> bytes:

@@ -62,7 +62,7 @@ def finish(world: World, name: str, place: Path) -> None:
     try:
         CASES[name].work(world.folder, place, resume=True)
     except OutputError as problem:
-        assert "--overwrite" in str(problem)
+        assert "overwrite=True" in str(problem)
         if remains(place) or state(place) != world.whole(name):
             CASES[name].work(world.folder, place, overwrite=True)
 

@@ -86,9 +86,9 @@ def test_small_tolerances_are_kept() -> None:
     ("words", "said"),
     [({}, "give exactly one of"), ({"rank": 1, "energy": 0.5}, "give exactly one of"),
      ({"budget": Budget(size=1), "rank": 1}, "give exactly one of"), ({"sv_ratio": 2.0, "rank": 1}, "give exactly one of"),
-     ({"rank": 0}, "--rank 0: expected at least 1"), ({"rank": 1, "max_rank": 0}, "--max-rank 0: expected at least 1"),
-     ({"energy": 1.5}, "--energy 1.5: expected a share"), ({"tolerance": 1.0}, "--tolerance 1.0: expected a relative error"),
-     ({"sv_ratio": 0.5}, "--sv-ratio 0.5: expected a number"), ({"sv_cumulative": 1.5}, "--sv-cumulative 1.5: expected a share")],
+     ({"rank": 0}, "rank=0: expected at least 1"), ({"rank": 1, "max_rank": 0}, "max_rank=0: expected at least 1"),
+     ({"energy": 1.5}, "energy=1.5: expected a share"), ({"tolerance": 1.0}, "tolerance=1.0: expected a relative error"),
+     ({"sv_ratio": 0.5}, "sv_ratio=0.5: expected a number"), ({"sv_cumulative": 1.5}, "sv_cumulative=1.5: expected a share")],
 )  # fmt: skip
 def test_meaningless_rules(words: dict[str, object], said: str) -> None:
     """None, two, or values out of range."""

@@ -216,10 +216,10 @@ def test_passes_do_not_depend_on_the_scale(spectrum: str) -> None:
 
 @pytest.mark.parametrize(
     ("bad", "said"),
-    [({}, "give exactly one of"), ({"rank": 1, "energy": 0.5}, "give exactly one of"), ({"rank": 0}, "--rank 0"),
-     ({"energy": 0.0}, "--energy 0.0"), ({"energy": 1.5}, "--energy 1.5"), ({"energy": math.nan}, "--energy nan"),
-     ({"tolerance": 1.0}, "--tolerance 1.0"), ({"tolerance": -0.1}, "--tolerance -0.1"), ({"tolerance": math.nan}, "--tolerance nan"),
-     ({"rank": 4, "max_rank": 0}, "--max-rank 0")],
+    [({}, "give exactly one of"), ({"rank": 1, "energy": 0.5}, "give exactly one of"), ({"rank": 0}, "rank=0"),
+     ({"energy": 0.0}, "energy=0.0"), ({"energy": 1.5}, "energy=1.5"), ({"energy": math.nan}, "energy nan"),
+     ({"tolerance": 1.0}, "tolerance=1.0"), ({"tolerance": -0.1}, "tolerance=-0.1"), ({"tolerance": math.nan}, "tolerance nan"),
+     ({"rank": 4, "max_rank": 0}, "max_rank=0")],
 )  # fmt: skip
 def test_senseless_choices_are_usage_errors(bad: dict[str, float], said: str) -> None:
     """No rule, two rules or a value out of range is refused before any work."""

@@ -282,7 +282,7 @@ def test_equal_replaced_tensors_pass(tmp_path: Path) -> None:
 def test_different_replaced_tensors(tmp_path: Path) -> None:
     """An error that names the option, or the weighted mean."""
     a, b = (saved(tmp_path, n, i, modules_to_save=["pooler"]) for i, n in enumerate("ab"))
-    with pytest.raises(MismatchError, match="--average-replaced"):
+    with pytest.raises(MismatchError, match="average_replaced=True takes"):
         blend([a, b], tmp_path / "no")
     blend([a, b], tmp_path / "out", BlendOptions(weights=[3.0, 1.0], average_replaced=True))
     one, two, new = (load_file(p / "adapter_model.safetensors") for p in (a, b, tmp_path / "out"))
@@ -398,7 +398,7 @@ def test_values_that_are_not_finite(pair: tuple[Path, Path], tmp_path: Path) -> 
     for method in METHODS:
         with pytest.raises(SurgeryError, match="not finite"):
             blend([pair[0], tmp_path / "nan"], tmp_path / "out", BlendOptions(method=method))
-    with pytest.raises(SurgeryError, match=r"do not fit float16: their numbers would be about .*; try --dtype float32"):
+    with pytest.raises(SurgeryError, match=r"do not fit float16: their numbers would be about .*; try dtype='float32'"):
         blend([tmp_path / "big", pair[1]], tmp_path / "out", BlendOptions(dtype="F16"))
     assert not (tmp_path / "out").exists()
 

@@ -195,5 +195,5 @@ def test_the_base_is_matched(tmp_path: Path) -> None:
     other = models.save(models.make("gpt2"), tmp_path / "other")
     with pytest.raises(MismatchError, match="8 of 8 modules match no tensor"):
         check(path, "peft", base=other)
-    with pytest.raises(UsageError, match="--for ollama: expected one of peft"):
+    with pytest.raises(UsageError, match="server ollama: expected one of peft"):
         check(path, "ollama")

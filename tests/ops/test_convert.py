@@ -195,7 +195,7 @@ def test_a_part_alone(bases: Path, tmp_path: Path) -> None:
     convert(tmp_path / "k.safetensors", tmp_path / "d.safetensors", ConvertOptions("diffusers"), base=bases / "flux")
     assert same(updates(tmp_path / "d.safetensors"), updates(source))
     save_file(loose.factors("transformer.single_transformer_blocks.0.attn.to_q", (32, 32)), source)
-    with pytest.raises(UnsupportedError, match=r"linear1 also holds modules .*; give --base"):
+    with pytest.raises(UnsupportedError, match=r"linear1 also holds modules .*; give base"):
         convert(source, tmp_path / "no.safetensors", ConvertOptions("kohya"))
     convert(source, tmp_path / "l.safetensors", ConvertOptions("kohya"), base=bases / "flux")
     assert next(iter(updates(tmp_path / "l.safetensors").values())).shape == (7 * 32, 32)
@@ -295,13 +295,13 @@ def test_a_language_model_made_portable(tmp_path: Path) -> None:
 
 # A maker's name, options, the error and its words.
 REFUSALS: list[tuple[str, ConvertOptions, type[Exception], str]] = [
-    ("kohya", ConvertOptions("peft"), UnsupportedError, "underscores.*give --base"),
-    ("norms", ConvertOptions("diffusers"), UnsupportedError, "difference of a vector.*--to kohya keeps it"),
+    ("kohya", ConvertOptions("peft"), UnsupportedError, "underscores.*give base"),
+    ("norms", ConvertOptions("diffusers"), UnsupportedError, "difference of a vector.*to='kohya' keeps it"),
     ("llama", ConvertOptions("kohya"), UnsupportedError, "no image model.*PEFT's format"),
     ("saved", ConvertOptions("peft", portable=True), UnsupportedError, "stored whole.*not every server takes"),
-    ("dora", ConvertOptions("peft", portable=True), UnsupportedError, "is DoRA, which not every server takes; with --base"),
+    ("dora", ConvertOptions("peft", portable=True), UnsupportedError, "is DoRA, which not every server takes; with base=BASE"),
     ("kohya", ConvertOptions("safetensors"), UsageError, "expected one of peft, kohya"),
-    ("kohya", ConvertOptions("peft", rank=0), UsageError, "--rank 0"),
+    ("kohya", ConvertOptions("peft", rank=0), UsageError, "rank=0"),
     ("tokens", ConvertOptions("peft"), UnsupportedError, "single rows.*merged but not converted"),
     ("lora bias", ConvertOptions("peft", portable=True), UnsupportedError, "has a bias, which not every server"),
     ("norms", ConvertOptions("kohya", portable=True), UnsupportedError, "a vector, which not every reader takes"),
@@ -357,7 +357,7 @@ def test_lycoris_text_modules_need_a_base(tmp_path: Path) -> None:
     """Without a base the prefix means the denoiser, whose names no text encoder has: the line asks for one."""
     save_file({re.sub("^lora_te_", "lycoris_", k): t for k, t in loose.text_part("lora_te_", images.text_encoder()).items()},
               tmp_path / "in.safetensors")  # fmt: skip
-    with pytest.raises(UnsupportedError, match=r"lycoris_text_model_.* has underscores where .*give --base"):
+    with pytest.raises(UnsupportedError, match=r"lycoris_text_model_.* has underscores where .*give base"):
         convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", ConvertOptions("diffusers"))
 
 
@@ -370,7 +370,7 @@ def test_another_base_is_refused(bases: Path, tmp_path: Path) -> None:
     ):
         convert(source, tmp_path / "out", ConvertOptions("peft"), base=bases / "sd1")
     save_file(loose.text_part("lora_te1_", images.text_encoder()), tmp_path / "text.safetensors")
-    with pytest.raises(MismatchError, match="is for nothing else; leave --base out"):
+    with pytest.raises(MismatchError, match="is for nothing else; leave base out"):
         convert(
             tmp_path / "text.safetensors", tmp_path / "out", ConvertOptions("peft"), base=bases / "flux.safetensors"
         )
@@ -456,7 +456,7 @@ def test_names_that_only_a_base_tells(tmp_path: Path) -> None:
     source = tmp_path / "in.safetensors"
     names = ("pos_embed.proj", "transformer_blocks.1.norm1_context.linear")
     save_file({k: v for n in names for k, v in loose.factors(f"transformer.{n}", (64, 32), alpha=None).items()}, source)
-    with pytest.raises(UnsupportedError, match=r"the original's name of .*norm1_context.linear.*; give --base"):
+    with pytest.raises(UnsupportedError, match=r"the original's name of .*norm1_context.linear.*; give base"):
         convert(source, tmp_path / "out.safetensors", ConvertOptions("kohya"))
 
 
@@ -504,7 +504,7 @@ def test_strength_one_means_the_same_everywhere(bases: Path, tmp_path: Path) -> 
     source = loose.kohya("sdxl", tmp_path / "thirds.safetensors", alpha=3.0)
     report = convert(source, tmp_path / "thirds-d.safetensors", ConvertOptions("diffusers"), base=bases / "sdxl")
     assert report.totals["alpha_in_header_only"] > 0
-    assert "--portable" in report.warnings[0]
+    assert "portable=True" in report.warnings[0]
 
 
 @pytest.mark.parametrize("rank", [None, 6, 32])

@@ -121,12 +121,12 @@ def test_low_retention_warns_with_the_way_out(tmp_path: Path) -> None:
     """A tiny update in bfloat16 is lost to rounding: the report has the figures and the warning names --dtype."""
     base, _ = llama(tmp_path, torch.bfloat16)
     models.peft_adapter("llama", tmp_path / "tiny", std=0.002, r=4, target_modules=["q_proj"])
-    with pytest.raises(SurgeryError, match=r"would keep 4\d\.\d% of the update.*--dtype float32.*--allow-loss"):
+    with pytest.raises(SurgeryError, match=r"would keep 4\d\.\d% of the update.*dtype='float32'.*allow_loss=True"):
         merge(base, [tmp_path / "tiny"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     report = merge(base, [tmp_path / "tiny"], tmp_path / "merged", allow_loss=True)
     assert report.totals["retention"] < 0.5
-    assert any("--dtype float32" in w for w in report.warnings)
+    assert any("dtype='float32'" in w for w in report.warnings)
     assert all(m.retention is not None and m.noise is not None for m in report.modules)
     wide = merge(base, [tmp_path / "tiny"], tmp_path / "wide", dtype="F32")
     assert wide.totals["retention"] == pytest.approx(1, abs=1e-3)
@@ -140,7 +140,7 @@ def test_eight_bit_weights(tmp_path: Path) -> None:
     narrow = {k: v.to(torch.float8_e4m3fn) if v.dim() == 2 else v for k, v in weights.items()}
     save_file(narrow, base / "model.safetensors", {"format": "pt"})
     models.peft_adapter("llama", tmp_path / "tiny", std=0.001, r=4, target_modules=["q_proj"])
-    with pytest.raises(SurgeryError, match="--dtype bfloat16"):
+    with pytest.raises(SurgeryError, match="dtype='bfloat16'"):
         merge(base, [tmp_path / "tiny"], tmp_path / "merged")
     report = merge(base, [tmp_path / "tiny"], tmp_path / "wide", dtype="F32")
     assert report.totals["retention"] == pytest.approx(1, abs=1e-3)

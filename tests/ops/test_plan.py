@@ -88,7 +88,7 @@ def test_targets_are_patterns(tmp_path: Path) -> None:
     assert "lm_head" in names("lm_head")
     with pytest.raises(UsageError, match="nearest: q_proj"):
         plan(tmp_path / "m", 2, target=["q_porj"])
-    with pytest.raises(UsageError, match="--rank 0"):
+    with pytest.raises(UsageError, match="rank=0: expected"):
         plan(tmp_path / "m", 0)
     with pytest.raises(MismatchError, match="leave no matrix"):
         plan(tmp_path / "m", 2, target=["norm"])

@@ -237,4 +237,4 @@ def test_extract_says_when_a_cap_binds(tmp_path: Path) -> None:
     tuned = models.save(models.perturb(models.make("llama"), only="layers.1.mlp.up_proj"), tmp_path / "tuned")
     choice = RankChoice(budget=Budget(share=0.02), max_rank=2)
     report = extract(base, tuned, tmp_path / "out", ExtractOptions(choice))
-    assert any("--max-rank" in w for w in report.warnings)
+    assert any("max_rank" in w for w in report.warnings)

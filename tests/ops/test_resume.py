@@ -45,7 +45,7 @@ def test_ten_kills(name: str, folder: Path, whole: dict[str, dict[str, str]], tm
         if not kill_after(name, folder, out, moments.randrange(1, 22), moments.random() * 0.02):
             continue
         assert all(name.endswith(".lorasurgery-partial") for name in left(out))
-        with pytest.raises(OutputError, match="--resume goes on with it"):
+        with pytest.raises(OutputError, match="resume=True goes on with it"):
             operation(name, folder, out)
         report = operation(name, folder, out, resume=True)
         assert report.resumed >= 1
@@ -76,7 +76,7 @@ def test_resume_with_nothing_to_resume(folder: Path, whole: dict[str, dict[str, 
     """--resume starts a run that nobody began, and leaves a finished output alone."""
     operation("merge", folder, tmp_path / "out", resume=True)
     assert hashes(tmp_path / "out") == whole["merge"]
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="overwrite=True"):
         operation("merge", folder, tmp_path / "out", resume=True)
 
 
@@ -101,7 +101,7 @@ def test_other_inputs_or_options_are_refused(tmp_path: Path) -> None:
         operation("unmerge", tmp_path, out, resume=True)
     shard = tmp_path / "base/model-00001-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes())  # the same bytes, a later time
-    with pytest.raises(MismatchError, match=r"input base.*--overwrite"):
+    with pytest.raises(MismatchError, match=r"input base.*overwrite=True"):
         operation("merge", tmp_path, out, resume=True)
     assert hashes(out) == before
     operation("merge", tmp_path, out, overwrite=True)
@@ -146,7 +146,7 @@ def test_damaged_factors_are_noticed(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="damaged"):
         operation("extract", folder, out, resume=True)
     factors.unlink()
-    with pytest.raises(SurgeryError, match=r"was removed.*--overwrite"):
+    with pytest.raises(SurgeryError, match=r"was removed.*overwrite=True"):
         operation("extract", folder, out, resume=True)
 
 
@@ -156,7 +156,7 @@ def test_a_file_that_was_removed_is_noticed(folder: Path, tmp_path: Path) -> Non
     assert kill_after("merge", folder, out, 5, 0.0)
     (partial,) = out.glob(".model-00001-of-00003.safetensors.*.lorasurgery-partial")
     partial.unlink()
-    with pytest.raises(OutputError, match=r"was removed.*--overwrite"):
+    with pytest.raises(OutputError, match=r"was removed.*overwrite=True"):
         operation("merge", folder, out, resume=True)
     operation("merge", folder, out, overwrite=True)
 

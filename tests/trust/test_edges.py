@@ -28,7 +28,7 @@ from lorasurgery.ops.unmerge import unmerge
 from lorasurgery.ops.verify import verify
 
 FIT = r"layers\.0\.\w+\.\w+(\.weight)?: the factors do not fit float16( at a scale of \S+)?: their numbers would be about \S+; try"
-HELD = r"q_proj\.weight: alpha makes the scale \S+, which float32 does not hold; try another --alpha"
+HELD = r"q_proj\.weight: alpha makes the scale \S+, which float32 does not hold; try another alpha"
 
 
 def pair(tmp: Path, delta: Tensor, dtype: torch.dtype) -> tuple[Path, Path]:

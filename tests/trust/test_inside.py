@@ -293,7 +293,7 @@ def test_remains_that_are_links(tmp_path: Path) -> None:
         (target / JOURNAL).touch()
         _link(target / name, out / "precious.json")
         before = snapshot(out)
-        with pytest.raises(FormatError, match=r"is a link, which no run leaves; --overwrite clears it"):
+        with pytest.raises(FormatError, match=r"is a link, which no run leaves; overwrite=True clears it"):
             merge(ck, [style], target, resume=True, allow_loss=True)
         assert snapshot(out) == before
         merge(ck, [style], target, overwrite=True, allow_loss=True)

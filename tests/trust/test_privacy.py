@@ -292,7 +292,7 @@ def test_switch_finds_what_it_takes_out(tmp_path: Path, monkeypatch: pytest.Monk
     style.rename(tmp_path / "topics/style")
     switch(ck, [topic], allow_loss=True)
     topic.rename(tmp_path / "gone")
-    with pytest.raises(SurgeryError, match=r"topic: was merged, and is not in .*; --from says where it is"):
+    with pytest.raises(SurgeryError, match=r"topic: was merged, and is not in .*; from_ says where it is"):
         switch(ck, [other], allow_loss=True)
     adapter(tmp_path / "topic", seed=1)
     with pytest.raises(SurgeryError, match=r"topic: is not the adapter that was merged"):
@@ -345,12 +345,12 @@ def test_push_says_that_a_base_is_named_by_a_path(tmp_path: Path, monkeypatch: p
         config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
         before = config.read_bytes()
         told = push(style, Target("me/x"), dry_run=True).warnings
-        assert [w for w in told if "--base-model ORG/NAME` writes the name" in w] == told
+        assert [w for w in told if "base_model=ORG/NAME)` writes the name" in w] == told
         assert len(told) == local
         assert push(style, Target("me/x"), base_model="org/llama", dry_run=True).warnings == []
         assert config.read_bytes() == before
     for bad in ("/home/alice/llama", "../x", "a/b/c", "", "org/na me"):
-        with pytest.raises(UsageError, match=r"--base-model .*: expected the base's name on the Hub"):
+        with pytest.raises(UsageError, match=r"base_model.*: expected the base's name on the Hub"):
             push(style, Target("me/x"), base_model=bad, dry_run=True)
 
 

@@ -98,7 +98,7 @@ def check(report: Report, truth: dict[str, Tensor], file: dict[str, Tensor], far
 def check_rule(report: Report, choice: RankChoice, size: int) -> None:
     """The rule holds for every line, or a warning names what was asked and what was reached."""
     beyond = [m for m in report.modules if not choice.holds(m.error or 0.0)]
-    asked = f"--tolerance {choice.tolerance}" if choice.tolerance is not None else f"--energy {choice.energy}"
+    asked = f"tolerance={choice.tolerance}" if choice.tolerance is not None else f"energy={choice.energy}"
     said = [w for w in report.warnings if w.startswith(f"{asked} does not hold in ")]
     assert bool(beyond) == bool(said), (beyond, report.warnings)
     if choice.budget is not None and choice.budget.size is not None:

@@ -121,10 +121,10 @@ def test_a_base_that_is_none(world: Path) -> None:
     other = llama(world / "wider", torch.bfloat16, 128)
     with pytest.raises(MismatchError, match=r"wider: model\.layers\.0\.mlp\.down_proj\.weight is not as in"):
         switch(world / "merged", [world / "topic"], base=other, device="cpu")
-    with pytest.raises(UsageError, match="--add and --base: say one way to begin, not 2"):
+    with pytest.raises(UsageError, match="add=True and base: say one way to begin, not 2"):
         switch(world / "merged", [world / "topic"], add=True, base=world / "base")
     merge(world / "base", [world / "style"], world / "kept", undo=True, device="cpu")
-    with pytest.raises(UsageError, match="--base: an undo record takes style out to the bit; leave --base away"):
+    with pytest.raises(UsageError, match="base: an undo record takes style out to the bit; leave base away"):
         switch(world / "kept", [world / "topic"], base=world / "base", device="cpu")
     (world / "merged" / "vocab.txt").write_text("a")
     with pytest.raises(MismatchError, match=r"vocab\.txt: the tokenizer that is to come has no such file"):
@@ -180,7 +180,7 @@ def test_another_strength_than_recorded(world: Path) -> None:
     merge(world / "base", [world / "style"], world / "half", weights=[0.5], device="cpu")
     report = unmerge(world / "half", [world / "style"], world / "a", device="cpu")
     assert report.warnings[0].startswith("style was merged with weight 0.5, as the record beside ")
-    assert report.warnings[0].endswith("; -w 0.5 takes all of it out")
+    assert report.warnings[0].endswith("; weights=0.5 takes all of it out")
     assert not unmerge(world / "half", [world / "style"], world / "b", weights=[0.5], device="cpu").warnings
 
 

@@ -213,7 +213,7 @@ def test_an_adapter_beside_its_base(pair: tuple[Path, Path], tmp_path: Path) -> 
 
 def test_adapters_alone_have_spectra(pair: tuple[Path, Path]) -> None:
     """--spectrum and --base on a checkpoint are wrong usage."""
-    with pytest.raises(UsageError, match="--spectrum belongs to adapters"):
+    with pytest.raises(UsageError, match="spectrum=True belongs to adapters"):
         inspect(pair[0], spectrum=True)
-    with pytest.raises(UsageError, match="--base belongs to adapters"):
+    with pytest.raises(UsageError, match="base belongs to adapters"):
         inspect(pair[0], base=pair[1])

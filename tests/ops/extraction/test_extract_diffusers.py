@@ -146,7 +146,7 @@ def test_what_is_stored_whole_becomes_a_difference(name: str, to: str, tmp_path:
                 p += 0.1 * torch.randn(p.shape, generator=generator)
     model.save_pretrained(tmp_path / "tuned")
     extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "x", RANK_16, device="cpu")
-    with pytest.raises(UnsupportedError, match="is stored whole; with --base BASE it becomes a difference"):
+    with pytest.raises(UnsupportedError, match="is stored whole; with base=BASE it becomes a difference"):
         convert(tmp_path / "x", tmp_path / "k.safetensors", ConvertOptions(to))  # type: ignore[arg-type]
     convert(tmp_path / "x", tmp_path / "k.safetensors", ConvertOptions(to), base=tmp_path / "base")  # type: ignore[arg-type]
     merge(tmp_path / "base", [tmp_path / "k.safetensors"], tmp_path / "m", device="cpu", allow_loss=True)

@@ -90,7 +90,7 @@ def test_the_name_must_fit(unet: Path, tmp_path: Path) -> None:
         extract(unet / "base", unet / "tuned", tmp_path / "folder", ExtractOptions(client="comfyui"))
     with pytest.raises(UsageError, match="an adapter for peft is a folder"):
         extract(unet / "base", unet / "tuned", tmp_path / "a.safetensors")
-    with pytest.raises(UsageError, match="--for nobody: expected one of peft, vllm"):
+    with pytest.raises(UsageError, match="client nobody: expected one of peft, vllm"):
         extract(unet / "base", unet / "tuned", tmp_path / "a", ExtractOptions(client="nobody"))
 
 

@@ -79,7 +79,7 @@ def check(report: Report, adapter: Path) -> None:
     (warning,) = (w for w in report.warnings if "rounding" in w)
     assert warning.startswith(f"{untrained} tensors differ by no more than rounding to ")
     assert "model.embed_tokens.weight" in warning
-    assert "--keep-rounding" in warning
+    assert "keep_rounding=True" in warning
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
@@ -142,7 +142,9 @@ def test_the_same_dtype_is_never_rounding(tmp_path: Path) -> None:
 def test_nothing_but_rounding(tmp_path: Path) -> None:
     """One model in two dtypes: there is nothing to extract, and the error says why and what takes it all the same."""
     base, tuned = saved(tmp_path / "base", weights(), BF16), saved(tmp_path / "tuned", weights())
-    with pytest.raises(MismatchError, match="no more than rounding to bfloat16; nothing to extract; --keep-rounding"):
+    with pytest.raises(
+        MismatchError, match="no more than rounding to bfloat16; nothing to extract; keep_rounding=True"
+    ):
         extract(base, tuned, tmp_path / "out", OPTIONS, device="cpu")
     assert not (tmp_path / "out").exists()
     assert len(extract(base, tuned, tmp_path / "out", KEEP, device="cpu").modules) == 2 * LAYERS + 1

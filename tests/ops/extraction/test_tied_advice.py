@@ -24,7 +24,7 @@ def test_the_printed_full_is_taken_and_merges_rightly(name: str, tmp_path: Path)
     model.save_pretrained(tmp_path / "tuned")
     choice = RankChoice(rank=16)
     first = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", ExtractOptions(choice), device="cpu")
-    told = re.findall(r"--full auto --full (\S+) stores", "\n".join(first.warnings))
+    told = re.findall(r"full=\['auto', '([^']+)'\] stores", "\n".join(first.warnings))
     assert told
     options = ExtractOptions(choice, Selection(full=("auto", *told)))
     second = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "b", options, device="cpu")

@@ -104,6 +104,6 @@ def test_one_name_for_two(folder: Path, tmp_path: Path) -> None:
         run_each(
             "convert", folder, find_adapters(folder), lambda *_: Report("convert", [], ""), tmp_path / "o", loose=True
         )
-    with pytest.raises(UsageError, match="--dtype: an adapter is written as float32, bfloat16 or float16"):
+    with pytest.raises(UsageError, match="dtype: an adapter is written as float32, bfloat16 or float16"):
         rerank(folder, tmp_path / "out", RankChoice(rank=2), dtype="F64")
     assert not (tmp_path / "o").exists()

@@ -181,4 +181,4 @@ def test_unmerge_names_what_it_could_not_restore(tmp_path: Path) -> None:
     merge(base, [tmp_path / "adapter"], tmp_path / "merged")
     report = unmerge(tmp_path / "merged", [tmp_path / "adapter"], tmp_path / "restored")
     assert "model.norm.weight" in {m.name for m in report.left_out}
-    assert any("--base" in w for w in report.warnings)
+    assert any("base=BASE" in w for w in report.warnings)

@@ -234,7 +234,7 @@ def test_a_part_that_the_base_lacks_is_left_out_by_name(tmp_path: Path) -> None:
         loose.kohya("flux", tmp_path / "both.safetensors"),
         loose.kohya("flux", tmp_path / "one.safetensors", text=False),
     )
-    with pytest.raises(MismatchError, match=r"12 of \d+ modules match no tensor.*no text encoder 1.*--block-weight"):
+    with pytest.raises(MismatchError, match=r"12 of \d+ modules match no tensor.*no text encoder 1.*block_weights"):
         merge(base, [both], tmp_path / "no.safetensors")
     merge(base, [both], tmp_path / "a.safetensors", block_weights=["lora_te1_*=0"])
     merge(base, [one], tmp_path / "b.safetensors")

@@ -270,7 +270,7 @@ def test_a_merge_without_undo_drops_the_records(folder: Path, tmp_path: Path) ->
 
 def test_undo_with_a_dtype_is_refused(folder: Path, tmp_path: Path) -> None:
     """What --dtype rounds away is in no record."""
-    with pytest.raises(UsageError, match="--dtype"):
+    with pytest.raises(UsageError, match="undo=True: what dtype rounds away"):
         merge(folder / "base", [folder / "small"], tmp_path / "m", undo=True, dtype="F16")
 
 
