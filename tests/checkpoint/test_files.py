@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasurgery.checkpoint.files import PAGE, Heap, WriteFile, read_back
+from lorasurgery.checkpoint.files import PAGE, ScratchFile, WriteFile, read_back
 from lorasurgery.errors import FormatError
 
 SIZE = 3 << 20
@@ -45,14 +45,14 @@ def test_a_heap_gives_back_what_was_put(tmp_path: Path) -> None:
     """From several threads, into new memory or into some that is there; what was changed, cut or removed is refused."""
     pieces = [bytes([i]) * (1000 + i) for i in range(50)]
     with ThreadPoolExecutor(4) as pool:
-        heap = Heap(tmp_path / "heap", new=True)
+        heap = ScratchFile(tmp_path / "heap", new=True)
         places = list(pool.map(heap.put, pieces))
     heap.close()
     assert [bytes(read_back(tmp_path, place)) for place in places] == pieces
     memory = memoryview(bytearray(1049))
     assert read_back(tmp_path, places[49], memory) is memory
     assert bytes(memory) == pieces[49]
-    again = Heap(tmp_path / "heap")
+    again = ScratchFile(tmp_path / "heap")
     assert again.put(b"more")[1] == sum(map(len, pieces))  # what lies there stays
     again.close()
     data = bytearray((tmp_path / "heap").read_bytes())
