@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorasurgery.notebook import page
@@ -24,7 +24,7 @@ COMMAND_LINE: ContextVar[str | None] = ContextVar("COMMAND_LINE", default=None)
 _LINE = 200  # characters of a summary in a report's repr
 
 
-@dataclass
+@dataclass(slots=True)
 class ModuleReport:
     """One module's line: its tensor's name in the base without `.weight`, and what is known of its change.
 
@@ -48,7 +48,7 @@ class ModuleReport:
         return _fields(self)
 
 
-@dataclass
+@dataclass(slots=True)
 class Stored(ModuleReport):
     """A tensor as a checkpoint's header has it: dtype, bytes, and the file it lies in."""
 
@@ -57,7 +57,7 @@ class Stored(ModuleReport):
     file: str = ""
 
 
-@dataclass
+@dataclass(slots=True)
 class Planned(ModuleReport):
     """What LoRA would take on one module.
 
@@ -72,7 +72,7 @@ class Planned(ModuleReport):
     share: float = 0.0
 
 
-@dataclass
+@dataclass(slots=True)
 class Spectrum(ModuleReport):
     """How an adapter's update of one module is spread over directions.
 
@@ -89,7 +89,7 @@ class Spectrum(ModuleReport):
     energy_at: dict[int, float] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(slots=True)
 class Comparison(ModuleReport):
     """Two updates of one module beside each other.
 
@@ -110,7 +110,7 @@ class Comparison(ModuleReport):
     angles: list[float] | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Change(ModuleReport):
     """One tensor in two checkpoints. `delta_norm` is ‖ΔW‖, None where the shapes differ or one side lacks it.
 
@@ -131,7 +131,7 @@ class Change(ModuleReport):
     dtypes: list[str] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(slots=True)
 class Checked(ModuleReport):
     """A tensor of which something is to be said: it differs from what it should be, or is not finite.
 
@@ -237,18 +237,26 @@ def percent(share: float) -> str:
 
 
 def _fields(item: ModuleReport | Report | Source) -> dict[str, Any]:
-    values = {f.name: _plain(getattr(item, f.name)) for f in fields(item)}
-    return {key: value for key, value in values.items() if value is not None}
+    names = item.__dataclass_fields__  # fields() makes a list of them anew, and there may be 10⁵ modules
+    found = {name: plain(value) for name in names if (value := getattr(item, name)) is not None}
+    return {key: value for key, value in found.items() if value is not None}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: numbers that are not finite are None, and what is None in objects is left out.
+
+    >>> plain({"a": (1, 2), "b": None, "c": [math.inf]})
+    {'a': [1, 2], 'c': [None]}
+    """
+    if type(value) in (str, int, bool):  # most of what there is
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
     if isinstance(value, (ModuleReport, Report, Source)):
         return value.to_dict()
     if isinstance(value, dict):
-        plain = {key: _plain(item) for key, item in value.items()}
-        return {key: item for key, item in plain.items() if item is not None}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no infinities
+        found = {key: plain(item) for key, item in value.items()}
+        return {key: item for key, item in found.items() if item is not None}
     return value

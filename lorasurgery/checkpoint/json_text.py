@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
+from json.encoder import encode_basestring
+from math import isfinite
 from typing import Any, NoReturn
 
 from lorasurgery.errors import FormatError
@@ -18,10 +21,13 @@ MOST_CONFIG = 32_000_000  # a model's or an adapter's config: the modules of the
 MOST_VALUES = 10_000_000  # in one text: a header of the largest size has seven million
 DEEPEST = 64  # what is parsed is written, compared and shown by functions that call themselves
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that may be half a character
+_SECOND = "\n  "
 _BEFORE_VALUES = (b",", b"[", b"{")
 
 
-def parse(raw: bytes, where: str, *, strict: bool = False) -> Any:
+def parse(
+    raw: bytes, where: str, *, strict: bool = False, made: Callable[[dict[str, Any]], Any] = lambda found: found
+) -> Any:
     """What a JSON text holds, in UTF-8 with or without a byte order mark.
 
     >>> parse(b'[1, "a"]', "journal")
@@ -31,6 +37,7 @@ def parse(raw: bytes, where: str, *, strict: bool = False) -> Any:
         where: What the text is, for messages.
         strict: Refuse names that stand twice in an object, and NaN and Infinity, which are no JSON: for what says where
             bytes lie. Configs are read as Python's own readers do, which take the last and know these words.
+        made: What takes the place of each object of a strict text, innermost first: there may be 10⁶ of them.
 
     Raises:
         FormatError: no JSON, nested too deeply for a parser, of too many values, or half a character in it.
@@ -38,7 +45,9 @@ def parse(raw: bytes, where: str, *, strict: bool = False) -> Any:
     if sum(map(raw.count, _BEFORE_VALUES)) > MOST_VALUES:
         raise FormatError(f"{where}: holds more than {MOST_VALUES:,} values, more than any real one")
     try:
-        options: dict[str, Any] = {"object_pairs_hook": _once, "parse_constant": _constant} if strict else {}
+        options: dict[str, Any] = {}
+        if strict:
+            options = {"object_pairs_hook": lambda items: made(_once(items)), "parse_constant": _constant}
         found = json.loads(raw.decode("utf-8-sig"), **options)
         if _HALF.search(raw):
             json.dumps(found, ensure_ascii=False).encode()
@@ -87,6 +96,55 @@ def is_shallow(value: Any) -> bool:
         if not level:
             return True
     return False
+
+
+def pretty(value: Any, at: str = "\n", step: str = " ") -> str:
+    """What json.dumps writes with an indent and `ensure_ascii=False`, where a record may have 10⁶ values.
+
+    With an indent json itself goes through generators, which take ten times as long.
+
+    >>> pretty({"a": [1, None], "b": {}}) == json.dumps({"a": [1, None], "b": {}}, indent=1)
+    True
+
+    Args:
+        value: Plain data with text or whole numbers as keys, or what has `to_dict()`.
+        at: What a line of the value's own level begins with. step: How much further in the next level is.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    if isinstance(value, str):
+        return encode_basestring(value)
+    if isinstance(value, float):
+        return float.__repr__(value) if isfinite(value) else _constant(str(value))
+    if isinstance(value, (list, tuple)):
+        inner = at + step
+        return f"[{inner}{f',{inner}'.join([pretty(v, inner, step) for v in value])}{at}]" if value else "[]"
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, dict):
+        inner = at + step
+        lines = [f"{encode_basestring(str(key))}: {pretty(v, inner, step)}" for key, v in value.items()]
+        return f"{{{inner}{f',{inner}'.join(lines)}{at}}}" if value else "{}"
+    return json.dumps(value)
+
+
+def pretty_pieces(table: dict[str, Any]) -> Iterator[str]:
+    """The same of an object, an item of its lists at a time: together they may take more memory than there is.
+
+    >>> "".join(pretty_pieces({"a": [1, 2], "b": 3})) == pretty({"a": [1, 2], "b": 3})
+    True
+    """
+    yield "{"
+    for number, (key, value) in enumerate(table.items()):
+        yield f"{',' if number else ''}\n {encode_basestring(key)}: "
+        if isinstance(value, list) and value:
+            for place, item in enumerate(value):
+                yield f"{',' if place else '['}\n  {pretty(item, _SECOND)}"
+            yield "\n ]"
+        else:
+            yield pretty(value, "\n ")
+    yield "\n}"
 
 
 class _TwiceError(Exception):

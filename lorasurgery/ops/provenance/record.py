@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +22,14 @@ from lorasurgery.adapters.peft.config import read_config
 from lorasurgery.adapters.peft.read import CONFIG_NAME, WEIGHTS_NAME, is_peft
 from lorasurgery.checkpoint.fingerprint import sha256_of
 from lorasurgery.checkpoint.header import show
+from lorasurgery.checkpoint.json_text import pretty_pieces
 from lorasurgery.checkpoint.locate import load_object, locate
 from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.engine.atomic_file import write_atomic
 from lorasurgery.errors import FormatError, OutputError, SurgeryError, UsageError
 from lorasurgery.hub.reference import cached_reference
 from lorasurgery.ops.provenance.card_reader import license_of
-from lorasurgery.report import RECORD_NAME, Report, Source
+from lorasurgery.report import RECORD_NAME, Report, Source, plain
 
 _HASHED_WHOLE = 256 * 10**6  # bytes of one input: more would cost a large operation a second reading
 _KEPT = ("totals", "modules", "full", "left_out", "warnings")
@@ -142,12 +144,16 @@ def record(report: Report, call: str) -> None:
 
 def record_bytes(report: Report, call: str) -> bytes:
     """The record of an operation as it is written."""
-    found = report.to_dict()
-    kept = {key: found[key] for key in _KEPT if key in found}
+    kept = {key: getattr(report, key) for key in _KEPT}
+    kept["totals"] = plain(report.totals)
     kept["warnings"] = [without_folders(_by_last_names(text, report.inputs)) for text in report.warnings]
-    sources = [source.to_dict() for source in report.sources or ()]
-    table = {"command": report.command, "call": call, "version": __version__, "sources": sources, **kept}
-    return (json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    table = {
+        "command": report.command, "call": call, "version": __version__, "sources": report.sources or [], **kept
+    }  # fmt: skip
+    raw = BytesIO()
+    raw.writelines(piece.encode() for piece in pretty_pieces(table))
+    raw.write(b"\n")
+    return raw.getvalue()
 
 
 def _by_last_names(text: str, inputs: Sequence[str]) -> str:
