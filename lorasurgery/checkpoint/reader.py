@@ -85,6 +85,10 @@ class Checkpoint(ReadsByFill):
 
     def _place(self, weight_map: dict[str, str] | None) -> None:
         """Settle which shard serves each tensor: the index decides; what it doesn't list is kept all the same."""
+        if len(self.files) == 1 and not self.parts and weight_map is None:  # 10⁵ names need not be held twice
+            ((file, header),) = self.files.items()
+            self.tensors, self.file_of = header.tensors, dict.fromkeys(header.tensors, file)
+            return
         for file, header in self.files.items():
             prefix = self.parts.get(file, "")
             for info in header.tensors.values():
