@@ -20,7 +20,7 @@ _ENDINGS = {
     "diff_b": "diff_b", "w_norm": "w_norm", "b_norm": "b_norm", "set_weight": "set_weight",
     **{part: part for parts, read in KINDS if read is not read_lora for part in parts},
 }  # fmt: skip
-_BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
+_MOST_PARTS = max(ending.count(".") for ending in _ENDINGS) + 1
 # `lora_A.default.weight`: PEFT's adapter name has not been stripped.
 _NAMED = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.[^.]+\.weight$")
 # `attn1.processor.to_q_lora.down.weight`: diffusers before PEFT; `processor.qkv_lora1.down.weight`: XLabs.
@@ -50,8 +50,10 @@ def parse_key(key: str) -> tuple[str, str] | None:
     >>> parse_key("double_blocks.3.processor.qkv_lora2.down.weight")
     ('double_blocks.3.txt_attn.qkv', 'down')
     """
-    for ending in _BY_LENGTH:
-        if key.endswith("." + ending):
+    parts = key.rsplit(".", _MOST_PARTS)
+    for start in range(1, len(parts)):  # the longest ending first
+        ending = ".".join(parts[start:])
+        if ending in _ENDINGS:
             return key[: -len(ending) - 1], _ENDINGS[ending]
     named = _NAMED.match(key)
     if named:
