@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Kind = Literal["linear", "embedding", "conv", "experts"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Delta(ABC):
     """One module's update as it lies in the file: which tensors, and what rank and alpha mean for it.
 
@@ -135,7 +135,7 @@ class Delta(ABC):
         return (self.weight_shape,) if self.kernel else (self.shape, self.shape[::-1])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Lora(Delta):
     """up @ down, of a linear layer or a convolution (arXiv:2106.09685).
 
@@ -163,7 +163,9 @@ class Lora(Delta):
 
     def prefixed(self, prefix: str) -> Self:
         """The same update, where the module's path and the file's names have a prefix."""
-        return replace(super().prefixed(prefix), down=prefix + self.down, up=prefix + self.up)
+        return replace(
+            super(Lora, self).prefixed(prefix), down=prefix + self.down, up=prefix + self.up
+        )  # slots make the class again
 
 
 class Embedding(Lora):
@@ -196,7 +198,7 @@ class AttentionOutput(Lora):
     merge_only = "lies inside an nn.MultiheadAttention"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Experts(Lora):
     """Factors of a parameter that holds several experts (PEFT's target_parameters), side by side.
 

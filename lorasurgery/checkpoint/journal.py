@@ -15,10 +15,10 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from glob import escape
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,39 @@ def partials(out: Path) -> list[Path]:
     return [*folder.glob(f".{name}*{PARTIAL}"), *beside]
 
 
+class Records(Mapping[str, Any]):
+    """What is known of pieces of work by their keys, as JSON in memory too: lists and numbers take five times as much.
+
+    >>> records = Records({"w": {"kept": []}})
+    >>> records.add("v", [1.5])
+    '[1.5]'
+    >>> records["w"], records["v"], len(records)
+    ({'kept': []}, [1.5], 2)
+    """
+
+    def __init__(self, found: Mapping[str, Any] | None = None) -> None:
+        self._texts: dict[str, str] = {}
+        for key, record in (found or {}).items():
+            self.add(key, record)
+
+    def add(self, key: str, record: Any) -> str:
+        """Add or replace one; returns its JSON."""
+        text = self._texts[key] = json.dumps(record)
+        return text
+
+    def __getitem__(self, key: str) -> Any:
+        return json.loads(self._texts[key])
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._texts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+
 class Run:
     """One operation that can be gone on with.
 
@@ -69,7 +102,7 @@ class Run:
     def __init__(self, out: Path, about: dict[str, Any], *, resume: bool, ranks: Ranks) -> None:
         self.out, self.about, self.resume, self.ranks = out, about, resume, ranks
         self.token, self.is_new = new_token(), True
-        self.done: dict[str, Any] = {}
+        self.done = Records()
         self.resumed = 0
         self._lock = threading.Lock()
         self._size, self._synced, self._naming = 0, time.monotonic(), False
@@ -117,10 +150,10 @@ class Run:
     def add(self, key: str, record: Any, size: int) -> None:
         """Note that a piece of work of so many bytes is in its file."""
         with self._lock:
-            self.done[key] = record
+            text = self.done.add(key, record)
             self._size += size
             self._lines += 1
-            self._line({"done": key, "record": record})
+            self._text(f'{{"done": {json.dumps(key)}, "record": {text}}}')
 
     @property
     def is_due(self) -> bool:
@@ -137,7 +170,7 @@ class Run:
             self._line({"synced": covered})
             os.fsync(self._file.fileno())
 
-    def gather(self) -> dict[str, Any]:
+    def gather(self) -> Mapping[str, Any]:
         """What all ranks have finished, once all of them are here, each with its inputs as they were.
 
         Raises:
@@ -182,10 +215,10 @@ class Run:
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
             self._sync_names()
-        lines = [{"about": self.about, "boot": _boot()}]
-        lines += [{"done": key, "record": record} for key, record in self.done.items()]
-        data = (f"{json.dumps(line)}\n".encode() for line in [*lines, {"synced": len(self.done)}])
         target, scratch = self.path("0"), self.path("new")  # those that it is made from are there until it is whole
+        lines: list[dict[str, Any]] = [{"about": self.about, "boot": _boot()}]
+        done = ({"done": key, "record": record} for key, record in self.done.items())
+        data = (f"{json.dumps(line)}\n".encode() for line in chain(lines, done, [{"synced": len(self.done)}]))
         write_atomic(target, data, mode=0o600, partial=scratch)
         for journal in old:
             if journal not in (target, scratch):
@@ -197,7 +230,10 @@ class Run:
             sync_folder(folder)
 
     def _line(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        self._text(json.dumps(line))
+
+    def _text(self, line: str) -> None:
+        self._file.write(line + "\n")
         self._file.flush()
 
 
@@ -228,16 +264,17 @@ def _boot() -> str:
     return ""
 
 
-def _read(files: list[Path], about: dict[str, Any], out: Path) -> tuple[dict[str, Any], list[str]]:
+def _read(files: list[Path], about: dict[str, Any], out: Path) -> tuple[Records, list[str]]:
     """(key -> record of all that is finished, the files that were being renamed)."""
-    done: dict[str, Any] = {}
+    done = Records()
     renamed: list[str] = []
     for file in files:
         try:
             found, renamed = _read_one(file, about, out, renamed)
         except (KeyError, TypeError, ValueError):
             raise FormatError(f"{show(str(file))}: is damaged, so --resume can't; --overwrite starts anew") from None
-        done |= found
+        for key, record in found.items():
+            done.add(key, record)
     return done, renamed
 
 

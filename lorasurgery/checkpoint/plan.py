@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """A tensor to be written.
 
@@ -70,19 +71,20 @@ class PlannedFile:
         >>> PlannedFile("a", (PlannedTensor("w", "U8", (2,)),), {}).header()[8:60]
         b'{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
         """
-        table: dict[str, Any] = {"__metadata__": self.metadata} if self.metadata else {}
+        raw = f"{{{','.join(self._entries())}}}".encode()  # a table of 10⁵ entries would be ten times as large
+        raw += b" " * (-len(raw) % 8)
+        return len(raw).to_bytes(8, "little") + raw
+
+    def _entries(self) -> Iterator[str]:
+        """The fields of the header's JSON."""
+        if self.metadata:
+            yield f'"__metadata__":{json.dumps(self.metadata, ensure_ascii=False, separators=(",", ":"))}'
         offset = 0
         for t in self.tensors:
             end = offset + t.nbytes
-            table[t.name.removeprefix(self.prefix)] = {
-                "dtype": t.dtype,
-                "shape": list(t.shape),
-                "data_offsets": [offset, end],
-            }
+            name, shape = encode_basestring(t.name.removeprefix(self.prefix)), ",".join(map(str, t.shape))
+            yield f'{name}:{{"dtype":"{t.dtype}","shape":[{shape}],"data_offsets":[{offset},{end}]}}'
             offset = end
-        raw = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        return len(raw).to_bytes(8, "little") + raw
 
 
 def split_shards(files: Sequence[PlannedFile], max_shard_size: int) -> list[PlannedFile]:

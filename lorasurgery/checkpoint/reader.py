@@ -6,6 +6,7 @@ import os
 import struct
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -24,6 +25,24 @@ from lorasurgery.errors import FormatError
 
 _NUMBERS = {"F64": "d", "F32": "f", "F16": "e", "BF16": "f", "I64": "q", "I32": "i"}
 _MAX_OPEN = 16  # file descriptors: a checkpoint may have thousands of shards
+
+
+class _OneFile(Mapping[str, str]):
+    """The same file for every tensor."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], file: str) -> None:
+        self._tensors, self._file = tensors, file
+
+    def __getitem__(self, name: str) -> str:
+        if name in self._tensors:
+            return self._file
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 class Checkpoint(ReadsByFill):
@@ -50,7 +69,7 @@ class Checkpoint(ReadsByFill):
         self.inputs = inputs()
         self.files: dict[str, Header] = {name: self._header(located.folder / name) for name in located.files}
         self.tensors: dict[str, TensorInfo] = {}
-        self.file_of: dict[str, str] = {}
+        self.file_of: Mapping[str, str] = {}
         self.bytes_read = 0
         self._filled_in = {name: filled_in(located.folder / name) for name in located.files}
         self._lock = threading.Lock()
@@ -87,8 +106,10 @@ class Checkpoint(ReadsByFill):
         """Settle which shard serves each tensor: the index decides; what it doesn't list is kept all the same."""
         if len(self.files) == 1 and not self.parts and weight_map is None:  # 10⁵ names need not be held twice
             ((file, header),) = self.files.items()
-            self.tensors, self.file_of = header.tensors, dict.fromkeys(header.tensors, file)
+            self.tensors, self.file_of = header.tensors, _OneFile(header.tensors, file)
             return
+        file_of: dict[str, str] = {}
+        self.file_of = file_of
         for file, header in self.files.items():
             prefix = self.parts.get(file, "")
             for info in header.tensors.values():
@@ -101,7 +122,7 @@ class Checkpoint(ReadsByFill):
                         f"{show(str(self.folder / file))}: {show(name)} is also in {self.file_of[name]}; "
                         "the index must say which of them counts"
                     )
-                self.tensors[name], self.file_of[name] = info, file
+                self.tensors[name], file_of[name] = info, file
         for name, file in (weight_map or {}).items():
             if name not in self.tensors:
                 raise FormatError(f"{show(str(self.folder / file))}: has no {show(name)}, which the index promises")

@@ -37,11 +37,16 @@ class Job(Protocol):
 
 
 class _Jobs:
-    """Several jobs, one after the other at every step."""
+    """Several jobs, one after the other at every step.
+
+    Attributes:
+        tiny: Whether none of them holds more than its objects, so that the threads would only wait for one another.
+    """
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self.cost = 0
+        self.tiny = True
 
     def add(self, job: Job, cost: int) -> None:
         self.jobs.append(job)
@@ -94,6 +99,9 @@ class Flow:
         pools = [workers(readers) if readers else computing, computing, workers(writers)]
         try:
             for job in self._together(jobs):
+                if job.tiny:
+                    self._here(job)
+                    continue
                 self._admit(job)
                 steps = list(zip(pools, (job.read, job.compute, job.write), strict=True))
                 self._next(job, steps)
@@ -115,8 +123,15 @@ class Flow:
                 yield few
                 few = _Jobs()
             few.add(job, cost)
+            few.tiny = few.tiny and job.cost <= least
         if few.jobs:
             yield few
+
+    def _here(self, job: _Jobs) -> None:
+        """All steps at once, in this thread."""
+        for step in (job.read, job.compute, job.write):
+            self._wait(lambda: True)
+            step()
 
     def _admit(self, job: Job) -> None:
         self._wait(lambda: not self._used or self._used + job.cost <= self.room)

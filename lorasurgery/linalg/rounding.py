@@ -21,7 +21,7 @@ _PRODUCTS = 1e-25, 1e35  # sums of products of which float32 has lost nothing th
 _BITS = {1: torch.int8, 2: torch.int16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Survival:
     """What rounding left of an update Δ, with D = round(W + Δ) − W: ⟨D,Δ⟩, ‖Δ‖² and ‖D − Δ‖².
 

@@ -117,7 +117,7 @@ class BaseNames:
         """The base's tensor for a module path: by exact name, by a known rename, then by unique suffix (and shape)."""
         name = f"{path}.{leaf}" if leaf else path
         if name in self.tensors:
-            return name
+            return self.tensors[name].name  # the string that is there already: there may be 10⁵
         for candidate in self.renamed(name):
             if self._fits(candidate, shapes):
                 return candidate

@@ -29,7 +29,7 @@ Treatment = Literal["linear", "conv1d", "embedding", "conv", "experts", "full", 
 FACTORED: tuple[Treatment, ...] = ("linear", "conv1d", "embedding", "conv", "experts")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """One tensor in both checkpoints (`base` is None when it is new) and how its change is kept.
 
@@ -219,7 +219,7 @@ class _Matcher:
                 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ExpertPair(Pair):
     """All experts of one parameter; `base` and `tuned` are its first tensor's, `name` is what messages call it.
 

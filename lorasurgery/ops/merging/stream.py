@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 
@@ -66,10 +67,8 @@ class _Work:
         self._lock = threading.Lock()
         output.check_kept(f.name for f in recipe.files if any(t.name in journal.done for t in f.tensors))
         self._share = _share(recipe, journal)
-        self._sizes = {t.name: t.nbytes for tensors in self._share.values() for t in tensors}
         self._left = {name: len(tensors) for name, tensors in self._share.items()}
-        self._home = {t.name: name for name, tensors in self._share.items() for t in tensors}
-        self._total, self._bytes = sum(self._sizes.values()), 0
+        self._total, self._bytes = sum(t.nbytes for tensors in self._share.values() for t in tensors), 0
         self._scratch: ScratchFile | None = None
         self.recorder: Recorder | None = None
         if recipe.undo is not None:
@@ -91,26 +90,26 @@ class _Work:
         def file() -> TensorFile:
             return self.file(planned)
 
-        places = {t.name: i for i, t in enumerate(planned.tensors)}
+        done = partial(self.done, planned.name)
         copied: list[PlannedTensor] = []
-        for tensor in tensors:
+        place = 0  # behind the last of the copied
+        for here, tensor in _with_places(planned, tensors):
             edit = edits.get(tensor.name)
             back = recipe.restored.tensors.get(tensor.name) if recipe.restored and edit is None else None
             cast = recipe.base.tensors[tensor.name].dtype != tensor.dtype if edit is None else True
             as_is = edit is None and back is None and not (cast and tensor.nbytes)  # a cast of nothing is a copy
-            if copied and not (
-                as_is and places[tensor.name] == places[copied[-1].name] + 1 and _follows(recipe, copied, tensor)
-            ):
-                yield CopyJob(recipe.disk, copied, file, self.done)
+            if copied and not (as_is and here == place and _follows(recipe, copied, tensor)):
+                yield CopyJob(recipe.disk, copied, file, done)
                 copied = []
             if as_is:
                 copied.append(tensor)
+                place = here + 1
             else:
                 slot = _Slot(self, planned, tensor)
                 found = jobs_of(recipe, tensor, slot, self.state, self.recorder)
                 yield from (job for _, job in found)
         if copied:
-            yield CopyJob(recipe.disk, copied, file, self.done)
+            yield CopyJob(recipe.disk, copied, file, done)
 
     def place(self, planned: PlannedFile, name: str) -> int:
         """Where a tensor begins in an output file, which need not be open yet: many may be before their first write."""
@@ -131,20 +130,21 @@ class _Work:
             self._made[planned.name] = self.output.tensor_file(planned)
         return self._made[planned.name]
 
-    def done(self, name: str, note: Note) -> None:
+    def done(self, home: str, tensor: PlannedTensor, note: Note) -> None:
         """Note that a tensor is in its file; a file whose tensors are all there is synced and closed."""
-        self.journal.add(name, {"survived": listed(note.survival), "kept": note.kept}, self._sizes[name])
+        size = tensor.nbytes
+        self.journal.add(tensor.name, {"survived": listed(note.survival), "kept": note.kept}, size)
         with self._lock:
-            self._bytes += self._sizes[name]
+            self._bytes += size
             if self.state.progress:
-                self.state.progress(name, self._bytes, self._total)
-            self._left[self._home[name]] -= 1
-            complete = not self._left[self._home[name]]
-            file = self._files.get(self._home[name])
+                self.state.progress(tensor.name, self._bytes, self._total)
+            self._left[home] -= 1
+            complete = not self._left[home]
+            file = self._files.get(home)
         if complete and file is not None:
             file.close()
             with self._lock:
-                del self._files[self._home[name]], self._made[self._home[name]]
+                del self._files[home], self._made[home]
         if self.journal.is_due:
             self.journal.synced(self._sync)
 
@@ -191,7 +191,7 @@ class _Slot:
             self._notes[piece] = note
             if len(self._notes) < self._pieces:
                 return
-        self.work.done(self.tensor.name, joined(self._notes))
+        self.work.done(self.planned.name, self.tensor, joined(self._notes))
 
 
 class _FileJob:
@@ -214,7 +214,7 @@ class _FileJob:
         disk.readable(self.planned.tensors[0].name)  # it must be there in full, and as long as it was
         disk.count(self.work.output.copy_file(self.planned.name, disk.folder / self.planned.name))
         for tensor in self.planned.tensors:
-            self.work.done(tensor.name, Note())
+            self.work.done(self.planned.name, tensor, Note())
 
 
 def joined(notes: Mapping[int, Note]) -> Note:
@@ -259,6 +259,13 @@ def _share(recipe: Recipe, journal: Run) -> dict[str, list[PlannedTensor]]:
     for name, tensor in ranks.mine(flat, [t.nbytes for _, t in flat]):
         found.setdefault(name, []).append(tensor)
     return found
+
+
+def _with_places(planned: PlannedFile, tensors: Iterable[PlannedTensor]) -> Iterator[tuple[int, PlannedTensor]]:
+    """Some of a file's tensors, in its order, and the place of each in it."""
+    every = enumerate(planned.tensors)
+    for tensor in tensors:
+        yield next(i for i, t in every if t is tensor), tensor
 
 
 def _is_untouched(recipe: Recipe, planned: PlannedFile) -> bool:

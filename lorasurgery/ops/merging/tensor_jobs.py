@@ -36,7 +36,7 @@ from lorasurgery.ops.placement.edits import Edit
 Files = Callable[[], TensorFile]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Note:
     """What is known of a piece when it is written: how the update survived in it, and what its undoing needs."""
 
@@ -44,7 +44,7 @@ class Note:
     kept: list[Any] = field(default_factory=list)
 
 
-Done = Callable[[str, Note], None]
+Done = Callable[[PlannedTensor, Note], None]
 
 
 class Slot(Protocol):
@@ -86,7 +86,7 @@ class CopyJob:
             raise FormatError(f"{self.base.path}: {first}: the file ends inside this tensor; it was cut while in use")
         self.base.count(size)
         for tensor in self.tensors:
-            self.done(tensor.name, Note())
+            self.done(tensor, Note())
 
 
 class WholeJob:

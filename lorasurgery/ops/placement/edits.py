@@ -11,7 +11,7 @@ from lorasurgery.checkpoint.tensor_reader import TensorReader
 from lorasurgery.lowrank import Update
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Contribution:
     """One adapter's term weight · ΔW in a tensor's sum, transposed where the base stores it so.
 
@@ -65,7 +65,7 @@ class Contribution:
         return self.delta is not None and bool(self.delta.magnitude) and not self.bias
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Replacement:
     """A full tensor that takes the base's place; a weight w other than 1 means W + w·(R − W).
 
@@ -92,7 +92,7 @@ class Replacement:
         return self.adapter.path if self.adapter else str(self.weights.path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowReplacement:
     """Single rows that are replaced, of an embedding (trainable_token_indices) or of a tensor that a model cuts up.
 
@@ -109,7 +109,7 @@ class RowReplacement:
     part: slice | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Edit:
     """What becomes of one output tensor: where it starts from, what replaces it, what is added."""
 

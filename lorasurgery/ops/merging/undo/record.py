@@ -104,7 +104,7 @@ FOLDER = UNDO_FOLDER
 _FORMAT, _MOST_ABOUT = 1, 1 << 28
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stretch:
     """Some bytes of one tensor, as they lie in it, and what is kept of them.
 
@@ -125,10 +125,10 @@ class Stretch:
 
     def listed(self) -> list[Any]:
         """As JSON."""
-        return list(vars(self).values())
+        return [self.start, self.size, self.place, self.length, self.before, self.after, self.how]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Kept:
     """One tensor before the merge.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -73,7 +74,7 @@ class UndoView(ReadsByFill):
         return self.merged.files
 
     @property
-    def file_of(self) -> dict[str, str]:
+    def file_of(self) -> Mapping[str, str]:
         """Tensor -> shard."""
         return self.merged.file_of
 
