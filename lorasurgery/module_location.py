@@ -8,7 +8,7 @@ _DIGITS = 6  # of a layer's number: more are something else, and a range up to i
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleLocation:
     """A module's place.
 
     Args:
@@ -22,17 +22,17 @@ class Place:
     kind: str
 
 
-def place_of(name: str) -> Place:
+def location_of(name: str) -> ModuleLocation:
     """The place of a module by its path: the first number in it counts the layers.
 
-    >>> place_of("model.layers.9.mlp.up_proj")
+    >>> location_of("model.layers.9.mlp.up_proj")
     Place(stack='model.layers', layer=9, kind='mlp.up_proj')
-    >>> place_of("model.layers.0.mlp.experts.3.w1").kind, place_of("lm_head")
+    >>> location_of("model.layers.0.mlp.experts.3.w1").kind, place_of("lm_head")
     ('mlp.experts.*.w1', Place(stack='', layer=None, kind='lm_head'))
     """
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdecimal() and len(part) <= _DIGITS), None)
     if first is None or first == len(parts) - 1:  # `net.2` is a module of a sequence, not a layer of many parts
-        return Place("", None, name)
+        return ModuleLocation("", None, name)
     kind = ".".join("*" if part.isdecimal() else part for part in parts[first + 1 :])
-    return Place(".".join(parts[:first]), int(parts[first]), kind)
+    return ModuleLocation(".".join(parts[:first]), int(parts[first]), kind)

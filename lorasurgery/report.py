@@ -237,7 +237,7 @@ def percent(share: float) -> str:
 
 
 def _fields(item: ModuleReport | Report | Source) -> dict[str, Any]:
-    names = item.__dataclass_fields__  # fields() makes a list of them anew, and there may be 10⁵ modules
+    names = item.__dataclass_fields__  # fields() makes a list of them again, and there may be 10⁵ modules
     found = {name: plain(value) for name in names if (value := getattr(item, name)) is not None}
     return {key: value for key, value in found.items() if value is not None}
 

@@ -90,7 +90,7 @@ def peft_deltas(family: str, path: Path) -> dict[str, Tensor]:
     """ΔW of every module as PEFT computes it after loading the folder, in the orientation of the weight."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message=".*missing.*")  # a key that PEFT does not find is no result
+        warnings.filterwarnings("error", message=".*missing.*")  # a key that PEFT does not find is not a result
         model = PeftModel.from_pretrained(make(family), path)
     return {
         name.removeprefix("base_model.model."): module.get_delta_weight("default").detach().double()

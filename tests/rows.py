@@ -1,6 +1,6 @@
 """The rows of the table of results: an adapter of each family on each kind of layer, with the oracle's merged weights.
 
-Every row makes its files anew and says what each tensor of the merged checkpoint must be, in float64.
+Every row makes its files again and says what each tensor of the merged checkpoint must be, in float64.
 """
 
 from __future__ import annotations

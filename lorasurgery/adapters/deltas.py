@@ -29,7 +29,7 @@ class Delta(ABC):
         form: The kind of product in reports, e.g. `hadamard`.
         title: The same in sentences, e.g. `LoHa`.
         special: What it is where it is more than lora_A and lora_B of a module of its own, for a message.
-        merge_only: Why it can be merged but not written anew, for a message; empty where it can.
+        merge_only: Why it can be merged but not rewritten, for a message; empty where it can.
         stores_factors: Whether the file holds lora_A and lora_B themselves, so that nothing is computed on the way.
 
     Args:

@@ -25,7 +25,7 @@ def check_factor(info: TensorInfo, where: str) -> None:
 
     >>> check_factor(TensorInfo("a.lora_A.weight", "F32", (16,), 0, 64), "style")
     Traceback (most recent call last):
-    lorasurgery.errors.UnsupportedError: style: a.lora_A.weight has shape [16], which is no factor's
+    lorasurgery.errors.UnsupportedError: style: a.lora_A.weight has shape [16], which is not a factor's
 
     Args:
         info: Its header entry.
@@ -37,6 +37,6 @@ def check_factor(info: TensorInfo, where: str) -> None:
     """
     check_float(info, where)
     if not 2 <= len(info.shape) <= 5:
-        raise UnsupportedError(f"{where}: {info.name} has shape {list(info.shape)}, which is no factor's")
+        raise UnsupportedError(f"{where}: {info.name} has shape {list(info.shape)}, which is not a factor's")
     if not info.nbytes:
         raise FormatError(f"{where}: {info.name} has shape {list(info.shape)}, so it holds no numbers")

@@ -42,7 +42,7 @@ def open_adapter(reference: str | Path) -> Adapter:
             f"{path}: no adapter_config.json with adapter_model.safetensors here, and no adapter in one file, so it is "
             "no adapter"
         )
-    raise FormatError(f"{path}: holds no LoRA factors, so it is no adapter")
+    raise FormatError(f"{path}: holds no LoRA factors, so it is not an adapter")
 
 
 def _like_hub(reference: str) -> bool:

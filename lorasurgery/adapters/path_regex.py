@@ -33,12 +33,12 @@ _QUICK = 50_000  # ways through an expression that re may try: a tenth of a mill
 _SINGLE = ("LITERAL", "NOT_LITERAL", "ANY", "IN")
 _IGNORE_CASE, _MULTILINE, _DOT_ALL, _ASCII = 2, 8, 16, 256  # re's flags
 
-Step = Callable[["PathText", int], int]
+Advance = Callable[["PathText", int], int]
 """From the places (a bit each) where a part of the expression may begin to those where it may end."""
 
 
 class PatternError(ValueError):
-    """A pattern that is no regular expression, or one that is refused; says why, without naming it."""
+    """A pattern that is not a regular expression, or one that is refused; says why, without naming it."""
 
 
 class Budget:
@@ -85,7 +85,7 @@ class PathRegex:
         except RecursionError:
             raise PatternError("is nested too deeply") from None
         except (ValueError, OverflowError, _parser.error) as problem:
-            raise PatternError(f"is no regular expression ({problem})") from None
+            raise PatternError(f"is not a regular expression ({problem})") from None
 
     def means(self, path: str, steps: int) -> bool:
         """Whether all of a path matches.
@@ -208,7 +208,7 @@ def _ways_of(op: str, av: Any) -> tuple[float, int]:
     return _ways(av[1]) if op in ("ASSERT", "ASSERT_NOT") else (1.0, 0)
 
 
-def _sequence(tree: Any, flags: int, depth: int) -> Step:
+def _sequence(tree: Any, flags: int, depth: int) -> Advance:
     if depth > _DEEPEST:
         raise PatternError("is nested too deeply")
     steps = [_part(str(op), av, flags, depth) for op, av in tree]
@@ -223,7 +223,7 @@ def _sequence(tree: Any, flags: int, depth: int) -> Step:
     return steps[0] if len(steps) == 1 else run
 
 
-def _part(op: str, av: Any, flags: int, depth: int) -> Step:
+def _part(op: str, av: Any, flags: int, depth: int) -> Advance:
     if op in _SINGLE:
         return _Single(op, av, flags)
     if op == "SUBPATTERN":
@@ -243,7 +243,7 @@ def _part(op: str, av: Any, flags: int, depth: int) -> Step:
     raise PatternError(f"has what is not matched here ({op.lower().replace('_', ' ')})")
 
 
-def _union(branches: list[Step], path: PathText, places: int) -> int:
+def _union(branches: list[Advance], path: PathText, places: int) -> int:
     path.budget.take(len(branches) * path.cost)
     found = 0
     for branch in branches:
@@ -251,7 +251,7 @@ def _union(branches: list[Step], path: PathText, places: int) -> int:
     return found
 
 
-def _repeated_single(one: _Single, least: int, most: int) -> Step:
+def _repeated_single(one: _Single, least: int, most: int) -> Advance:
     """A run of characters of one kind: an addition carries every start to the end of its run."""
 
     def run(path: PathText, places: int) -> int:
@@ -272,7 +272,7 @@ def _repeated_single(one: _Single, least: int, most: int) -> Step:
     return run
 
 
-def _repeated(inner: Step, least: int, most: int) -> Step:
+def _repeated(inner: Advance, least: int, most: int) -> Advance:
     """Any part repeated. After as many rounds as there are places nothing new can come."""
 
     def run(path: PathText, places: int) -> int:
@@ -291,12 +291,12 @@ def _repeated(inner: Step, least: int, most: int) -> Step:
     return run
 
 
-def _assertion(av: Any, flags: int, depth: int, *, wanted: bool) -> Step:
+def _assertion(av: Any, flags: int, depth: int, *, wanted: bool) -> Advance:
     """Look ahead or behind, from each place by itself."""
     behind, tree = av[0] < 0, av[1]
     low, high = tree.getwidth()
     if behind and low != high:
-        raise PatternError("is no regular expression (look-behind requires fixed-width pattern)")
+        raise PatternError("is not a regular expression (look-behind requires fixed-width pattern)")
     inner = _sequence(tree, flags, depth + 1)
 
     def holds(path: PathText, place: int) -> bool:

@@ -263,4 +263,4 @@ def read_back(folder: Path, place: Place, view: memoryview | None = None) -> mem
         if got == size and zlib.crc32(found) == crc:
             return found
     what = "was removed" if there < 0 else "is damaged"
-    raise FormatError(f"{path}: {what}, so --resume can't; into a new output, --overwrite starts anew")
+    raise FormatError(f"{path}: {what}, so --resume can't; into a new output, --overwrite starts over")

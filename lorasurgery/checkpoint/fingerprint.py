@@ -117,7 +117,7 @@ class Inputs:
 
     @contextmanager
     def changing(self, paths: Iterable[Path]) -> Iterator[None]:
-        """While the operation itself changes files; afterwards they are identified anew."""
+        """While the operation itself changes files; afterwards they are identified again."""
         names = {str(path.absolute()) for path in paths}
         with self._lock:
             self._own |= names

@@ -45,7 +45,7 @@ def journals(out: Path, kind: str = JOURNAL) -> list[Path]:
 
 
 def partials(out: Path) -> list[Path]:
-    """All that a run has written beside its output and in it; of a single file's only what bears its name."""
+    """All that a run has written beside its output and in it; of a single file's only what has its name."""
     folder = _folder(out)
     if folder == out:
         return list(folder.rglob(f".*{PARTIAL}"))
@@ -88,7 +88,7 @@ class Records(Mapping[str, Any]):
 
 
 class Run:
-    """One operation that can be gone on with.
+    """A resumable run.
 
     Args:
         out: Its output.
@@ -117,7 +117,7 @@ class Run:
         return next(p for n in count(older) if not (p := self.path(f"{self.ranks.rank}-{n}", kind)).exists())
 
     def begin(self, clear: Callable[[], None]) -> None:
-        """Read what is finished, or start anew; rank 0 first.
+        """Read what is finished, or start over; rank 0 first.
 
         Args:
             clear: Removes the remains of earlier runs.
@@ -135,7 +135,7 @@ class Run:
                 _take_back(self.out, renamed, self.token)
             else:
                 clear()
-            self._write_anew(found)
+            self._rewrite(found)
         self.token = self.ranks.told(self.token)
         if not self.ranks.first and self.resume:
             self.done, _ = _read(journals(self.out), self.about, self.out)
@@ -208,7 +208,7 @@ class Run:
             _remove([*journals(self.out, FACTORS), *journals(self.out, UNDO)])
         return kept
 
-    def _write_anew(self, old: list[Path]) -> None:
+    def _rewrite(self, old: list[Path]) -> None:
         """One journal with all that is finished, in place of those that were there."""
         if self.done:  # what others wrote must be on the disk before this journal says so
             for partial in partials(self.out):
@@ -240,7 +240,7 @@ class Run:
 def _refuse_links(files: list[Path]) -> None:
     """What a run leaves are files, and others would be written to through a link."""
     for file in filter(is_link, files):
-        raise FormatError(f"{show(str(file))}: is a link, which no run leaves; --overwrite clears it and starts anew")
+        raise FormatError(f"{show(str(file))}: is a link, which no run leaves; --overwrite clears it and starts over")
 
 
 def _remove(files: list[Path]) -> None:
@@ -272,7 +272,7 @@ def _read(files: list[Path], about: dict[str, Any], out: Path) -> tuple[Records,
         try:
             found, renamed = _read_one(file, about, out, renamed)
         except (KeyError, TypeError, ValueError):
-            raise FormatError(f"{show(str(file))}: is damaged, so --resume can't; --overwrite starts anew") from None
+            raise FormatError(f"{show(str(file))}: is damaged, so --resume can't; --overwrite starts over") from None
         for key, record in found.items():
             done.add(key, record)
     return done, renamed
@@ -314,7 +314,7 @@ def _compare(then: Any, now: dict[str, Any], out: Path) -> None:
             raise MismatchError(
                 f"{show(str(out))}: was begun with another {key} "
                 f"({_short(then.get(key))}, now {_short(now.get(key))}); "
-                "--resume goes on only with the same, --overwrite starts anew"
+                "--resume goes on only with the same, --overwrite starts over"
             )
 
 

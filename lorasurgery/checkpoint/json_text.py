@@ -54,7 +54,7 @@ def parse(
     except UnicodeDecodeError as problem:
         raise FormatError(f"{where}: not JSON: not UTF-8 ({problem.reason} at byte {problem.start})") from None
     except UnicodeEncodeError:
-        raise FormatError(f"{where}: holds half of a character, which is no valid Unicode text") from None
+        raise FormatError(f"{where}: holds half of a character, which is not valid Unicode text") from None
     except RecursionError:
         raise FormatError(f"{where}: is nested too deeply") from None
     except _TwiceError as problem:

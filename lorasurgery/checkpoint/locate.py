@@ -111,7 +111,7 @@ def _pipeline(folder: Path, names: list[str]) -> Located:
         inside = folder / name
         if not inside.is_dir() or not any(f.suffix == ".safetensors" for f in inside.iterdir()):
             continue
-        # a part is no pipeline: a link back to the folder would have us look for ever
+        # a part is not a pipeline: a link back to the folder would have us look for ever
         found, prefix = _plain(inside, sorted(f.name for f in inside.iterdir())), f"{name}."
         files += [f"{name}/{file}" for file in found.files]
         parts |= {f"{name}/{file}": prefix for file in found.files}

@@ -2,7 +2,7 @@
 
 The lock is the system's, so it goes with the process however that ends. It hangs on a file in the folder, or beside a
 single file, which says who holds it, for the message alone. Its holder removes it at the end: whoever had opened it by
-then finds that what he locked is no longer what bears the name, and tries again.
+then finds that what he locked is no longer what has the name, and tries again.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Lock:
             self._unmake()
 
     def _taken(self) -> int:
-        """A descriptor that is locked and whose file bears the name."""
+        """A descriptor that is locked and whose file has the name."""
         locked: bool | None = False
         missing: FileNotFoundError | None = None
         for attempt in range(_TRIES):
@@ -102,7 +102,7 @@ class Lock:
             os.close(descriptor)
         if missing is not None:  # a folder that can't be made, such as a link to nothing
             raise missing
-        hint = f", or where it is no more remove {show(str(self.file))}" if locked is None else ""
+        hint = f", or if it no longer exists remove {show(str(self.file))}" if locked is None else ""
         raise OutputError(_held(self.place, self.place, self.file) + hint)
 
     def _refuse_kin(self, mine: frozenset[str]) -> None:
@@ -189,7 +189,7 @@ def _lock(descriptor: int) -> None:
 
 
 def _is_named(descriptor: int, file: Path) -> bool:
-    """Whether an open file is the one that bears the name."""
+    """Whether an open file is the one that has the name."""
     try:
         return os.path.samestat(os.fstat(descriptor), file.lstat())
     except FileNotFoundError:

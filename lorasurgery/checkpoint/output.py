@@ -92,7 +92,7 @@ class Output:
             out.commit(last="model.safetensors")
 
     Args:
-        run: What an interrupted run of the same kind left is gone on with, and kept when this one is interrupted too;
+        run: What an interrupted run of the same kind left is resumed, and kept when this one is interrupted too;
             None for what is done at once.
         inputs: What goes into it; who may not read that may not read what is written.
     """
@@ -171,7 +171,7 @@ class Output:
         """
         for partial in (partial_of(self.folder / name, self._token) for name in names):
             if not partial.is_file():
-                raise OutputError(f"{show(str(partial))}: was removed, so --resume can't; --overwrite starts anew")
+                raise OutputError(f"{show(str(partial))}: was removed, so --resume can't; --overwrite starts over")
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Stage a small file."""
@@ -199,7 +199,7 @@ class Output:
         return size
 
     def _clear(self) -> None:
-        """Remove what an interrupted run left; of a single file only what bears its name."""
+        """Remove what an interrupted run left; of a single file only what has its name."""
         for file in partials(self.folder / self.name if self.single else self.folder):
             file.unlink()
 

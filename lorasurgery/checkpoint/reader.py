@@ -214,7 +214,7 @@ class Checkpoint(ReadsByFill):
         return f"{show(str(self.folder / self.file_of[name]))}: {show(name)}"
 
     def close(self) -> None:
-        """Close all file descriptors; reading again opens them anew."""
+        """Close all file descriptors; reading again opens them again."""
         with self._lock:
             self._open.clear()
 

@@ -26,7 +26,7 @@ class Filling(Protocol):
 def same_tensors(
     one: Filling, first: TensorInfo, other: Filling, second: TensorInfo, memory: Buffers | None = None
 ) -> bool:
-    """Tell whether two tensors have the same dtype, shape and bytes; in blocks, on the threads of the team at work.
+    """Tell whether two tensors have the same dtype, shape and bytes; in blocks, on the call's threads.
 
     Args:
         one: What `first` is read from.
@@ -40,7 +40,7 @@ def same_tensors(
     """
     import torch
 
-    from lorasurgery.engine.threads import each
+    from lorasurgery.engine.threads import parallel_for
 
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
@@ -56,7 +56,7 @@ def same_tensors(
                 if not same_bytes(here, there):
                     differing.append(start)
 
-    each(compare, range(0, first.nbytes, _BLOCK))
+    parallel_for(compare, range(0, first.nbytes, _BLOCK))
     return not differing
 
 

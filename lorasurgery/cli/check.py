@@ -20,7 +20,7 @@ from lorasurgery.cli.ending import Ending
 @options.telling
 @options.guarded
 def command(adapter: str, server: str, base: str | None, max_lora_rank: int | None, **chosen: Any) -> None:
-    """Say what a server would reject, get wrong or silently drop, and the command that mends it.
+    """Say what a server would reject, get wrong or silently drop, and the command that fixes it.
 
     Exit status 1 when the adapter would not be served as it is meant. Only headers and the config are read.
     A folder of adapters is done one by one.

@@ -25,7 +25,7 @@ from lorasurgery.clients.client import CLIENTS
     help="Take what both models have in one shape, and say what is left out, instead of stopping at it.",
 )
 @click.option("--full", metavar="auto|none|PAT", multiple=True, default=["auto"], show_default=True,
-              help="What is stored whole beside the factors: what changed and is no matrix (nor an image model's "
+              help="What is stored whole beside the factors: what changed and is not a matrix (nor an image model's "
                    "convolution) or has another shape (auto), nothing (none), or what patterns mean.")  # fmt: skip
 @click.option("--for", "client", default="peft", show_default=True,
               type=click.Choice(list(CLIENTS)),

@@ -13,7 +13,7 @@ from lorasurgery.cli import tables
 from lorasurgery.errors import plain
 from lorasurgery.report import Progress, Report
 
-_PLAIN_STEPS = 10  # lines of progress when stderr is no terminal
+_PLAIN_STEPS = 10  # lines of progress when stderr is not a terminal
 
 
 @contextmanager

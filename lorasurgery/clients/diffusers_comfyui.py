@@ -12,7 +12,7 @@ from typing import Literal
 from lorasurgery.adapters.adapter import Adapter, Delta
 from lorasurgery.adapters.image_names.components import Part, adapter_place, beside_denoiser, class_of, takes_adapters
 from lorasurgery.adapters.magnitude import LycorisMagnitude, PeftMagnitude
-from lorasurgery.clients.issue import MERGE, TO_DIFFUSERS, TO_KOHYA, Finding, Rule, Setting, some
+from lorasurgery.clients.issue import MERGE, TO_DIFFUSERS, TO_KOHYA, Issue, Rule, Setting, briefly
 
 Model = Literal["unet", "flux", "sd3", "wan", "other"]
 _MODELS: tuple[tuple[Model, str], ...] = (
@@ -43,65 +43,67 @@ def _part(path: str) -> Part | None:
     return place.part if place else None
 
 
-def _diffusers_folder(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _diffusers_folder(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """load_lora_weights reads one file, whose keys begin with the part's name."""
     if adapter.format == "peft":
-        yield Finding(
+        yield Issue(
             "rejected", "a PEFT folder, where one file with the part's name in its keys is expected", TO_DIFFUSERS
         )
 
 
-def _diffusers_class(adapter: Adapter, setting: Setting) -> Iterator[Finding]:
+def _diffusers_class(adapter: Adapter, setting: Setting) -> Iterator[Issue]:
     """Models whose class has no load_lora_adapter: most VAEs, and denoisers that no pipeline adapts."""
     name = class_of(setting.base.config) if setting.base else ""
     if name and not takes_adapters(name):
-        yield Finding("rejected", f"the base is {name}, which has no load_lora_adapter", MERGE)
+        yield Issue("rejected", f"the base is {name}, which has no load_lora_adapter", MERGE)
 
 
-def _comfyui_class(adapter: Adapter, setting: Setting) -> Iterator[Finding]:
+def _comfyui_class(adapter: Adapter, setting: Setting) -> Iterator[Issue]:
     """LoraLoader patches the denoiser and the text encoders, and nothing beside them."""
     name = class_of(setting.base.config) if setting.base else ""
     if name and beside_denoiser(name):
-        yield Finding("dropped", f"the base is {name}, {beside_denoiser(name)}, which is not patched", MERGE)
+        yield Issue("dropped", f"the base is {name}, {beside_denoiser(name)}, which is not patched", MERGE)
 
 
-def _diffusers_prefix(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _diffusers_prefix(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """Keys that do not begin with a part's name are passed over, unless the model's converter knows them."""
     model = model_of(adapter)
     if adapter.format == "comfyui" and model in ("unet", "flux", "sd3"):
-        yield Finding(
+        yield Issue(
             "dropped", f"the original's names are not translated for this model ({_first(adapter)})", TO_DIFFUSERS
         )
     if adapter.format == "kohya" and model == "sd3":
-        yield Finding("dropped", f"kohya's names are not translated for this model ({_first(adapter)})", TO_DIFFUSERS)
+        yield Issue("dropped", f"kohya's names are not translated for this model ({_first(adapter)})", TO_DIFFUSERS)
     if adapter.format == "kohya" and model == "unet" and any(p.startswith("lycoris_") for p in adapter.deltas):
-        yield Finding(
+        yield Issue(
             "dropped", f"LyCORIS's own names are not translated for this model ({_first(adapter)})", TO_DIFFUSERS
         )
     named = [k for k in adapter.weights.tensors if _NAMED.search(k)]
     if adapter.format == "diffusers" and named:
-        yield Finding("dropped", f"keys that carry the adapter's name ({some(named)}) are not loaded", TO_DIFFUSERS)
+        yield Issue("dropped", f"keys that carry the adapter's name ({briefly(named)}) are not loaded", TO_DIFFUSERS)
 
 
-def _diffusers_forms(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _diffusers_forms(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """What is not lora_A and lora_B: DoRA of kohya's files, LyCORIS's products and whole differences."""
     if adapter.format == "peft":
         return
     dora = [d.path for d in adapter.deltas.values() if isinstance(d.magnitude, LycorisMagnitude)]
     if dora:
-        yield Finding("wrong", f"dora_scale is filtered out ({some(dora)}), so plain LoRA runs", MERGE)
+        yield Issue("wrong", f"dora_scale is filtered out ({briefly(dora)}), so plain LoRA runs", MERGE)
     flat = [d.path for d in adapter.deltas.values() if _flat_magnitude(d)]
     if flat:
-        yield Finding(
-            "rejected", f"a convolution's lora_magnitude_vector that is no (1, out, 1, 1) ({some(flat)})", MERGE
+        yield Issue(
+            "rejected",
+            f"a convolution's lora_magnitude_vector that is no (1, out, 1, 1) ({briefly(flat)})",
+            MERGE,
         )
     special = {d.special for d in adapter.deltas.values() if d.special}
     for what in sorted(special):
         paths = [p for p, d in adapter.deltas.items() if d.special == what]
-        yield Finding("rejected", f"{what} ({some(paths)})", TO_DIFFUSERS)
+        yield Issue("rejected", f"{what} ({briefly(paths)})", TO_DIFFUSERS)
 
 
-def _diffusers_vectors(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _diffusers_vectors(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """Differences of norms and biases; Flux's converter leaves biases out, the others stop."""
     if adapter.format == "peft":
         return
@@ -109,23 +111,23 @@ def _diffusers_vectors(adapter: Adapter, _: Setting) -> Iterator[Finding]:
     flux = model_of(adapter) == "flux"
     left = [k for k in keys if flux and (k.endswith(".diff_b") or adapter.format == "diffusers")]
     if left:
-        yield Finding("dropped", f"differences or values of vectors ({some(left)})", MERGE)
+        yield Issue("dropped", f"differences or values of vectors ({briefly(left)})", MERGE)
     if len(left) < len(keys):
-        rest = some([k for k in keys if k not in left])
-        yield Finding("rejected", f"differences or values of vectors ({rest})", MERGE)
+        rest = briefly([k for k in keys if k not in left])
+        yield Issue("rejected", f"differences or values of vectors ({rest})", MERGE)
 
 
-def _diffusers_alpha(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _diffusers_alpha(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """alpha has one place in each kind of file: a tensor in kohya's, the header in diffusers'."""
     tensors = [k for k in adapter.weights.tensors if k.endswith(".alpha")]
     plain = "alpha" in adapter.metadata and adapter.format == "diffusers" and not adapter.config
     if plain and any(d.scale != 1 for d in adapter.deltas.values()):
-        yield Finding("wrong", "the header's plain alpha is ignored", TO_DIFFUSERS)
+        yield Issue("wrong", "the header's plain alpha is ignored", TO_DIFFUSERS)
     if adapter.format == "diffusers" and tensors and (model_of(adapter) != "flux" or adapter.config):
-        yield Finding("rejected", f"alpha tensors beside lora_A and lora_B ({some(tensors)})", TO_DIFFUSERS)
+        yield Issue("rejected", f"alpha tensors beside lora_A and lora_B ({briefly(tensors)})", TO_DIFFUSERS)
 
 
-def _diffusers_alphas(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _diffusers_alphas(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """U-Nets' files: alphas by module are looked up under names that no module has, so the commonest holds for all."""
     if adapter.format != "kohya" or model_of(adapter) != "unet":
         return
@@ -135,10 +137,10 @@ def _diffusers_alphas(adapter: Adapter, _: Setting) -> Iterator[Finding]:
             told = f"{path}.alpha" in adapter.weights.tensors
             alphas.setdefault(_part(path), set()).add(delta.alpha if told else None)
     if any(len(found) > 1 for found in alphas.values()):
-        yield Finding("wrong", "alphas differ from module to module: the commonest is taken for all", TO_DIFFUSERS)
+        yield Issue("wrong", "alphas differ from module to module: the commonest is taken for all", TO_DIFFUSERS)
 
 
-def _diffusers_wan(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _diffusers_wan(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """Wan's converter for kohya's names asks every block for one set of modules, with alphas, and for no other."""
     if adapter.format != "kohya" or model_of(adapter) != "wan":
         return
@@ -149,9 +151,7 @@ def _diffusers_wan(adapter: Adapter, _: Setting) -> Iterator[Finding]:
     asked = {f"lora_unet_blocks_{b}_{leaf}" for b in range(len(blocks)) for leaf in leaves}
     alphas = all(f"{p}.alpha" in adapter.weights.tensors for p in adapter.deltas)
     if asked != set(adapter.deltas) or not alphas:
-        yield Finding(
-            "rejected", "Wan under kohya's names, but not all of each block with alphas, or more", TO_DIFFUSERS
-        )
+        yield Issue("rejected", "Wan under kohya's names, but not all of each block with alphas, or more", TO_DIFFUSERS)
 
 
 def _flat_magnitude(delta: Delta) -> bool:
@@ -160,65 +160,67 @@ def _flat_magnitude(delta: Delta) -> bool:
     return len(delta.magnitude.shape) != 2 + len(delta.kernel)
 
 
-def _diffusers_text(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _diffusers_text(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """Of text encoders only CLIP's take part: T5 is never adapted."""
     parts: set[Part] = {"te3"} if model_of(adapter) == "unet" else {"te2", "te3"}
     if model_of(adapter) == "sd3":
         parts = {"te3"}
     paths = [p for p in adapter.deltas if _part(p) in parts]
     if paths and adapter.format != "peft":
-        yield Finding("dropped", f"text encoders that diffusers does not adapt ({some(paths)})", MERGE)
+        yield Issue("dropped", f"text encoders that diffusers does not adapt ({briefly(paths)})", MERGE)
 
 
-def _comfyui_folder(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _comfyui_folder(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """One file is read, adapter_config.json never; most models have no `base_model.model.` in their table of names."""
     if adapter.format == "peft":
-        yield Finding("rejected", "a PEFT folder, where one file is read and the config is not", TO_KOHYA)
+        yield Issue("rejected", "a PEFT folder, where one file is read and the config is not", TO_KOHYA)
 
 
-def _comfyui_alpha(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _comfyui_alpha(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """comfy/lora.py, load_lora: alpha is a tensor or there is none; the header is not looked at."""
     if adapter.format == "peft":
         return
     stored = {k.removesuffix(".alpha") for k in adapter.weights.tensors if k.endswith(".alpha")}
     unseen = [p for p, d in adapter.deltas.items() if d.scale != 1 and p not in stored]
     if unseen:
-        what = f"alpha of {some(unseen)} is in the header only, which is not read"
-        yield Finding("wrong", f"{what}: strength 1 means {_scale(adapter, unseen)}", TO_KOHYA)
+        what = f"alpha of {briefly(unseen)} is in the header only, which is not read"
+        yield Issue("wrong", f"{what}: strength 1 means {_scale(adapter, unseen)}", TO_KOHYA)
 
 
-def _comfyui_names(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _comfyui_names(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """comfy/lora.py, model_lora_keys_unet and model_lora_keys_clip: the names each model knows."""
     paths = list(adapter.deltas)
     if adapter.format == "diffusers" and model_of(adapter) == "unet":
         lost = [p for p in paths if p.startswith("unet.") and _ATTENTION.search(p) and not _old(adapter, p)]
         if lost:
-            yield Finding("dropped", f"attention under diffusers' names ({some(lost)})", TO_KOHYA)
+            yield Issue("dropped", f"attention under diffusers' names ({briefly(lost)})", TO_KOHYA)
     text = [p for p in paths if p.startswith("text_encoder") and ".text_model.encoder." not in p]
     if adapter.format == "diffusers" and text:
-        yield Finding("dropped", f"text encoder keys without text_model ({some(text)})", TO_KOHYA)
+        yield Issue("dropped", f"text encoder keys without text_model ({briefly(text)})", TO_KOHYA)
     third = [p for p in paths if p.startswith("text_encoder_3.")]
     if third:
-        yield Finding("dropped", f"text_encoder_3 ({some(third)})", TO_KOHYA)
+        yield Issue("dropped", f"text_encoder_3 ({briefly(third)})", TO_KOHYA)
 
 
-def _comfyui_parts(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _comfyui_parts(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """Tensors that no class in comfy/weight_adapter asks for, and DoRA by another norm than it was trained with."""
     if adapter.format == "peft":
         return
     bias = [d.path for d in adapter.deltas.values() if d.bias and d.bias.endswith(".lora_B.bias")]
     if bias:
-        yield Finding("dropped", f"lora_B.bias ({some(bias)})", TO_KOHYA)
+        yield Issue("dropped", f"lora_B.bias ({briefly(bias)})", TO_KOHYA)
     magnitude = [d.path for d in adapter.deltas.values() if isinstance(d.magnitude, PeftMagnitude)]
     if magnitude:
-        yield Finding("dropped", f"lora_magnitude_vector ({some(magnitude)}), so plain LoRA runs", MERGE)
+        yield Issue("dropped", f"lora_magnitude_vector ({briefly(magnitude)}), so plain LoRA runs", MERGE)
     rows = [d.path for d in adapter.deltas.values() if d.magnitude and not d.magnitude.by_input]
     if rows and not magnitude:
-        yield Finding(
-            "wrong", f"DoRA on the output axis ({some(rows)}) is divided by the base's norm, not the sum's", MERGE
+        yield Issue(
+            "wrong",
+            f"DoRA on the output axis ({briefly(rows)}) is divided by the base's norm, not the sum's",
+            MERGE,
         )
     if any(k.endswith(".lokr_t1") for k in adapter.weights.tensors):
-        yield Finding("rejected", "LoKr whose first side has a core (lokr_t1)", TO_KOHYA)
+        yield Issue("rejected", "LoKr whose first side has a core (lokr_t1)", TO_KOHYA)
 
 
 def _old(adapter: Adapter, path: str) -> bool:
@@ -231,7 +233,7 @@ def _scale(adapter: Adapter, paths: list[str]) -> str:
 
 
 def _first(adapter: Adapter) -> str:
-    return some(list(adapter.deltas) or list(adapter.diffs) or list(adapter.replaced))
+    return briefly(list(adapter.deltas) or list(adapter.diffs) or list(adapter.replaced))
 
 
 DIFFUSERS: tuple[Rule, ...] = (

@@ -11,7 +11,7 @@ from typing import Any
 from lorasurgery.adapters.model_names.cuts import Cut
 from lorasurgery.adapters.model_names.library import Installed
 from lorasurgery.adapters.model_names.renames import model_types
-from lorasurgery.adapters.model_names.skeleton import Kind, Module, Skeleton
+from lorasurgery.adapters.model_names.skeleton import LayerKind, Module, Skeleton
 from lorasurgery.clients.layer_kinds import KINDS, ending_of
 from lorasurgery.clients.peft import LAYERS_PAST, MERGED_ONLY, READ_PAST, saved_for, task_type
 
@@ -69,7 +69,7 @@ class Host:
         """A module of the skeleton."""
         return self.skeleton.modules.get(path) if self.skeleton is not None else None
 
-    def kind(self, path: str) -> Kind | None:
+    def kind(self, path: str) -> LayerKind | None:
         """What PEFT's LoRA sees in a module; None where that is not known."""
         if path.rpartition(".")[2] in LAYERS_PAST.get(str(self.config.get("model_type")), ()):
             return "other"
@@ -80,7 +80,7 @@ class Host:
             return "other"
         return "other" if self._is_read_past(path, READ_PAST) else module.kind
 
-    def _known_kind(self, path: str) -> Kind | None:
+    def _known_kind(self, path: str) -> LayerKind | None:
         """The kind of a layer that its name tells wrongly, from our own table of transformers' models."""
         if self.skeleton is not None:
             return None

@@ -1,4 +1,4 @@
-"""One thing that a program would not serve as it is meant, and the commands that mend it."""
+"""One thing that a program would not serve as it is meant, and the commands that fix it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MERGE = "lorasurgery merge {base} {path} -o OUT, and serve the merged model"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Issue:
     """One thing that would not work as meant.
 
     Args:
@@ -46,13 +46,13 @@ class Setting:
     base: Checkpoint | None = None
 
 
-Rule = Callable[[Adapter, Setting], Iterator[Finding]]
+Rule = Callable[[Adapter, Setting], Iterator[Issue]]
 
 
-def some(names: list[str]) -> str:
+def briefly(names: list[str]) -> str:
     """The first of several names, and how many more there are.
 
-    >>> some(["a", "b", "c"])
+    >>> briefly(["a", "b", "c"])
     'a and 2 more'
     """
     more = len(names) - 1

@@ -15,7 +15,7 @@ from lorasurgery.adapters.model_names.naming import (
     is_position_table,
     is_router,
 )
-from lorasurgery.adapters.model_names.skeleton import Kind
+from lorasurgery.adapters.model_names.skeleton import LayerKind
 
 # fmt: off
 _ROWS = """
@@ -121,13 +121,13 @@ def ending_of(path: str, parts: int) -> str:
     return ".".join("*" if p.isdigit() else p for p in path.split(".")[-parts:])
 
 
-KINDS: dict[str, dict[str, Kind]] = {}
+KINDS: dict[str, dict[str, LayerKind]] = {}
 for _row in _ROWS.replace("\n ", " ").strip().splitlines():
     _model, _kind, *_endings = _row.split()
-    KINDS.setdefault(_model, {}).update(dict.fromkeys(_endings, cast(Kind, _kind)))
+    KINDS.setdefault(_model, {}).update(dict.fromkeys(_endings, cast(LayerKind, _kind)))
 
 
-def told_by_name(path: str, model_type: str | None) -> Kind:
+def told_by_name(path: str, model_type: str | None) -> LayerKind:
     """The kind that a path's own words tell.
 
     >>> [told_by_name(p, "gpt2") for p in ("transformer.wte", "h.0.attn.c_attn", "lm_head")]

@@ -15,7 +15,7 @@ from lorasurgery.adapters.peft.patterns import Selection
 from lorasurgery.adapters.peft.read import PREFIX
 from lorasurgery.checkpoint.locate import load_config
 from lorasurgery.clients.host import Host
-from lorasurgery.clients.issue import MERGE, PORTABLE, TO_PEFT, Finding, Rule, Setting, Verdict, some
+from lorasurgery.clients.issue import MERGE, PORTABLE, TO_PEFT, Issue, Rule, Setting, Verdict, briefly
 from lorasurgery.clients.peft import Shutter, for_task, saved_for
 
 _EXPERT = re.compile(r"(.+\.experts)\.\d{1,6}\.\w+")
@@ -137,34 +137,34 @@ _VERDICTS: dict[str, Verdict] = {
 }  # fmt: skip
 
 
-def is_folder(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def is_folder(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """PEFT, and all that build on it, read adapter_config.json beside adapter_model.safetensors."""
     if adapter.format != "peft":
-        yield Finding("rejected", f"a {adapter.format} file, where a PEFT folder is expected", TO_PEFT)
+        yield Issue("rejected", f"a {adapter.format} file, where a PEFT folder is expected", TO_PEFT)
 
 
-def _keys(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _keys(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """set_peft_model_state_dict puts the adapter's name into each key and loads what the model then has."""
     if adapter.format != "peft":
         return
     keys = [k for a in _single(adapter) for k in a.weights.tensors]
     bare = [k for k in keys if not k.startswith(PREFIX)]
     if bare:
-        yield Finding("dropped", f"keys without {PREFIX} ({some(bare)}) are not loaded", PORTABLE)
+        yield Issue("dropped", f"keys without {PREFIX} ({briefly(bare)}) are not loaded", PORTABLE)
     compiled = [k for k in keys if k.startswith(f"{PREFIX}_orig_mod.")]
     if compiled:
-        yield Finding("dropped", f"keys of a compiled model ({some(compiled)}) are not loaded", PORTABLE)
+        yield Issue("dropped", f"keys of a compiled model ({briefly(compiled)}) are not loaded", PORTABLE)
     named = [k for k in named_keys(adapter) if not _DEFAULT.search(k)]
     if named:
-        yield Finding("dropped", f"keys that carry the adapter's name ({some(named)}) are not loaded", PORTABLE)
+        yield Issue("dropped", f"keys that carry the adapter's name ({briefly(named)}) are not loaded", PORTABLE)
 
 
-def _init(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _init(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """A layer is initialised before its factors are loaded, and stops at a word it doesn't know."""
     for one in _single(adapter):
         init = one.config.get("init_lora_weights", True)
         if one.format == "peft" and isinstance(init, str) and init.lower() not in INITS:
-            yield Finding("rejected", f"init_lora_weights is {init!r}, which PEFT does not know", PORTABLE)
+            yield Issue("rejected", f"init_lora_weights is {init!r}, which PEFT does not know", PORTABLE)
 
 
 def named_keys(adapter: Adapter) -> list[str]:
@@ -172,7 +172,7 @@ def named_keys(adapter: Adapter) -> list[str]:
     return [k for a in _single(adapter) for k in a.weights.tensors if _NAMED.search(k)]
 
 
-def _targets(adapter: Adapter, _: Setting) -> Iterator[Finding]:
+def _targets(adapter: Adapter, _: Setting) -> Iterator[Issue]:
     """Only modules that target_modules selects get layers for their factors."""
     for one in _single(adapter):
         if one.format != "peft":
@@ -182,18 +182,18 @@ def _targets(adapter: Adapter, _: Setting) -> Iterator[Finding]:
         outside = [p for p, d in one.deltas.items() if not d.experts and not chosen.means(p)]
         outside = [p for p in outside if not f"{p}.weight".endswith(parameters)] if parameters else outside
         if outside:
-            what = f"factors of {some(outside)}, which target_modules does not select, are not loaded"
-            yield Finding("dropped", what, PORTABLE)
+            what = f"factors of {briefly(outside)}, which target_modules does not select, are not loaded"
+            yield Issue("dropped", what, PORTABLE)
 
 
-def _model(adapter: Adapter, setting: Setting) -> Iterator[Finding]:
+def _model(adapter: Adapter, setting: Setting) -> Iterator[Issue]:
     """What becomes of the file on the very model, where that is known: layers, saved modules, tied weights."""
     for one in _single(adapter):
         config = _base_config(one, setting) if one.format == "peft" else {}
         host = Host(config, frozenset(), installed_model(config, for_task(config, one.config.get("task_type"))))
         for problem in PeftLoad(one.config, list(one.weights.tensors), host).problems():
             verdict = _VERDICTS[problem.kind]
-            yield Finding(verdict, f"{some(list(problem.names))}: {problem.why}", MERGE)
+            yield Issue(verdict, f"{briefly(list(problem.names))}: {problem.why}", MERGE)
 
 
 def _base_config(adapter: Adapter, setting: Setting) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lorasurgery.adapters.adapter import Adapter
 from lorasurgery.clients import diffusers_comfyui, language_servers, peft_load
-from lorasurgery.clients.issue import Finding, Rule, Setting
+from lorasurgery.clients.issue import Issue, Rule, Setting
 
 _RULES: dict[str, tuple[Rule, ...]] = {
     "peft": peft_load.RULES,
@@ -21,7 +21,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
 SERVERS = tuple(_RULES)
 
 
-def findings(adapter: Adapter, server: str, setting: Setting | None = None) -> list[Finding]:
+def findings(adapter: Adapter, server: str, setting: Setting | None = None) -> list[Issue]:
     """Everything about an adapter that a server would not serve as it is meant; empty when all is well.
 
     Args:
@@ -30,4 +30,4 @@ def findings(adapter: Adapter, server: str, setting: Setting | None = None) -> l
     setting = setting or Setting()
     place = {"path": adapter.path, "base": str(setting.base.path) if setting.base else "BASE"}
     found = [f for rule in _RULES[server] for f in rule(adapter, setting)]
-    return [Finding(f.verdict, f.what, f.mend.format(**place)) for f in found]
+    return [Issue(f.verdict, f.what, f.mend.format(**place)) for f in found]

@@ -32,7 +32,7 @@ class Job(Protocol):
         ...
 
     def write(self) -> None:
-        """Put the result where it belongs, and let go of the memory."""
+        """Put the result where it belongs, and free the memory."""
         ...
 
 
@@ -66,7 +66,7 @@ class _Jobs:
 
 
 @dataclass
-class Flow:
+class Pipeline:
     """Takes jobs through their steps in the order given; several may be at different steps at once.
 
     >>> class Print:
@@ -74,15 +74,15 @@ class Flow:
     ...     def read(self): self.x = 2
     ...     def compute(self): self.x *= 21
     ...     def write(self): print(self.x)
-    >>> Flow(room=10).run([Print()])
+    >>> Pipeline(max_bytes=10).run([Print()])
     42
 
     Args:
-        room: Bytes that all jobs under way may hold together; a job larger than that goes alone.
+        max_bytes: Bytes that all jobs under way may hold together; a job larger than that goes alone.
         threads: How many for reading, computing and writing; without readers, those that compute also read.
     """
 
-    room: int
+    max_bytes: int
     threads: tuple[int, int, int] = (1, 2, 2)
     _used: int = 0
     _failure: BaseException | None = None
@@ -115,7 +115,7 @@ class Flow:
 
     def _together(self, jobs: Iterable[Job]) -> Iterator[_Jobs]:
         """Small neighbours as one job; where little room is given, each by itself."""
-        limit, least = (min(size, self.room // 64) for size in (_TOGETHER, _LEAST))
+        limit, least = (min(size, self.max_bytes // 64) for size in (_TOGETHER, _LEAST))
         few = _Jobs()
         for job in jobs:
             cost = max(1, job.cost, least)
@@ -134,7 +134,7 @@ class Flow:
             step()
 
     def _admit(self, job: Job) -> None:
-        self._wait(lambda: not self._used or self._used + job.cost <= self.room)
+        self._wait(lambda: not self._used or self._used + job.cost <= self.max_bytes)
         with self._changed:
             self._used += job.cost
 

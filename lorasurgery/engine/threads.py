@@ -23,57 +23,58 @@ _own = threading.local()
 _loading = threading.Lock()
 
 
-class _Team:
+class _ThreadPool:
     """The threads of one call."""
 
     def __init__(self, size: int) -> None:
         self.size, self.pool = size, workers(size)
 
 
-_team: ContextVar[_Team | None] = ContextVar("team", default=None)  # the call's; Flow's threads have it from the call
+# The call's: threads that work for it have it from the call.
+_pool: ContextVar[_ThreadPool | None] = ContextVar("thread_pool", default=None)
 
 
 @contextmanager
-def team(size: int | None = None) -> Iterator[int]:
-    """Give `each` its threads, as many as torch would use, and let every one of them compute alone.
+def thread_pool(size: int | None = None) -> Iterator[int]:
+    """Give `parallel_for` its threads, as many as torch would use, and let every one of them compute alone.
 
     They belong to the call: another call, in another thread, has its own.
 
     Example:
-        with team() as threads:
-            each(work, pieces)
+        with thread_pool() as threads:
+            parallel_for(work, pieces)
 
     Args:
         size: Threads; None takes torch.get_num_threads(), which OMP_NUM_THREADS sets.
     """
-    mine = _team.get()
-    if mine is not None:  # a team within a team is the same one
+    mine = _pool.get()
+    if mine is not None:  # a pool within a pool is the same one
         yield mine.size
         return
     before = torch.get_num_threads()
     use_threads(1)
-    mine = _Team(size or before)
-    token = _team.set(mine)
+    mine = _ThreadPool(size or before)
+    token = _pool.set(mine)
     try:
         yield mine.size
     finally:
-        _team.reset(token)
+        _pool.reset(token)
         mine.pool.shutdown(cancel_futures=True)
         use_threads(before)
 
 
-def each(work: Callable[[T], Any], pieces: Iterable[T]) -> None:
-    """Do `work` on every piece and wait; without a team, or for one piece, in this thread.
+def parallel_for(work: Callable[[T], Any], pieces: Iterable[T]) -> None:
+    """Do `work` on every piece and wait; without a pool, or for one piece, in this thread.
 
     >>> found = []
-    >>> each(found.append, [1, 2])
+    >>> parallel_for(found.append, [1, 2])
     >>> found
     [1, 2]
 
     Raises:
         Exception: the first that a piece raised, when all have ended.
     """
-    items, mine = list(pieces), _team.get()
+    items, mine = list(pieces), _pool.get()
     if mine is None or mine.size == 1 or len(items) < 2:
         for item in items:
             work(item)

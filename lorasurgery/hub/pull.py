@@ -159,7 +159,7 @@ def _weights(reference: Reference, names: Sequence[str], beside: Path) -> list[s
             data = load_bytes(beside / name) if name.endswith(INDEX_SUFFIX) else b""
             _lay_out(Path(scratch), name, data, reference)
         try:
-            with Operation(writes=False):  # what lies here is no input of the one under way
+            with Operation(writes=False):  # what lies here is not an input of the one under way
                 return [top + file for file in locate(Path(scratch) / reference.inside).files]
         except FormatError as problem:
             raise type(problem)(

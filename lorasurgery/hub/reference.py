@@ -47,7 +47,7 @@ def parse_reference(text: str | Path) -> Reference | None:
     (None, None, None)
 
     Raises:
-        UsageError: it begins with hf:// but is no repository.
+        UsageError: it begins with hf:// but is not a repository.
     """
     words = str(text)
     named = words.startswith(SCHEME)

@@ -1,4 +1,4 @@
-"""A matrix in blocks of rows, in memory or read anew for every pass, and the products that a decomposition needs.
+"""A matrix in blocks of rows, in memory or read again for every pass, and the products that a decomposition needs.
 
 The blocks' size depends on the matrix alone, never on threads or memory: all of them give the same bits.
 """
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lorasurgery.engine.threads import each
+from lorasurgery.engine.threads import parallel_for
 
 _BLOCK = 4 << 20  # elements: large enough that a product of it is worth a thread's while
 _COLUMNS, _ROWS = 1024, 64  # of a tile of Mᵀ; blocks are whole multiples of its rows
@@ -59,7 +59,7 @@ class InMemory:
 
 
 class Streamed:
-    """A matrix too large for the memory allowed: its rows are made anew whenever they are asked for.
+    """A matrix too large for the memory allowed: its rows are made again whenever they are asked for.
 
     Args:
         make: Given a slice of rows, M's rows; the memory may be that of the last call.
@@ -115,7 +115,7 @@ def over_rows(matrix: Blocks, work: Callable[[Tensor, slice], object]) -> None:
         def on_block(rows: slice, first: int = first, span: Tensor = span) -> None:
             work(span[rows.start - first : rows.stop - first], rows)
 
-        each(on_block, pieces)
+        parallel_for(on_block, pieces)
 
 
 def times(matrix: Blocks, x: Tensor) -> Tensor:
@@ -143,11 +143,11 @@ def transposed_times(matrix: Blocks, y: Tensor) -> Tensor:
                 rows = slice(first + start, first + start + part.shape[0])
                 out[:, columns].addmm_(y[rows].mT, part)  # (k, b) @ (b, c) -> (k, c)
 
-        each(add, stripes)
+        parallel_for(add, stripes)
     turned = torch.empty(matrix.shape[1], y.shape[1], dtype=matrix.dtype, device=matrix.device)
 
     def turn(left: int) -> None:
         turned[left : left + wide] = out[:, left : left + wide].mT
 
-    each(turn, stripes)
+    parallel_for(turn, stripes)
     return turned

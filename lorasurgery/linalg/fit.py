@@ -75,7 +75,7 @@ def fitted(delta: Tensor | Blocks, found: TruncatedSVD, scale: float, dtype: tor
 
 
 def refitted(delta: Tensor | Blocks, update: LowRank, scale: float, total: float | None = None) -> Fitted:
-    """The same directions for another scale: one side times a power of two, the other fitted to it anew.
+    """The same directions for another scale: one side times a power of two, the other fitted to it again.
 
     >>> delta = torch.diag(torch.tensor([4.0, 3.0]))
     >>> found = refitted(delta, LowRank(torch.eye(2)[:, :1], 4 * torch.eye(2)[:1]), 0.5)
@@ -289,7 +289,7 @@ class _Search:
         return lost - tail - 2 * SLACK * self.total > self.target
 
     def _widen(self) -> bool:
-        """Decompose anew, to more directions."""
+        """Decompose again, to more directions."""
         wanted = min(self.upper, 2 * self.rank + 8)
         if self.complete or wanted <= len(self.whole.s):
             return False

@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from lorasurgery.engine.threads import each, scratch
+from lorasurgery.engine.threads import parallel_for, scratch
 from lorasurgery.linalg.blocks import Blocks, InMemory, block_rows, blocked, over_rows, times, transposed_times
 from lorasurgery.linalg.thin import independent, mixed, products, without
 
@@ -121,7 +121,7 @@ class BlockKrylov:
 
 @lru_cache(maxsize=4)
 def _gaussian(rows: int, columns: int, seed: int) -> Tensor:
-    """The random start; a model has many matrices of one shape, and drawing it anew takes as long as a GEMM."""
+    """The random start; a model has many matrices of one shape, and drawing it again takes as long as a GEMM."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(_within(seed)), dtype=torch.float32)
 
 
@@ -141,7 +141,7 @@ class Coarse:
     [[1.0], [1.0]]
 
     Args:
-        matrix: On the CPU; where it has no rounded copy, every product rounds it anew.
+        matrix: On the CPU; where it has no rounded copy, every product rounds it again.
     """
 
     def __init__(self, matrix: Blocks) -> None:
@@ -176,7 +176,7 @@ class Coarse:
                     out[:, columns] += narrow[:, rows] @ part  # (k, b) @ (b, c) -> (k, c)
                 turned[columns] = out[:, columns].mT
 
-            each(add, range(0, self.shape[1], _COLUMNS))
+            parallel_for(add, range(0, self.shape[1], _COLUMNS))
         return turned
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 Elementwise = Literal["ties", "dare-linear", "dare-ties", "magnitude-prune"]
 """Methods whose result is a dense matrix, made entry by entry."""
 
-Method = Literal["linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots-ties", "cat"]
+BlendMethod = Literal["linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots-ties", "cat"]
 
 ELEMENTWISE: tuple[Elementwise, ...] = ("ties", "dare-linear", "dare-ties", "magnitude-prune")
-METHODS: tuple[Method, ...] = ("linear", *ELEMENTWISE, "knots-ties", "cat")
+METHODS: tuple[BlendMethod, ...] = ("linear", *ELEMENTWISE, "knots-ties", "cat")

@@ -163,7 +163,7 @@ class RankChoice:
         return len(singular)
 
     def directions(self) -> int | None:
-        """The rank that is known beforehand; None for energy and tolerance."""
+        """The rank that is known in advance; None for energy and tolerance."""
         if self.rank is None:
             return None
         return min(self.rank, self.max_rank or self.rank)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lorasurgery.engine.threads import each, scratch
+from lorasurgery.engine.threads import parallel_for, scratch
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.norms import row_blocks
 from lorasurgery.lowrank import Update, widened
@@ -126,7 +126,7 @@ class Merger:
         def work(i: int) -> None:
             found[i] = self._block(weight[blocks[i]], out[blocks[i]], first + blocks[i].start)
 
-        each(work, range(len(blocks)))
+        parallel_for(work, range(len(blocks)))
         survival = sum(found, Survival(0.0, 0.0, 0.0))
         if self.finite and not math.isfinite(survival.residue):
             raise SurgeryError(_overflow(weight, self.dtype))
@@ -290,7 +290,7 @@ def same_but_rounded(a: Tensor, b: Tensor, dtypes: tuple[torch.dtype, torch.dtyp
     """Whether at every place there is a number that rounds to a's value in one dtype and to b's in the other.
 
     That is so where the two are at most half a step apart, of the dtype whose steps are wider there. A cast of one
-    side would ask for too much: float16 and bfloat16 of one float32 weight are no casts of each other in one place of
+    side would ask for too much: float16 and bfloat16 of one float32 weight are not casts of each other in one place of
     sixteen, for the cast meets half-way values that the weight was only near to. Half-way counts for both neighbours.
 
     >>> x = torch.tensor([0.1, -3.3, 1e-7])
@@ -300,7 +300,7 @@ def same_but_rounded(a: Tensor, b: Tensor, dtypes: tuple[torch.dtype, torch.dtyp
     False
 
     Args:
-        a, b: Of one shape, both float32 or both float64, contiguous; NaN and infinity are no roundings.
+        a, b: Of one shape, both float32 or both float64, contiguous; NaN and infinity are not roundings.
         dtypes: What a and b were stored in.
     """
     one = max(step_at_one(d) for d in dtypes) / 2

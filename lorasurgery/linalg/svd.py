@@ -19,7 +19,7 @@ from lorasurgery.linalg.krylov import LEAST, BlockKrylov, Coarse
 from lorasurgery.linalg.norms import squared_norm
 from lorasurgery.linalg.rank import RankChoice, numerical_rank
 
-Method = Literal["auto", "randomized", "exact"]
+SvdMethod = Literal["auto", "randomized", "exact"]
 
 # Passes end when another would lower the squared error by less than this share: 0.05% of the error itself.
 GAIN = 1e-3
@@ -66,7 +66,7 @@ class TruncatedSVD:
 
 
 def truncated_svd(
-    delta: Tensor | Blocks, choice: RankChoice, *, method: Method = "auto", seed: int = 0, gain: float = GAIN,
+    delta: Tensor | Blocks, choice: RankChoice, *, method: SvdMethod = "auto", seed: int = 0, gain: float = GAIN,
     to_come: float = 0.0,
 ) -> TruncatedSVD:  # fmt: skip
     """The leading singular directions of ΔW, as many as `choice` asks for and ΔW has.
@@ -104,7 +104,7 @@ def truncated_svd(
     return chosen(found, choice)
 
 
-def may_round(choice: RankChoice, method: Method) -> bool:
+def may_round(choice: RankChoice, method: SvdMethod) -> bool:
     """Whether the sketch may be of a rounded matrix: not where its energies choose the rank.
 
     >>> may_round(RankChoice(rank=8), "auto"), may_round(RankChoice(energy=0.9), "auto")
@@ -234,7 +234,7 @@ def _settled(history: list[list[float]], rank: int, total: float, gain: float, t
 
 
 def _block_size(choice: RankChoice, shorter: int) -> int:
-    """As wide as the rank asked for (Musco & Musco 2015, theorem 1); 64 where the rank is not known beforehand.
+    """As wide as the rank asked for (Musco & Musco 2015, theorem 1); 64 where the rank is not known in advance.
 
     Up to 32 columns a product takes the time of reading A; GEMMs like multiples of 16.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorasurgery.engine.threads import each
+from lorasurgery.engine.threads import parallel_for
 from lorasurgery.errors import SurgeryError
 
 NOT_FINITE = "holds values that are not finite (NaN or infinity); repair the adapter first"
@@ -125,7 +125,7 @@ def products(left: list[Tensor], right: Tensor, dtype: torch.dtype = torch.float
         wide = right[rows].to(dtype)
         parts[i] = torch.cat([(wide if x is right else x[rows].to(dtype)).mT @ wide for x in left])
 
-    each(multiply, range(len(pieces)))
+    parallel_for(multiply, range(len(pieces)))
     total = right.new_zeros(sum(x.shape[1] for x in left), right.shape[1], dtype=dtype)
     for part in parts:
         total += part
@@ -146,7 +146,7 @@ def mixed(parts: list[Tensor], mix: Tensor) -> Tensor:
         for part, some in zip(parts[1:], coefficients[1:], strict=True):
             out[rows].addmm_(part[rows], some)
 
-    each(multiply, _pieces(out))
+    parallel_for(multiply, _pieces(out))
     return out
 
 

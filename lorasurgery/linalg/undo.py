@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorasurgery.engine.threads import each, scratch
+from lorasurgery.engine.threads import parallel_for, scratch
 from lorasurgery.linalg.norms import block_height
 from lorasurgery.lowrank import Dense, Update
 
@@ -78,7 +78,7 @@ class Undoing:
             rows = blocks[i]
             found[i] = self._compare(old[rows], merged[rows], first + rows.start, rows.start * old.shape[1])
 
-        each(work, range(len(blocks)))
+        parallel_for(work, range(len(blocks)))
         return Corrections(*(torch.cat(part).cpu() for part in zip(*found, strict=True)))
 
     def restore(self, merged: Tensor, kept: Corrections, out: Tensor, first: int) -> None:
@@ -95,7 +95,7 @@ class Undoing:
             self._before(merged[rows], value, first + rows.start)
             out[rows] = narrowed(value, self.dtype)
 
-        each(work, range(len(blocks)))
+        parallel_for(work, range(len(blocks)))
         bits = out.reshape(-1).view(BITS[self.dtype.itemsize])
         for start in range(0, len(kept.places), _AT_ONCE):
             some = slice(start, start + _AT_ONCE)

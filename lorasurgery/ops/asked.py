@@ -170,7 +170,7 @@ def extract_options(options: ExtractOptions | None, given: Mapping[str, Any]) ->
 
     Args:
         options: The object, if any.
-        given: All keywords of the call by name, their types checked; those that are no fields are passed over.
+        given: All keywords of the call by name, their types checked; those that are not fields are passed over.
 
     Raises:
         UsageError: of a wrong type, given both ways, or without meaning.

@@ -14,7 +14,7 @@ from lorasurgery.checkpoint.output import Output, check_output
 from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, UnsupportedError, UsageError
-from lorasurgery.linalg.methods import ELEMENTWISE, Method
+from lorasurgery.linalg.methods import ELEMENTWISE, BlendMethod
 from lorasurgery.linalg.rank import Budget, RankChoice
 from lorasurgery.ops.asked import Paths, all_paths, blend_options
 from lorasurgery.ops.blending.join import Joint, Whole, base_models, join, weigh_joints, whole_tensors
@@ -43,7 +43,7 @@ def blend(
     options: BlendOptions | None = None,
     *,
     weights: float | Sequence[float] | None = None,
-    method: Method | None = None,
+    method: BlendMethod | None = None,
     rank: int | None = None,
     energy: float | None = None,
     tolerance: float | None = None,

@@ -226,7 +226,7 @@ def _metadata(
 
 
 def _licence(folder: Path, record: dict[str, Any], warnings: list[str]) -> str | None:
-    """That of the first input that has one, or the folder's own; never something that is no identifier."""
+    """That of the first input that has one, or the folder's own; never something that is not an identifier."""
     named = [s.get("license") for s in record.get("sources", [])]
     return next((name for name in named if name and is_licence(name)), None) or license_of(folder, warnings)
 

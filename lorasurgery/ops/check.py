@@ -7,7 +7,7 @@ from pathlib import Path
 from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.reader import Checkpoint
-from lorasurgery.clients.issue import Finding, Setting
+from lorasurgery.clients.issue import Issue, Setting
 from lorasurgery.clients.servers import SERVERS, findings
 from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import UsageError
@@ -20,7 +20,7 @@ from lorasurgery.report import Report
 def check(
     adapter: str | Path, server: str, *, base: str | Path | None = None, max_lora_rank: int | None = None
 ) -> Report:
-    """What a server would reject, get wrong or drop, each with the command that mends it.
+    """What a server would reject, get wrong or drop, each with the command that fixes it.
 
     Example:
         check("adapter", "vllm", base="llama").totals["serves"]
@@ -67,7 +67,7 @@ def _check(adapter: str | Path, server: str, base: str | Path | None, max_lora_r
     return clock.stamp(report)
 
 
-def _summary(server: str, found: list[Finding], matched: int | None) -> str:
+def _summary(server: str, found: list[Issue], matched: int | None) -> str:
     fits = f"; all of it matches the base ({matched} tensors)" if matched is not None else ""
     if not found:
         return f"{server} serves it as it is{fits}"

@@ -10,7 +10,7 @@ from lorasurgery.adapters.formats import open_adapter
 from lorasurgery.adapters.image_names.components import FOLDER_NAMES, Part, adapter_place, has_parts, is_image_model
 from lorasurgery.adapters.image_names.dialects import family_of
 from lorasurgery.adapters.image_names.dictionary import Dictionary
-from lorasurgery.adapters.image_names.translate import Piece, Target, Translator
+from lorasurgery.adapters.image_names.translate import ModuleRows, NewModule, Translator
 from lorasurgery.arguments import check_kinds
 from lorasurgery.checkpoint.output import check_output
 from lorasurgery.checkpoint.reader import Checkpoint
@@ -141,7 +141,7 @@ def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint 
     if adapter.format == "peft" and options.to == "peft":
         if base is not None:
             plan.matched = _match(adapter, None, base, plan.warnings)
-        plan.targets = [Target("any", path, (Piece(d.shape[0], path),)) for path, d in adapter.deltas.items()]
+        plan.targets = [NewModule("any", path, (ModuleRows(d.shape[0], path),)) for path, d in adapter.deltas.items()]
         return plan
     dictionary = None
     if base is not None:
@@ -181,7 +181,7 @@ def _home(adapter: Adapter, base: Checkpoint | None) -> Part | None:
     return "denoiser" if family_of(adapter.deltas) not in ("plain", "openclip") else None
 
 
-def _line(plan: Conversion, target: Target) -> ModuleReport:
+def _line(plan: Conversion, target: NewModule) -> ModuleReport:
     sources = [plan.adapter.deltas[s] for s in target.sources]
     height, rank = sum(p.height for p in target.pieces), sum(d.rank for d in sources)
     return ModuleReport(plan.name(target), (height, sources[0].shape[1]), kind=sources[0].kind, rank=rank)

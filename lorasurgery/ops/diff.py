@@ -15,7 +15,7 @@ from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import MismatchError, SurgeryError, UsageError, some
-from lorasurgery.module_location import Place, place_of
+from lorasurgery.module_location import ModuleLocation, location_of
 from lorasurgery.ops.blending.join import Joint, base_models, join
 from lorasurgery.ops.provenance.references import open_call
 from lorasurgery.report import Change, Comparison, Progress, Report, percent
@@ -169,7 +169,7 @@ def _change(
     known = old or new
     assert known is not None
     name = known.name.removesuffix(".weight")
-    found = Change(name, known.shape, kind=place_of(name).kind, dtypes=[t.dtype for t in (old, new) if t])
+    found = Change(name, known.shape, kind=location_of(name).kind, dtypes=[t.dtype for t in (old, new) if t])
     if old is None or new is None:
         found.state = "only_b" if old is None else "only_a"
     elif old.shape != new.shape:
@@ -207,19 +207,19 @@ def _norms(changes: Sequence[Change]) -> tuple[float, float]:
     return math.hypot(*(d for d, _ in finite)), math.hypot(*(n for _, n in finite))
 
 
-def _layer(place: Place) -> str | None:
+def _layer(place: ModuleLocation) -> str | None:
     return f"{place.stack}.{place.layer}" if place.layer is not None else None
 
 
-def _kind(place: Place) -> str:
+def _kind(place: ModuleLocation) -> str:
     return place.kind
 
 
-def _rows(changes: Sequence[Change], title: str, key: Callable[[Place], str | None]) -> list[dict[str, Any]]:
+def _rows(changes: Sequence[Change], title: str, key: Callable[[ModuleLocation], str | None]) -> list[dict[str, Any]]:
     """‖ΔW‖ and ‖W‖ of all changed tensors that share a layer, or a kind."""
     groups: dict[str, list[Change]] = defaultdict(list)
     for m in changes:
-        name = key(place_of(m.name))
+        name = key(location_of(m.name))
         if name is not None:
             groups[name].append(m)
     found = []

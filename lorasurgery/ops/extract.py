@@ -87,7 +87,7 @@ def extract(
         dtype: What factors are written in, as "bf16", "bfloat16", "BF16" or torch.bfloat16.
         client: The program it is for: peft, vllm, sglang, llama.cpp, diffusers, comfyui or kohya.
         resume: Go on with what an interrupted run of the same inputs and options left; the result is the same.
-        memory_limit: Bytes that differences may take, or a size such as "2GB"; larger ones are read anew for every
+        memory_limit: Bytes that differences may take, or a size such as "2GB"; larger ones are read again for every
             pass over them.
         dry_run: Settle everything from headers, write nothing (torch is not imported).
 
@@ -217,7 +217,7 @@ def to_file(
     folder: Path, out: Path, client: Client, base: Path, report: Report, *, overwrite: bool,
     budget: Budget | None = None,
 ) -> None:  # fmt: skip
-    """Turn the PEFT folder into the client's file, and let go of the folder."""
+    """Turn the PEFT folder into the client's file, and remove the folder."""
     from lorasurgery.ops.conversion.options import ConvertOptions
     from lorasurgery.ops.convert import convert_adapter
 

@@ -20,7 +20,7 @@ from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.atomic_file import PARTIAL
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import SurgeryError, UsageError, some
-from lorasurgery.module_location import place_of
+from lorasurgery.module_location import location_of
 from lorasurgery.ops.factors.folders import find_adapters, run_each
 from lorasurgery.ops.merging.undo.record import read_undo_record, stack
 from lorasurgery.ops.placement.plan import plan_edits
@@ -37,7 +37,7 @@ def inspect_checkpoint(path: str | Path) -> Report:
     model = Checkpoint.open(path, unfinished=True)
     report = Report("inspect", [str(path)], "")
     report.modules = [
-        Stored(_module(t.name), t.shape, kind=place_of(_module(t.name)).kind, dtype=t.dtype, bytes=t.nbytes,
+        Stored(_module(t.name), t.shape, kind=location_of(_module(t.name)).kind, dtype=t.dtype, bytes=t.nbytes,
                file=model.file_of[t.name])
         for t in model.tensors.values()
     ]  # fmt: skip
@@ -59,7 +59,7 @@ def _totals(model: Checkpoint) -> dict[str, Any]:
     names = BaseNames(model.tensors, model.config, str(model.path))
     layers: dict[str, set[int]] = defaultdict(set)
     for name in model.tensors:
-        place = place_of(_module(name))
+        place = location_of(_module(name))
         if place.layer is not None:
             layers[place.stack].add(place.layer)
     architectures = model.config.get("architectures")
@@ -88,7 +88,7 @@ def _by_kind(model: Checkpoint) -> list[dict[str, Any]]:
     """A row for each kind of tensor, those of the most bytes first."""
     groups: dict[str, dict[str, Any]] = {}
     for info in model.tensors.values():
-        kind = place_of(_module(info.name)).kind
+        kind = location_of(_module(info.name)).kind
         row = groups.setdefault(kind, {"kind": kind, "tensors": 0, "parameters": 0, "bytes": 0, "shape": info.shape})
         row["tensors"] += 1
         row["parameters"] += prod(info.shape)
@@ -365,14 +365,14 @@ def _config(model: Checkpoint) -> Iterator[str]:
     if isinstance(said, str) and said in _STORED and _STORED[said] != commonest_dtype(model):
         yield f"config.json says {said} but the weights are {commonest_dtype(model)}"
     layers = text.get("num_hidden_layers")
-    found = {place_of(n).stack: place_of(n).layer for n in sorted(model.tensors, key=_layer)}
+    found = {location_of(n).stack: location_of(n).layer for n in sorted(model.tensors, key=_layer)}
     deepest = max((1 + (n or 0) for stack, n in found.items() if stack), default=0)
     if type(layers) is int and deepest and deepest < layers:
         yield f"config.json says {layers} layers but no more than {deepest} are here"
 
 
 def _layer(name: str) -> int:
-    return place_of(name).layer or 0
+    return location_of(name).layer or 0
 
 
 def _embedding(model: Checkpoint, text: dict[str, object], config: dict[str, object]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock
 from lorasurgery.errors import MismatchError, UsageError, some
-from lorasurgery.module_location import place_of
+from lorasurgery.module_location import location_of
 from lorasurgery.ops.asked import dtype_of
 from lorasurgery.ops.extraction.options import DEFAULT_RANK, Selection
 from lorasurgery.ops.extraction.pairs import FACTORED, Pair, group_experts, plan_pairs
@@ -101,7 +101,7 @@ def _by_kind(modules: Sequence[Planned]) -> list[dict[str, Any]]:
     """A row for each kind of module and shape, with what one of them takes."""
     groups: dict[tuple[str, tuple[int, ...]], list[Planned]] = defaultdict(list)
     for m in modules:
-        groups[place_of(m.name).kind, m.shape].append(m)
+        groups[location_of(m.name).kind, m.shape].append(m)
     return [
         {
             "kind": kind, "shape": list(shape), "modules": len(group), "each": group[0].parameters,

@@ -115,7 +115,7 @@ def _switch(
     merged, opened = Checkpoint.open(path, unfinished=True), [open_adapter(a) for a in to]
     last = None if add else top_record(path)
     if last is not None and base is not None:
-        raise UsageError(f"--base: an undo record takes {last.names} out to the bit; leave --base away")
+        raise UsageError(f"--base: an undo record takes {last.names} out to the bit; omit --base")
     if last is None and not add and base is None:
         raise MismatchError(_nothing_to_take_out(path, to))
     places = [path.absolute().parent, *(Path(a).absolute().parent for a in to), Path.cwd()]

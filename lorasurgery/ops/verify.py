@@ -18,7 +18,7 @@ from lorasurgery.checkpoint.locate import load_object
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.runtime import Clock, check_device_name, resolve_device
 from lorasurgery.errors import UnsupportedError, UsageError, some
-from lorasurgery.module_location import place_of
+from lorasurgery.module_location import location_of
 from lorasurgery.ops.asked import Paths, all_paths
 from lorasurgery.ops.placement.block_weight import check_weights, weighed_plan
 from lorasurgery.ops.placement.plan import plan_edits
@@ -75,7 +75,7 @@ def _in_layers(model: Checkpoint, said: Any) -> Iterator[str]:
         return
     stacks: dict[str, set[int]] = {}
     for name in model.tensors:
-        place = place_of(name.removesuffix(".weight"))
+        place = location_of(name.removesuffix(".weight"))
         if place.layer is not None:
             stacks.setdefault(place.stack, set()).add(place.layer)
     most = max((max(found) + 1 for found in stacks.values()), default=0)

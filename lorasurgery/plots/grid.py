@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from lorasurgery.module_location import place_of
+from lorasurgery.module_location import location_of
 from lorasurgery.report import ModuleReport
 
 _FEW = 3  # so many numbers (ffn.0 and ffn.2) are names of different things; more of them count alike things
@@ -117,7 +117,7 @@ def keep_largest(grid: Grid, most: int, size: Callable[[list[ModuleReport]], flo
 
 def _spot(module: ModuleReport) -> _Spot | None:
     name = _EXPERT.sub(r".\1", module.name)
-    place = place_of(name)
+    place = location_of(name)
     if place.layer is None:
         return None
     before = place.stack.count(".") + 1 if place.stack else 0
@@ -144,7 +144,7 @@ def _split_stacks(spots: list[_Spot]) -> list[_Spot]:
 
 
 def _container(spot: _Spot) -> str | None:
-    """The word before a number that comes first in the kind; empty when the number does. Experts are no layers."""
+    """The word before a number that comes first in the kind; empty when the number does. Experts are not layers."""
     at = spot.words[:2].index("*") if "*" in spot.words[:2] else None
     if at is None or at == len(spot.words) - 1 or spot.words[0] == "experts":
         return None
@@ -264,7 +264,7 @@ def _same(split: list[list[str]], most: int) -> int:
 
 
 def numbered_columns(columns: Sequence[Column], inches: float) -> list[int]:
-    """Which columns get their number: all where there is room, else every 2nd, 4th, 5th …, anew in each stack.
+    """Which columns get their number: all where there is room, else every 2nd, 4th, 5th …, again in each stack.
 
     Args:
         inches: The width of a column.

@@ -146,7 +146,7 @@ def _name_stacks(ax: Axes, columns: list[Column], inches: float) -> None:
 
 _SPREAD = 20.0  # between the largest and the smallest change: beyond, only a logarithm shows both
 _ALIKE = 1e-3
-_LEAST_SHARE = 0.05  # from the darkest to the brightest: less is no difference worth a colour
+_LEAST_SHARE = 0.05  # from the darkest to the brightest: less is not a difference worth a colour
 _STEPS, _MOST_TICKS = ((1, 2, 5), (1, 3), (1,)), 7
 
 

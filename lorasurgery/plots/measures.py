@@ -127,7 +127,7 @@ def spectra_of(report: Report) -> list[Spectrum]:
 
 
 def falling(module: Spectrum) -> list[float]:
-    """σᵢ/σ₁ of a module while it is above zero; nothing for zero updates and for values that are no numbers.
+    """σᵢ/σ₁ of a module while it is above zero; nothing for zero updates and for values that are not numbers.
 
     >>> falling(Spectrum("m", (4, 4), singular_values=[2.0, 1.0, 0.0]))
     [1.0, 0.5]

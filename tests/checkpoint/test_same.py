@@ -12,7 +12,7 @@ from torch import Tensor
 from lorasurgery.checkpoint import same
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.same import same_bytes, same_tensors
-from lorasurgery.engine.threads import team
+from lorasurgery.engine.threads import thread_pool
 
 
 def are_same(folder: Path, a: Tensor, b: Tensor) -> bool:
@@ -27,7 +27,7 @@ def test_any_byte_that_differs_is_seen(threads: int, tmp_path: Path, monkeypatch
     """In whichever block it lies, at its edges too, on one thread and on several."""
     monkeypatch.setattr(same, "_BLOCK", 64)
     tensor = torch.arange(203, dtype=torch.uint8)
-    with team(threads):
+    with thread_pool(threads):
         assert are_same(tmp_path, tensor, tensor.clone())
         for place in (0, 7, 8, 63, 64, 127, 191, 192, 200, 202):
             other = tensor.clone()

@@ -63,7 +63,7 @@ def test_json_is_one_object_and_nothing_else(world: Path, tmp_path: Path) -> Non
 
 
 def test_progress_is_plain_lines_off_a_terminal(world: Path, tmp_path: Path) -> None:
-    """stderr that is no terminal gets plain lines without escapes; stdout the table and the summary."""
+    """stderr that is not a terminal gets plain lines without escapes; stdout the table and the summary."""
     done = lorasurgery("merge", world / "base", world / "adapter", "-o", tmp_path / "m", NO_COLOR="1")
     assert "merge: " in done.stderr
     assert "MB" in done.stderr
@@ -378,8 +378,8 @@ USAGE = {
     "convert without a format": "Missing option '--to'",
     "convert to a file": "a PEFT adapter is a folder",
     "check for nobody": "'ollama' is not one of 'peft'",
-    "the spectrum of a base": "is no adapter; --spectrum belongs to adapters",
-    "a base's base": "is no adapter; --base belongs to adapters",
+    "the spectrum of a base": "is not an adapter; --spectrum belongs to adapters",
+    "a base's base": "is not an adapter; --base belongs to adapters",
     "diff with a base": "compare two of a kind",
 }  # fmt: skip
 FILES = {
@@ -388,13 +388,13 @@ FILES = {
     "output around the base": "holds the input",
     "budget too small": "--budget of 100 bytes holds nothing",
     "rerank into itself": "adapter: is the input",
-    "rerank a base": "so it is no adapter",
+    "rerank a base": "so it is not an adapter",
     "rerank nan": "q_proj: holds values that are not finite",
     "blend of other shapes": "q_proj is a linear update of 32×31 but",
     "blend replaced differs": "model.norm.weight whole with different values; --average-replaced",
     "convert a language model": "model.embed_tokens adapts an embedding, which the kohya format has no place for",
     "convert what is stored whole": "input_layernorm.weight is stored whole, which not every server takes",
-    "convert a base": "so it is no adapter",
+    "convert a base": "so it is not an adapter",
     "convert by another base": "q_proj is an update of 32×31 but model.layers.0.self_attn.q_proj.weight",
     "convert nan": "q_proj: holds values that are not finite",
     "check another base": "q_proj is an update of 32×31 but model.layers.0.self_attn.q_proj.weight",
@@ -405,7 +405,7 @@ FILES = {
     "base on the Hub": "org/name: is neither a file nor a folder here, is not in the Hub's cache",
     "adapter missing": "nowhere: is neither a file nor a folder",
     "base is an adapter": "is an adapter, not a checkpoint",
-    "adapter is a base": "so it is no adapter",
+    "adapter is a base": "so it is not an adapter",
     "the same model twice": "nothing to extract",
     "base a pickle": "pytorch_model.bin: a pickle file",
     "base cut short": "model.norm.weight: the tensors end at byte",
@@ -544,4 +544,4 @@ def test_a_call_from_python_is_recorded_too(world: Path, tmp_path: Path) -> None
     (source,) = record["sources"]
     assert (source["name"], source["kind"]) == ("adapter", "adapter")
     merge = lorasurgery("merge", world / "base", tmp_path / "r", "-o", tmp_path / "m")
-    assert merge.returncode == 0, merge.stderr  # a record is no part of the adapter
+    assert merge.returncode == 0, merge.stderr  # a record is not part of the adapter

@@ -96,7 +96,7 @@ def test_no_message_speaks_of_an_option_without_a_keyword() -> None:
     ("my--rank.safetensors: is empty", "my--rank.safetensors: is empty"),
 ])  # fmt: skip
 def test_how_a_message_is_said(typed: str, said: str) -> None:
-    """Values become Python's, commands become calls, and what is no option stays."""
+    """Values become Python's, commands become calls, and what is not an option stays."""
     assert in_keywords(typed) == said
     assert in_keywords(said) == said
 

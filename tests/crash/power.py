@@ -143,7 +143,7 @@ class Disk:
                 Path(path).write_bytes(contents[node])
 
     def _surviving(self, keep: _Chance) -> dict[str, Node]:
-        """Path -> what it means on the disk, for all that was named anew."""
+        """Path -> what it means on the disk, for all that was named again."""
         found: dict[str, Node] = {}
         for naming in self._names:
             for path, (before, _) in naming.changes.items():

@@ -69,7 +69,7 @@ def finish(world: World, name: str, place: Path) -> None:
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_some_stops(name: str, world: World) -> None:
-    """Killed or cut off at calls spread over the operation, it is gone on with to the same bytes."""
+    """Killed or cut off at calls spread over the operation, it is resumed to the same bytes."""
     found = spread(list(stops(calls_of(name, world), cuts=1)), 6)
     assert sum(check(world, name, stop) for stop in found) >= 5, "too few of them came to pass"
 

@@ -12,11 +12,10 @@ from long_runs import hashes, operation, world
 from safetensors.torch import load_file
 
 from lorasurgery.engine.device_memory import Fallback
-from lorasurgery.linalg import undo
+from lorasurgery.linalg import truncate, undo
 from lorasurgery.linalg.blocks import InMemory, Streamed, times, transposed_times
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.rounding import Merger
-from lorasurgery.ops.blending import combine as composition
 from lorasurgery.ops.extract import ExtractOptions, extract
 from lorasurgery.ops.extraction import decompose as extraction
 from lorasurgery.ops.extraction import difference
@@ -234,7 +233,7 @@ def test_groups_one_by_one(where: str, folder: Path, tmp_path: Path, monkeypatch
 def test_blend(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that does not fit is blended on the CPU: the same bytes."""
     operation("blend", folder, tmp_path / "whole")
-    full_at(monkeypatch, composition, "recompress", First(1, lambda *_: "any"))
+    full_at(monkeypatch, truncate, "recompress", First(1, lambda *_: "any"))
     report = operation("blend", folder, tmp_path / "full")
     assert len(report.warnings) == 1
     one, other = (hashes(tmp_path / name)["adapter_model.safetensors"] for name in ("whole", "full"))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasurgery.engine import pipeline as flow
-from lorasurgery.engine.pipeline import Flow
+from lorasurgery.engine.pipeline import Pipeline
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Step:
 def test_neighbours_go_together_up_to_a_bound(costs: list[int], room: int) -> None:
     """All jobs in their order; several together cost no more than a 64th of the room, and no neighbour had fitted in."""
     jobs = [Step(cost) for cost in costs]
-    found = list(Flow(room)._together(jobs))
+    found = list(Pipeline(room)._together(jobs))
     assert [job for few in found for job in few.jobs] == jobs
     limit, least = min(flow._TOGETHER, room // 64), min(flow._LEAST, room // 64)
     for few in found:
@@ -54,8 +54,8 @@ def test_jobs_under_way_keep_to_the_room() -> None:
                 held[0] -= self.cost
 
     room = 10 << 20
-    Flow(room, threads=(2, 2, 2)).run(Holding(cost) for cost in [3 << 20] * 40)
+    Pipeline(room, threads=(2, 2, 2)).run(Holding(cost) for cost in [3 << 20] * 40)
     assert held == [0]
     assert 0 < most[0] <= room
-    Flow(room, threads=(2, 2, 2)).run(Holding(cost) for cost in [2 * room, room // 2, 2 * room])
+    Pipeline(room, threads=(2, 2, 2)).run(Holding(cost) for cost in [2 * room, room // 2, 2 * room])
     assert most[0] == 2 * room

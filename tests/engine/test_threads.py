@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from lorasurgery.engine.pipeline import Flow
-from lorasurgery.engine.threads import each, team
+from lorasurgery.engine.pipeline import Pipeline
+from lorasurgery.engine.threads import parallel_for, thread_pool
 
 PATIENCE = 60  # seconds after which something counts as hanging
 
@@ -32,21 +32,21 @@ class Decompose:
 
 
 def in_flow(jobs: list[Decompose]) -> None:
-    Flow(room=10, threads=(1, 2, 1)).run(jobs)
+    Pipeline(max_bytes=10, threads=(1, 2, 1)).run(jobs)
 
 
 def in_team(jobs: list[Decompose]) -> None:
-    each(Decompose.compute, jobs)
+    parallel_for(Decompose.compute, jobs)
 
 
 @pytest.mark.parametrize("way", [in_flow, in_team])
 def test_the_first_call_of_a_thread_has_the_bits_of_one_thread(way: Callable[[list[Decompose]], None]) -> None:
     """torch tells MKL how many threads to use when a thread first asks: an SVD that came before took all cores."""
     matrix = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
-    with team(1):
+    with thread_pool(1):
         expected = torch.linalg.svd(matrix)[0]
     jobs = [Decompose(matrix) for _ in range(4)]
-    with team(2):
+    with thread_pool(2):
         way(jobs)
     assert all(torch.equal(job.found, expected) for job in jobs)
 
@@ -57,7 +57,7 @@ def test_the_end_of_one_team_leaves_the_work_of_another() -> None:
     done: list[int] = []
 
     def brief() -> None:
-        with team(2):
+        with thread_pool(2):
             assert queued.wait(PATIENCE)
         ended.set()
 
@@ -67,8 +67,8 @@ def test_the_end_of_one_team_leaves_the_work_of_another() -> None:
         done.append(piece)
 
     def long() -> None:
-        with team(2):
-            each(work, range(8))
+        with thread_pool(2):
+            parallel_for(work, range(8))
 
     with ThreadPoolExecutor(2) as callers:
         calls = [callers.submit(brief), callers.submit(long)]
@@ -86,9 +86,9 @@ def test_a_team_changes_its_own_threads_alone() -> None:
     torch.set_num_threads(3)
     try:
         seen: list[int] = []
-        with team(2):
+        with thread_pool(2):
             number()
-            each(number, range(4))
+            parallel_for(number, range(4))
             assert seen == [1] * 5
             with ThreadPoolExecutor(1) as other:
                 assert other.submit(torch.get_num_threads).result() == 3

@@ -137,7 +137,7 @@ def test_in_place_at_every_call(
         if not done.status:  # what failed had been done already, or did not matter
             assert state(out) == whole[name]
             continue
-        assert re.fullmatch(f"{LINE}(nothing was changed|--resume goes on once that is mended)", done.line), done.line
+        assert re.fullmatch(f"{LINE}(nothing was changed|--resume goes on once that is fixed)", done.line), done.line
         changed = not done.line.endswith("nothing was changed")
         if not changed:
             assert state(out) == before, (first, done.line)

@@ -65,11 +65,11 @@ def test_in_place_with_such_files(
         assert re.fullmatch(FULL + "nothing was changed", done.line)
         assert state(out) == before
         return
-    assert re.fullmatch(FULL + "--resume goes on once that is mended", done.line)
+    assert re.fullmatch(FULL + "--resume goes on once that is fixed", done.line)
     assert state(out) not in (before, whole[name])
     with files_at_most(size):  # still no room: nothing gets worse
         again = run(*OPERATIONS[name].words(small, out), "--resume", fails=True)
-    assert re.fullmatch(FULL + "--resume goes on once that is mended", again.line)
+    assert re.fullmatch(FULL + "--resume goes on once that is fixed", again.line)
     run(*OPERATIONS[name].words(small, out), "--resume")
     assert state(out) == whole[name]
 

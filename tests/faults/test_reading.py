@@ -33,7 +33,7 @@ def test_at_every_read(
         if not faults.end():
             break
         assert done.status == 1
-        changed = done.line.endswith(GOES_ON) or done.line.endswith("--resume goes on once that is mended")
+        changed = done.line.endswith(GOES_ON) or done.line.endswith("--resume goes on once that is fixed")
         if not changed:
             assert re.fullmatch(READING, done.line) or "nothing was" in done.line, done.line
             assert state(out) == before

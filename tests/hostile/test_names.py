@@ -15,7 +15,7 @@ from lorasurgery.checkpoint.header import parse_header, read_header
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.cli.main import main
 from lorasurgery.errors import FormatError, SurgeryError, nearest, one_line
-from lorasurgery.module_location import place_of
+from lorasurgery.module_location import location_of
 from lorasurgery.ops.merge import merge
 
 NAMES = {
@@ -103,8 +103,8 @@ def test_wrappers_are_taken_off_in_one_pass() -> None:
 
 def test_numbers_that_count_no_layers() -> None:
     """A part of a name is a layer's number up to a million; a range up to it fits into memory."""
-    assert place_of("model.layers.31.q").layer == 31
-    assert place_of(f"layers.{'9' * 5000}.q").layer is None
+    assert location_of("model.layers.31.q").layer == 31
+    assert location_of(f"layers.{'9' * 5000}.q").layer is None
 
 
 def test_nearest_names_in_bounded_time() -> None:
@@ -127,7 +127,7 @@ def test_messages_are_one_line(text: str) -> None:
 
 
 def test_names_keep_their_files_apart(files: Files, tmp_path: Path) -> None:
-    """An index with two spellings of one shard, or a shard that is no safetensors file by name, is refused."""
+    """An index with two spellings of one shard, or a shard that is not a safetensors file by name, is refused."""
     for odd in (
         "./model-00001-of-00002.safetensors",
         "sub/../model-00001-of-00002.safetensors",

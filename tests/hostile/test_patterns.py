@@ -130,7 +130,7 @@ def test_expressions_of_real_adapters(pattern: str) -> None:
     ("a{2,1}", "min repeat greater than max repeat"),
 ])  # fmt: skip
 def test_expressions_that_are_refused(pattern: str, said: str) -> None:
-    """Groups that refer back, and what is no expression, are refused by name."""
+    """Groups that refer back, and what is not an expression, are refused by name."""
     with pytest.raises(PatternError, match=said):
         PathRegex(pattern)
     with pytest.raises(FormatError, match="target_modules"):

@@ -100,12 +100,12 @@ def test_forged_records_are_refused(case: str, files: Files, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"null", b"{", b"[" * 200_000, b'{"format": 1}'])
 def test_records_that_are_none(raw: bytes, files: Files, tmp_path: Path) -> None:
-    """`about` that is no JSON object is a damaged record."""
+    """`about` that is not JSON object is a damaged record."""
     path = Path(shutil.copy(files.merged / "lorasurgery-undo" / "0001.safetensors", tmp_path))
     forge(path, raw)
     with within(), pytest.raises(FormatError, match=r"0001\.safetensors: is a damaged"):
         read_undo_record(path)
-    with pytest.raises(FormatError, match="is no undo record"):
+    with pytest.raises(FormatError, match="is not an undo record"):
         read_undo_record(files.base / SHARD)
 
 
@@ -174,7 +174,7 @@ def test_forged_journals_are_refused(case: str, files: Files, tmp_path: Path) ->
 
 @pytest.mark.parametrize("raw", [b"garbage\n", b"\0" * 100 + b"\n", b"[]\n", b"\n", b"[" * 200_000 + b"\n"])
 def test_what_is_no_journal(raw: bytes, files: Files, tmp_path: Path) -> None:
-    """A first line that was written to its end but says nothing is damage; one cut short is no beginning at all."""
+    """A first line that was written to its end but says nothing is damage; one cut short is not a beginning at all."""
     base = journal(Path(shutil.copytree(files.base, tmp_path / "base")), raw)
     with within(), pytest.raises(FormatError, match="journal: is damaged"):
         Checkpoint.open(base)

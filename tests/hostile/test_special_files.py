@@ -1,4 +1,4 @@
-"""What is no regular file where one is expected, links that lead nowhere or round and round, files that are cut."""
+"""What is not a regular file where one is expected, links that lead nowhere or round and round, files that are cut."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_paths_that_are_no_file(kind: str, files: Files, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
 def test_what_lies_beside_is_not_waited_for(kind: str, files: Files, tmp_path: Path) -> None:
-    """A config.json, a tokenizer or a record that is no file is not read, and not carried into a result."""
+    """A config.json, a tokenizer or a record that is not a file is not read, and not carried into a result."""
     base = Path(shutil.copytree(files.base, tmp_path / "base"))
     for name in ("config.json", "tokenizer.json", "lorasurgery.json"):
         replace(base / name, kind)

@@ -441,7 +441,7 @@ def test_storage_is_strict(hub: LocalHub) -> None:
     [("bytes=0-3", (0, 4)), ("bytes=7-", (7, 10)), ("bytes=-2", (8, 10)), ("bytes=5-99", (5, 10)), ("bytes=-99", (0, 10)), (None, (0, 10)), ("lines=1-2", (0, 10)), ("bytes=0-1,3-4", (0, 10))],
 )  # fmt: skip
 def test_span(asked: str | None, found: tuple[int, int]) -> None:
-    """Every kind of range means what RFC 9110 says; one that isn't understood is no range."""
+    """Every kind of range means what RFC 9110 says; one that isn't understood is not a range."""
     assert span(asked, 10) == found
 
 

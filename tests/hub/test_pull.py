@@ -91,7 +91,7 @@ def test_the_config_and_the_record_name_the_repository(hub: LocalHub, client: Cl
 
 
 def test_only_what_is_needed_is_fetched(hub: LocalHub, client: Client, world: Path) -> None:
-    """Weights, index, configs and tokenizer; never a pickle, nothing that is no part of the model; and only once."""
+    """Weights, index, configs and tokenizer; never a pickle, nothing that is not part of the model; and only once."""
     since = len(hub.log)
     report(client, "merge", "me/base", "me/adapter", "-o", world / "m")
     names = asked(hub, since)

@@ -11,7 +11,7 @@ from test_svd import known, measured, optimum
 from torch import Tensor
 
 from lorasurgery.engine import runtime
-from lorasurgery.engine.threads import team
+from lorasurgery.engine.threads import thread_pool
 from lorasurgery.linalg import blocks
 from lorasurgery.linalg import krylov as coarse
 from lorasurgery.linalg.blocks import InMemory, Streamed
@@ -61,10 +61,10 @@ def test_products(shape: str) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", ["wide", "tall"])
 def test_bits(shape: str, threads: int) -> None:
-    """The same bits whether the rounded copy is there or rows are made anew, few or many, for any number of threads."""
+    """The same bits whether the rounded copy is there or rows are made again, few or many, for any number of threads."""
     delta = known(torch.arange(1, 301).double() ** -0.5, *SHAPES[shape])
     expected = truncated_svd(rounded(delta), RankChoice(rank=32))
-    with team(threads):
+    with thread_pool(threads):
         for matrix in (rounded(delta), streamed(delta, 1), streamed(delta, 1 << 21)):
             found = truncated_svd(matrix, RankChoice(rank=32))
             assert torch.equal(found.u, expected.u)

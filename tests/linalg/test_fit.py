@@ -67,7 +67,7 @@ def test_squares_are_those_of_the_stored_directions(shape: str) -> None:
 
 
 def test_a_matrix_in_spans_gives_the_same_bits() -> None:
-    """Read anew in spans, as under --memory-limit, the factors and the error are the same."""
+    """Read again in spans, as under --memory-limit, the factors and the error are the same."""
     delta = noisy((3000, 1500))
     whole = fitted(InMemory(delta), truncated_svd(delta, RankChoice(rank=8)), 1.0, torch.float32)
     spans = Streamed(lambda rows: delta[rows].clone(), (3000, 1500), delta.dtype, delta.device, 1)

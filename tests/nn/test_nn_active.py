@@ -83,7 +83,7 @@ def test_switching(tmp_path: Path) -> None:
 
 
 def test_what_set_adapter_refuses(tmp_path: Path) -> None:
-    """Unknown names with the nearest, weights that are no numbers, a merged model, and two values for one tensor."""
+    """Unknown names with the nearest, weights that are not numbers, a merged model, and two values for one tensor."""
     model, a, _ = two("bert", tmp_path)
     models.peft_adapter("bert", tmp_path / "other", seed=5, target_modules=["key"], modules_to_save=["LayerNorm"])
     load_adapter(load_adapter(model, tmp_path / "other", "other"), a, "twin")

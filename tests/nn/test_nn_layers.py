@@ -158,7 +158,7 @@ def test_statistics_of_a_replaced_norm_are_kept_in_training() -> None:
     ("make", "kind", "words"),
     [
         (lambda: LoRALinear(nn.Conv2d(3, 3, 1)), UnsupportedError, "Conv2d takes no factors"),
-        (lambda: LoRALinear(nn.Embedding(3, 3)), UnsupportedError, "Embedding is no linear layer"),
+        (lambda: LoRALinear(nn.Embedding(3, 3)), UnsupportedError, "Embedding is not a linear layer"),
         (lambda: LoRAEmbedding(nn.Embedding(3, 3, max_norm=1.0)), UnsupportedError, "max_norm"),
         (lambda: LoRALinear(nn.Linear(3, 3), r=-1), UsageError, "r is -1"),
         (lambda: LoRALinear(nn.Linear(3, 3), r=2.5), UsageError, "r is 2.5"),

@@ -153,7 +153,7 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_a_bare_parameter_in_a_module_with_children(tmp_path: Path) -> None:
-    """A parameter that is no module's weight is replaced around its module; modules inside keep their own adapters."""
+    """A parameter that is not a module's weight is replaced around its module; modules inside keep their own adapters."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -273,7 +273,7 @@ def test_other_formats_are_sent_to_convert(tmp_path: Path) -> None:
 
 
 def test_names(tmp_path: Path) -> None:
-    """A name is used once, holds no dots, and is no word that torch's containers keep for themselves."""
+    """A name is used once, holds no dots, and is not a word that torch's containers keep for themselves."""
     models.peft_adapter("llama", tmp_path / "adapter", target_modules=["q_proj"])
     model = load_adapter(models.make("llama"), tmp_path / "adapter", "mine")
     for name, words in {"mine": "already", "a.b": "expected letters", "": "expected letters", "keys": "torch's own",

@@ -162,7 +162,7 @@ def test_inits_that_peft_does_not_know(tmp_path: Path) -> None:
 
 
 def test_words_that_sglang_knows(tmp_path: Path) -> None:
-    """all-linear is no expression to SGLang, which has it for a word of its own."""
+    """all-linear is not an expression to SGLang, which has it for a word of its own."""
     path = adapter(tmp_path / "adapter")
     rewrite(path, {"target_modules": "all-linear"})
     assert check(path, "sglang").totals["serves"]

@@ -259,7 +259,7 @@ def test_comfyui_text_encoders_and_biases(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("server", ["vllm", "sglang", "llama.cpp", "peft"])
 def test_language_servers_and_loose_files(server: str, tmp_path: Path) -> None:
-    """A kohya or diffusers file is no PEFT folder, and that is all that is said."""
+    """A kohya or diffusers file is not a PEFT folder, and that is all that is said."""
     for name, weights in (("k", kohya("flux")[0]), ("d", diffusers("flux", "plain")[0])):
         file = tmp_path / f"{name}.safetensors"
         save_file({k: v.contiguous().clone() for k, v in weights.items()}, file)

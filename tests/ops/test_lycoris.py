@@ -248,7 +248,7 @@ def test_norms_over_a_layer_in_parts(tmp_path: Path) -> None:
 
 
 def test_norms_of_the_inputs_keep_their_axis(tmp_path: Path) -> None:
-    """Of a square layer too, where they are as many as the outputs: written anew as they were, refused where they can't be."""
+    """Of a square layer too, where they are as many as the outputs: rewritten as they were, refused where they can't be."""
     base, file = made(tmp_path, LoConModule, "square", weight_decompose=True, wd_on_out=False)
     convert(file, tmp_path / "new.safetensors", ConvertOptions("kohya"), base=base)
     old, new = load_file(file), load_file(tmp_path / "new.safetensors")

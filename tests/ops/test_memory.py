@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasurgery.engine.pipeline import Flow
+from lorasurgery.engine.pipeline import Pipeline
 from lorasurgery.errors import UsageError
 from lorasurgery.ops.extract import extract
 from lorasurgery.ops.merge import merge
@@ -124,7 +124,7 @@ def test_memory_limit(name: str, limit: int, folder: Path, tmp_path: Path) -> No
 
 
 def test_limited_extraction_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A difference read anew for every pass gives the factors of one that is held, tall and wide, bytes alike."""
+    """A difference read again for every pass gives the factors of one that is held, tall and wide, bytes alike."""
     from lorasurgery.engine import runtime
 
     monkeypatch.setattr(runtime, "LEAST_MEMORY", 1)
@@ -149,7 +149,7 @@ def test_half_of_the_limit_is_for_weights_on_their_way(
     """What is read, computed and written at the same time leaves the other half to what the work itself needs."""
     rooms = []
 
-    class Noted(Flow):
+    class Noted(Pipeline):
         def __init__(self, room: int, *threads: Any) -> None:
             rooms.append(room)
             super().__init__(room, *threads)

@@ -418,7 +418,7 @@ def test_a_file_is_opened_by_its_first_write(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("inside", [False, True], ids=["new", "in place"])
 def test_a_run_leaves_its_recipe_as_it_was(inside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that a recipe says is settled when the run begins, its undo record included; nobody can set it anew."""
+    """All that a recipe says is settled when the run begins, its undo record included; nobody can set it again."""
     module, name = (in_place, "run_in_place") if inside else (stream, "run")
     base, adapter = llama(tmp_path)
     real, seen = getattr(module, name), list[str]()

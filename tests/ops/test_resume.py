@@ -178,7 +178,7 @@ def test_small_remains_go_and_large_ones_stay(folder: Path, tmp_path: Path, monk
 
 
 def test_a_name_that_looks_like_a_pattern(folder: Path, tmp_path: Path) -> None:
-    """An output named m[1].safetensors is gone on with, and its journal goes, like that of any other."""
+    """An output named m[1].safetensors is resumed, and its journal goes, like that of any other."""
     shard, out = folder / "base" / "model-00001-of-00003.safetensors", tmp_path / "m[1].safetensors"
     (tmp_path / "base").mkdir()
     base = tmp_path / "base" / "model.safetensors"

@@ -63,7 +63,7 @@ def test_bytes_follow_the_report() -> None:
 
 @pytest.mark.parametrize("values", [[], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
 def test_what_has_no_curve_is_left_out(values: list[float]) -> None:
-    """Zero updates and values that are no numbers have no spectrum to draw."""
+    """Zero updates and values that are not numbers have no spectrum to draw."""
     report = Report("inspect", [], "", modules=[spectrum(values), spectrum([1.0]), ModuleReport("x", (2, 2))])
     assert [falling(m) for m in spectra_of(report)] == [[1.0]]
 

@@ -266,7 +266,7 @@ def test_resume_of_a_run_whose_inputs_changed(world: Path, tmp_path: Path, monke
     with pytest.raises(FormatError, match="was changed while it was read"):
         OUTSIDE["merge"].work(world, out, progress=changing(world / BASE[0], "rewritten"))
     assert all(name.endswith(PARTIAL) for name in state(out))
-    with pytest.raises(MismatchError, match=r"another input base .*overwrite=True starts anew"):
+    with pytest.raises(MismatchError, match=r"another input base .*overwrite=True starts over"):
         OUTSIDE["merge"].work(world, out, resume=True)
     OUTSIDE["merge"].work(world, out, overwrite=True)
     OUTSIDE["merge"].work(world, tmp_path / "again")

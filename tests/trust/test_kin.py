@@ -80,7 +80,7 @@ def test_what_is_no_file_above_stops_nobody(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_forged_journal_with_true_sums_needs_a_checkpoint_around_it(tmp_path: Path) -> None:
-    """Whoever knows the weights knows their sums too; but a folder that is no checkpoint is in the middle of nothing."""
+    """Whoever knows the weights knows their sums too; but a folder that is not a checkpoint is in the middle of nothing."""
     ck = checkpoint(tmp_path / "ck")
     (tmp_path / FOLDER).mkdir()
     crc = zlib.crc32((ck / SHARD).read_bytes()[:64])

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import lorasurgery as ls
 from lorasurgery.engine.buffers import Buffers
-from lorasurgery.engine.pipeline import Flow
+from lorasurgery.engine.pipeline import Pipeline
 
 FEW, MANY = 64, 256
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
@@ -124,7 +124,7 @@ def test_small_jobs_are_bounded_in_number() -> None:
             yield Small()
 
     Small.begun = Small.most = 0
-    Flow(room=96 << 20).run(jobs())
+    Pipeline(max_bytes=96 << 20).run(jobs())
     assert (made, Small.begun) == (50_000, 0)
     assert Small.most <= (96 << 20) // (16 << 10)
 

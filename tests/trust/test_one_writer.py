@@ -223,7 +223,7 @@ def test_two_names_of_one_place(tmp_path: Path) -> None:
 
 
 def test_who_opened_a_lock_before_it_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The holder removes the file while another has it open: what that one then locks is no lock, and he makes a new one."""
+    """The holder removes the file while another has it open: what that one then locks is not a lock, and he makes a new one."""
     first, opened = Lock(tmp_path / "m"), locks._opened
     stale = [opened(first.file)]
 

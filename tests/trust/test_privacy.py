@@ -109,7 +109,7 @@ def test_a_tokenizer_is_taken_whole_or_not_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["adapter", "checkpoint", "pipeline"])
 def test_push_refuses_links_that_lead_out(kind: str, tmp_path: Path) -> None:
-    """Files, and folders of a pipeline; a forged place in the Hub's cache is no excuse."""
+    """Files, and folders of a pipeline; a forged place in the Hub's cache is not an excuse."""
     out = victim(tmp_path / "victim")
     make = {"adapter": adapter, "checkpoint": checkpoint, "pipeline": pipeline}[kind]
     for home in (tmp_path / "plain", tmp_path / "models--me--x/snapshots" / ("0" * 40)):

@@ -134,8 +134,8 @@ def test_a_hundred_thousand_modules(spent: list[int]) -> None:
 
 
 WRONG = {
-    "(": "is no regular expression (missing ), unterminated subpattern at position 0)",
-    "[": "is no regular expression", "*": "is no regular expression", "a{2,1}": "is no regular expression",
+    "(": "is not a regular expression (missing ), unterminated subpattern at position 0)",
+    "[": "is not a regular expression", "*": "is not a regular expression", "a{2,1}": "is not a regular expression",
     r"(a)\1": "has what is not matched here", "(?P<n>a)(?P=n)": "has what is not matched here",
     "(?<=a+)b": "look-behind requires fixed-width pattern", "(" * 300 + ")" * 300: "is nested too deeply",
     "q" * 120_000: "more than any real one",

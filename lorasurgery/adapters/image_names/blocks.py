@@ -208,7 +208,7 @@ def means(pattern: str, names: Sequence[str]) -> bool:
 
 
 def _literal(pattern: str) -> int:
-    """How much of a pattern is no wildcard: the more, the more specific."""
+    """How much of a pattern is not a wildcard: the more, the more specific."""
     return len(re.sub(r"\[[^]]*\]|[*?]", "", pattern))
 
 

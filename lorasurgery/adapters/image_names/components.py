@@ -20,7 +20,7 @@ Part = Literal["denoiser", "te1", "te2", "te3", "any"]
 
 
 @dataclass(frozen=True)
-class Place:
+class PartPath:
     """Where a name points: a part of the model, and the module's path inside it.
 
     Args:
@@ -87,7 +87,7 @@ FOLDER_NAMES = tuple(prefix[:-1] for prefix, _ in _FOLDERS)
 UNDERSCORED_PREFIXES = tuple(prefix for prefix, _ in _UNDERSCORED)
 
 
-def adapter_place(path: str) -> Place | None:
+def adapter_place(path: str) -> PartPath | None:
     """The place that an adapter's module path names by its prefix; None when the prefix is of no image model.
 
     >>> adapter_place("lora_te2_text_model_encoder_layers_0_mlp_fc1").part
@@ -98,11 +98,11 @@ def adapter_place(path: str) -> Place | None:
     if "." not in path:
         for prefix, part in _UNDERSCORED:
             if path.startswith(prefix):
-                return Place(part, path.removeprefix(prefix), dotted=False)
+                return PartPath(part, path.removeprefix(prefix), dotted=False)
     for prefix, part in (*_CHECKPOINTS, *_FOLDERS):
         if path.startswith(prefix):
-            return Place(part, path.removeprefix(prefix))
-    return Place("denoiser", path) if path.split(".")[0] in _BARE else None
+            return PartPath(part, path.removeprefix(prefix))
+    return PartPath("denoiser", path) if path.split(".")[0] in _BARE else None
 
 
 def text_path(path: str) -> str | None:

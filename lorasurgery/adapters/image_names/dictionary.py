@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorasurgery.adapters.image_names.components import Part, Place, checkpoint_place
+from lorasurgery.adapters.image_names.components import Part, PartPath, checkpoint_place
 from lorasurgery.adapters.image_names.dialects import Dialect, dialect, family_of
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.errors import nearest
@@ -22,7 +22,7 @@ _TEXT = re.compile(r"^text_model\.")
 
 
 @dataclass(frozen=True)
-class Slot:
+class BaseRows:
     """Rows of an update and the base's tensor they are added to.
 
     Args:
@@ -112,22 +112,22 @@ class Dictionary:
             side.atoms[atom] = _Atom(module, start, rows)
             start += rows
 
-    def find(self, place: Place, leaf: str = "weight") -> tuple[Slot, ...]:
+    def find(self, place: PartPath, leaf: str = "weight") -> tuple[BaseRows, ...]:
         """The base's tensors behind a module's name, with the rows that belong to each; empty when there are none.
 
-        A name that could be two modules is no name either; `hint` says so.
+        A name that could be two modules is not a name either; `hint` says so.
         """
         found = list(self._matches(place, leaf).values())
         return found[0] if len(found) == 1 else ()
 
-    def path_of(self, place: Place) -> str | None:
+    def path_of(self, place: PartPath) -> str | None:
         """The dotted path that a name with underscores stands for, as diffusers or the base calls it."""
         found = list(self._matches(place, "weight") or self._matches(place, "bias"))
         return found[0] if len(found) == 1 else None
 
-    def _matches(self, place: Place, leaf: str) -> dict[str, tuple[Slot, ...]]:
+    def _matches(self, place: PartPath, leaf: str) -> dict[str, tuple[BaseRows, ...]]:
         """Every module that a name may mean: path -> slots; all but one are of other parts, or spelt alike."""
-        found: dict[str, tuple[Slot, ...]] = {}
+        found: dict[str, tuple[BaseRows, ...]] = {}
         for side in self._sides(place.part):
             for path in self._dotted(side, place):
                 slots = self._slots(side, path, leaf)
@@ -135,7 +135,7 @@ class Dictionary:
                     found[path if path not in found else slots[0].tensor] = slots
         return found
 
-    def hint(self, place: Place) -> str:
+    def hint(self, place: PartPath) -> str:
         """The tail of an error line for a name that is not found: the nearest names, or that the part is missing."""
         several = [slots[0].tensor for slots in self._matches(place, "weight").values()]
         if len(several) > 1:
@@ -157,14 +157,14 @@ class Dictionary:
             return [self.sides["te3"], *rest] if part == "te2" and "te3" in self.sides else rest
         return [self.sides[part]]
 
-    def _dotted(self, side: Side, place: Place) -> list[str]:
+    def _dotted(self, side: Side, place: PartPath) -> list[str]:
         if place.dotted:
             return [_TEXT.sub("", place.path)]
         found = side.underscored.get(place.path.removeprefix("text_model_"), set())
         spelt = {side.names.spell(p).atoms: p for p in sorted(found)}
         return list(spelt.values())
 
-    def _slots(self, side: Side, path: str, leaf: str) -> tuple[Slot, ...]:
+    def _slots(self, side: Side, path: str, leaf: str) -> tuple[BaseRows, ...]:
         """All the atoms of a name, runs of neighbours put together; none when the base lacks one of them."""
         atoms = [side.atoms.get(a) for a in side.names.spell(path).atoms]
         if _is_other_upsampler(side, path):
@@ -183,16 +183,16 @@ class Dictionary:
             place += atom.height
         return tuple(self._slot(side.tensors[m][leaf], *run, whole=len(runs) == 1) for m, *run in runs)
 
-    def _projection(self, side: Side) -> tuple[Slot, ...]:
+    def _projection(self, side: Side) -> tuple[BaseRows, ...]:
         """CLIP's text_projection: a linear layer in transformers, a bare parameter (in, out) in the original."""
         tensors = side.tensors["text_projection"]
         bare = "weight" not in tensors
-        return (Slot(tensors["" if bare else "weight"], transposed=bare),)
+        return (BaseRows(tensors["" if bare else "weight"], transposed=bare),)
 
-    def _slot(self, tensor: str, place: int, start: int, height: int, *, whole: bool) -> Slot:
+    def _slot(self, tensor: str, place: int, start: int, height: int, *, whole: bool) -> BaseRows:
         shape = self.tensors[tensor].shape
         into = None if height == (shape[0] if shape else 1) else slice(start, start + height)
-        return Slot(tensor, None if whole else slice(place, place + height), into)
+        return BaseRows(tensor, None if whole else slice(place, place + height), into)
 
 
 def _is_other_upsampler(side: Side, path: str) -> bool:

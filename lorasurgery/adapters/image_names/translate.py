@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Literal
 
 from lorasurgery.adapters.adapter import Adapter, Format
-from lorasurgery.adapters.image_names.components import Part, Place, adapter_place, text_path
+from lorasurgery.adapters.image_names.components import Part, PartPath, adapter_place, text_path
 from lorasurgery.adapters.image_names.dialects import Dialect, Family, dialect, family_of
 from lorasurgery.adapters.image_names.dictionary import Dictionary, Side
 from lorasurgery.errors import MismatchError, UnsupportedError
@@ -23,7 +23,7 @@ TEXT: tuple[Part, ...] = ("te1", "te2", "te3")
 
 
 @dataclass(frozen=True)
-class Piece:
+class ModuleRows:
     """Rows of a target module: those of a source module, or zeros where no source has them.
 
     Args:
@@ -41,7 +41,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Target:
+class NewModule:
     """One module of the new file.
 
     Args:
@@ -51,7 +51,7 @@ class Target:
 
     part: Part
     path: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ModuleRows, ...]
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ class Translator:
         self.places = {path: self._place(path) for path in dict.fromkeys(paths)}
         self._dialects: dict[Part, Dialect] = {}
 
-    def targets(self, sizes: Sizes) -> list[Target]:
+    def targets(self, sizes: Sizes) -> list[NewModule]:
         """The new file's modules.
 
         Args:
@@ -97,21 +97,21 @@ class Translator:
         Raises:
             MismatchError: a module that the base does not have. UnsupportedError: names that only a base can tell.
         """
-        held: dict[tuple[Part, str], Piece] = {}
+        held: dict[tuple[Part, str], ModuleRows] = {}
         for source, size in sizes.items():
             known, start = self._know(source, size), 0
             for atom, height in zip(known.atoms, known.heights, strict=True):
                 if (known.part, atom) in held:
                     other = held[known.part, atom].source
                     raise MismatchError(f"{self.adapter.path}: {other} and {source} are the same module, {atom}")
-                held[known.part, atom] = Piece(height, source, start)
+                held[known.part, atom] = ModuleRows(height, source, start)
                 start += height
-        found: dict[tuple[Part, str], Target] = {}
+        found: dict[tuple[Part, str], NewModule] = {}
         for part, atom in held:
             path = self._new_path(part, atom)
             if (part, path) not in found:
                 pieces = [self._piece(held, part, a) for a in self.names(part).spell(path).atoms]
-                found[part, path] = Target(part, path, _together(self._filled(part, path, pieces, held)))
+                found[part, path] = NewModule(part, path, _together(self._filled(part, path, pieces, held)))
         return list(found.values())
 
     def names(self, part: Part) -> Dialect:
@@ -143,10 +143,10 @@ class Translator:
 
     # The adapter's modules
 
-    def _place(self, path: str) -> Place:
+    def _place(self, path: str) -> PartPath:
         found = self._at_home(path) or adapter_place(path)
         if found is None and self.home is not None:
-            found = Place(self.home, path)
+            found = PartPath(self.home, path)
         if found is None:
             raise UnsupportedError(f"{self.adapter.path}: {path} {self._unknown(path)}")
         t5 = found.part == "te2" and found.path.startswith(("encoder.block.", "encoder_block_"))
@@ -154,13 +154,13 @@ class Translator:
         if part == "any":
             part = self._part_of(found, path)
         path = found.path.removeprefix("text_model." if found.dotted else "text_model_")
-        return Place(part, path if part != "denoiser" else found.path, found.dotted)
+        return PartPath(part, path if part != "denoiser" else found.path, found.dotted)
 
-    def _at_home(self, path: str) -> Place | None:
+    def _at_home(self, path: str) -> PartPath | None:
         """The place of a module that the base has by this very name: no part of it is a prefix then."""
         if self.home is None or self.dictionary is None:
             return None
-        place = Place(self.home, path)
+        place = PartPath(self.home, path)
         return place if self.dictionary.path_of(place) == path else None
 
     def _unknown(self, path: str) -> str:
@@ -171,11 +171,11 @@ class Translator:
         unless = "" if self.dictionary else ", unless --base BASE tells more"
         return f"is of no image model that lorasurgery knows; only PEFT's format fits it{unless}"
 
-    def _part_of(self, place: Place, path: str) -> Part:
+    def _part_of(self, place: PartPath, path: str) -> Part:
         """LyCORIS's own prefix names no part: the one whose modules the base has, else the denoiser."""
         if self.dictionary is not None:
             for part, side in self.dictionary.sides.items():
-                if part != "any" and self.dictionary.path_of(Place(part, place.path, place.dotted)) and side:
+                if part != "any" and self.dictionary.path_of(PartPath(part, place.path, place.dotted)) and side:
                     return part
         return "denoiser"
 
@@ -198,7 +198,7 @@ class Translator:
             )
         return _Known(place.part, path, spelling.atoms, tuple(heights))
 
-    def _dotted(self, source: str, place: Place) -> str:
+    def _dotted(self, source: str, place: PartPath) -> str:
         found = place.path if place.dotted else None
         if place.part in TEXT and (self.dictionary is None or place.part in self.lacking):
             found = found or text_path(place.path)
@@ -255,15 +255,15 @@ class Translator:
         place = 2 if any(name.startswith(f"{level}.attentions.") for name in known) else 1
         return next(name for name in sorted(found) if name.endswith(f".{place}.conv"))
 
-    def _piece(self, held: Mapping[tuple[Part, str], Piece], part: Part, atom: str) -> Piece | None:
+    def _piece(self, held: Mapping[tuple[Part, str], ModuleRows], part: Part, atom: str) -> ModuleRows | None:
         if (part, atom) in held:
             return held[part, atom]
         side = self._side(part)
-        return Piece(side.atoms[atom].height) if side and atom in side.atoms else None
+        return ModuleRows(side.atoms[atom].height) if side and atom in side.atoms else None
 
     def _filled(
-        self, part: Part, path: str, pieces: list[Piece | None], held: Mapping[tuple[Part, str], Piece]
-    ) -> list[Piece]:
+        self, part: Part, path: str, pieces: list[ModuleRows | None], held: Mapping[tuple[Part, str], ModuleRows]
+    ) -> list[ModuleRows]:
         """Rows that no source has are zero; in a module of equal parts their height is that of the others."""
         even = self.names(part).spell(path).split == "even"
         height = next(p.height for p in pieces if p is not None)
@@ -271,16 +271,16 @@ class Translator:
             raise UnsupportedError(
                 f"{self.adapter.path}: {path} also holds modules that the adapter has no update for; {_GIVE} their size"
             )
-        return [p or Piece(height) for p in pieces]
+        return [p or ModuleRows(height) for p in pieces]
 
 
-def _together(pieces: list[Piece]) -> tuple[Piece, ...]:
-    found: list[Piece] = []
+def _together(pieces: list[ModuleRows]) -> tuple[ModuleRows, ...]:
+    found: list[ModuleRows] = []
     for piece in pieces:
         last = found[-1] if found else None
         follows = last and last.source == piece.source and (piece.source is None or last.rows.stop == piece.start)
         if last and follows:
-            found[-1] = Piece(last.height + piece.height, last.source, last.start)
+            found[-1] = ModuleRows(last.height + piece.height, last.source, last.start)
         else:
             found.append(piece)
     return tuple(found)

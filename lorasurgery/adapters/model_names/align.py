@@ -147,7 +147,7 @@ def _cuts(name: str) -> Iterable[tuple[str, str]]:
     parts = name.split(".")
     for i in range(min(len(parts) - 1, _DEEPEST + 1)):
         if i and parts[i - 1].isdecimal():
-            return  # a layer's number is no prefix
+            return  # a layer's number is not a prefix
         yield ".".join(parts[i:]), "".join(f"{p}." for p in parts[:i])
 
 
@@ -213,7 +213,7 @@ def _aligned(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Both sides under one prefix: that of the model with a head, which both are in memory, else the base's.
 
-    What DDP puts before a model is no part of a path, wherever it was saved.
+    What DDP puts before a model is not part of a path, wherever it was saved.
     """
     words = set(found.longer.split(".")) - {""}
     body = not found.base and words <= _BODIES and not pipeline

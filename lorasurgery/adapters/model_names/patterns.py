@@ -146,5 +146,5 @@ def _exact(pattern: str) -> str:
 def _means_any(pattern: str, paths: Iterable[str]) -> bool:
     try:
         return any(any_match([pattern], path) for path in paths)
-    except UsageError:  # a name that is no regular expression
+    except UsageError:  # a name that is not a regular expression
         return True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import nn
 
-Kind = Literal["linear", "conv1d", "embedding", "conv", "other"]
+LayerKind = Literal["linear", "conv1d", "embedding", "conv", "other"]
 
 
 _PLAIN = ("FalconLinear",)  # subclasses with a forward of their own that computes just what the layer's would
@@ -28,7 +28,7 @@ class Module:
         twice: Whether the same object stands at several paths; PEFT would put its layer at one of them.
     """
 
-    kind: Kind
+    kind: LayerKind
     name: str
     leaves: tuple[str, ...]
     container: bool
@@ -98,7 +98,7 @@ def _module(module: nn.Module, twice: bool) -> Module:
     )
 
 
-def kind_of(module: nn.Module) -> Kind:
+def kind_of(module: nn.Module) -> LayerKind:
     """What PEFT's LoRA sees in a module (peft 0.21.2, tuners/lora/layer.py, dispatch_default).
 
     A subclass whose forward does something of its own is `other`: PEFT would add B·A to what that gives, or feed the
@@ -106,7 +106,7 @@ def kind_of(module: nn.Module) -> Kind:
     """
     from torch import nn
 
-    kinds: tuple[tuple[type[nn.Module], Kind], ...] = (
+    kinds: tuple[tuple[type[nn.Module], LayerKind], ...] = (
         (nn.Embedding, "embedding"), (nn.Conv1d, "conv"), (nn.Conv2d, "conv"), (nn.Conv3d, "conv"),
         (nn.Linear, "linear"),
     )  # fmt: skip

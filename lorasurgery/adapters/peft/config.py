@@ -114,7 +114,7 @@ class PeftConfig:
         found = f"{module}.{leaves[len(leaves) - 1 - inside]}"
         rank = int(self.ranks.first(found, self.r))
         if rank < 1 or rows % rank:
-            raise MismatchError(f"{where}: {path}: lora_A has {rows} rows, which is no multiple of rank {rank}")
+            raise MismatchError(f"{where}: {path}: lora_A has {rows} rows, which is not a multiple of rank {rank}")
         return found, rank, rows // rank
 
     def _leaves(self, module: str) -> list[str]:
@@ -167,7 +167,7 @@ def read_config(file: Path) -> PeftConfig:
         raw=raw,
         where=where,
     )
-    _ = found.ranks, found.alphas  # what is no regular expression is found now
+    _ = found.ranks, found.alphas  # what is not a regular expression is found now
     return found
 
 

@@ -26,7 +26,7 @@ class Selection:
         config: adapter_config.json. where: The adapter, for messages.
 
     Raises:
-        FormatError: an expression that is none, or one that can't be matched in bounded time.
+        FormatError: an expression that is not valid, or one that can't be matched in bounded time.
     """
 
     def __init__(self, config: dict[str, Any], where: str = "adapter_config.json") -> None:
@@ -98,7 +98,7 @@ class PatternTable:
         where: File and name of the field, for messages.
 
     Raises:
-        FormatError: a key that is no regular expression. UnsupportedError: one that can't be matched in bounded time.
+        FormatError: a key that is not a regular expression. UnsupportedError: one that can't be matched in bounded time.
     """
 
     def __init__(self, patterns: Mapping[str, Any], where: str) -> None:

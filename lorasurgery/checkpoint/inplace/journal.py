@@ -76,14 +76,14 @@ class _WrongError(FormatError):
 
 
 def raw_lines(journal: Path) -> list[bytes]:
-    """The lines that were written to their end; what follows the last of them is no line."""
+    """The lines that were written to their end; what follows the last of them is not a line."""
     if journal.stat().st_size > 10 * MOST:
         raise _WrongError(f"has {journal.stat().st_size:,} bytes, more than any journal")
     return [line + b"\n" for line in journal.read_bytes().split(b"\n")[:-1]]
 
 
 def line_of(raw: bytes) -> dict[str, Any] | None:
-    """What a line says; None where it is no line of a journal."""
+    """What a line says; None where it is not a line of a journal."""
     try:
         line = json.loads(raw)
     except (ValueError, RecursionError):

@@ -28,7 +28,7 @@ from lorasurgery.errors import FormatError, MismatchError, OutputError, SurgeryE
 
 _CHUNK = 4 << 20
 FOLDER = ".lorasurgery-surgery"
-MENDED = "--resume goes on once that is mended"
+FIXED = "--resume goes on once that is fixed"
 
 
 def surgery_folder(checkpoint: Path) -> Path:
@@ -115,7 +115,7 @@ def recover(checkpoint: Path) -> dict[str, Any] | None:
     try:
         return _recover(checkpoint)
     except OSError as problem:
-        raise cannot_write(checkpoint, problem, MENDED) from None
+        raise cannot_write(checkpoint, problem, FIXED) from None
 
 
 def _recover(checkpoint: Path) -> dict[str, Any] | None:
@@ -185,7 +185,7 @@ def discard(folder: Path) -> None:
 
 
 def _cut(journal: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write the journal anew, without a last line that was not written to its end."""
+    """Rewrite the journal, without a last line that was not written to its end."""
     write_atomic(journal, map(as_line, lines), mode=0o600, partial=journal.with_name("journal.new"))
 
 

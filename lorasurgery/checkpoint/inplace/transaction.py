@@ -23,7 +23,7 @@ from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inplace.journal import check_line, file_of
 from lorasurgery.checkpoint.inplace.recover import (
     FOLDER,
-    MENDED,
+    FIXED,
     apply,
     as_line,
     cannot_write,
@@ -238,4 +238,4 @@ class Surgery:
         os.fsync(self._journal.fileno())
 
     def _failed(self, problem: OSError, *, changed: bool) -> OutputError:
-        return cannot_write(self.checkpoint, problem, MENDED if changed else "nothing was changed")
+        return cannot_write(self.checkpoint, problem, FIXED if changed else "nothing was changed")

@@ -15,8 +15,8 @@ from torch import Tensor
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.journal import Run
 from lorasurgery.engine.device_memory import Fallback
-from lorasurgery.engine.pipeline import Flow
-from lorasurgery.engine.threads import load_solvers, team
+from lorasurgery.engine.pipeline import Pipeline
+from lorasurgery.engine.threads import load_solvers, thread_pool
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.core import Core, distance, inner
 from lorasurgery.linalg.elementwise import combine, knots_ties, sum_of
@@ -73,14 +73,14 @@ class Composition:
         if budget and self.options.method in ELEMENTWISE:
             costs = [sum(j.shape) * self.dtype.itemsize for j in self.joints]
             self.choice = brought(budget, costs, self.choice.max_rank if self.choice else None)
-        with team() as threads, spill(run) as factors:
+        with thread_pool() as threads, spill(run) as factors:
             names, sizes = [j.path for j in self.joints], [j.nbytes for j in self.joints]
             load = Workload(
                 run, self.joints, names, sizes, factors.put, factors.get, self._accept, factors.sync, progress
             )
-            work = [_Work(self, j) for j in self.joints]
+            work = [_BlendJob(self, j) for j in self.joints]
             room = max(2 * max((w.cost for w in work), default=0), _LEAST)
-            load.work(Flow(room, (1, min(_AT_ONCE, threads), 1)), partial(_Work, self))
+            load.work(Pipeline(room, (1, min(_AT_ONCE, threads), 1)), partial(_BlendJob, self))
 
     def _accept(self, joint: Joint, found: Factored) -> None:
         self.draft.add(joint, found)
@@ -201,7 +201,7 @@ def _load(term: Term, device: torch.device) -> LowRank:
     return LowRank(update.up.to(device), update.down.to(device), update.scale)
 
 
-class _Work:
+class _BlendJob:
     """One module's way through the stages; its factors are read where they are used, for they are small."""
 
     def __init__(self, job: Composition, joint: Joint) -> None:

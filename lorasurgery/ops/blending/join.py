@@ -99,10 +99,10 @@ def join(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Joint]:
 
 
 def _check_linear(adapter: Adapter, delta: Delta) -> None:
-    """What is no sum of low-rank terms can be merged but not brought to another rank."""
+    """What is not a sum of low-rank terms can be merged but not brought to another rank."""
     if delta.magnitude:
         raise UnsupportedError(
-            f"{adapter.path}: {delta.path} is DoRA, which is no low-rank update by itself; lorasurgery convert "
+            f"{adapter.path}: {delta.path} is DoRA, which is not a low-rank update by itself; lorasurgery convert "
             "--portable --base BASE makes a LoRA of it"
         )
     if delta.merge_only:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import UsageError
-from lorasurgery.linalg.methods import METHODS, Method
+from lorasurgery.linalg.methods import METHODS, BlendMethod
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.ops.placement.block_weight import check_weights
 
@@ -38,7 +38,7 @@ class BlendOptions:
         average_replaced: Take the weighted mean of tensors that several adapters store whole.
     """
 
-    method: Method = "linear"
+    method: BlendMethod = "linear"
     choice: RankChoice | None = None
     weights: Sequence[float] = ()
     block_weights: Sequence[str] = ()

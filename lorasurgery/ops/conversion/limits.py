@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapters.adapter import Delta
 from lorasurgery.adapters.image_names.components import beside_denoiser, class_of, has_known_originals, takes_adapters
-from lorasurgery.adapters.image_names.translate import Target
+from lorasurgery.adapters.image_names.translate import NewModule
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.client import CLIENTS
 from lorasurgery.errors import UnsupportedError
@@ -67,7 +67,7 @@ def check_sayable(plan: Conversion) -> None:
 
 
 def _whole_problems(plan: Conversion) -> Iterator[tuple[str, str]]:
-    """What is said of tensors that are no factors: stored whole, single rows, differences of vectors."""
+    """What is said of tensors that are not factors: stored whole, single rows, differences of vectors."""
     adapter, options, merge = plan.adapter, plan.options, "merge the adapter into its base instead"
     peft = adapter.format == "peft"
     for name in adapter.tokens:
@@ -117,7 +117,7 @@ def _problems(plan: Conversion, delta: Delta) -> list[str]:
     return found
 
 
-def check_whole(plan: Conversion, target: Target) -> None:
+def check_whole(plan: Conversion, target: NewModule) -> None:
     """Refuse what has no rows of its own, and so can't be taken apart or put together.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lorasurgery.adapters.adapter import Adapter, Delta, Module
-from lorasurgery.adapters.image_names.translate import Piece, Target
+from lorasurgery.adapters.image_names.translate import ModuleRows, NewModule
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.engine.device_memory import Fallback
@@ -78,7 +78,7 @@ class Assembly:
         self.adapter, self.reduced, self.kernels, self.undone, self.bake = adapter, reduced, kernels, undone, bake
         self.dtype = torch_dtype(dtype) if dtype else None
 
-    def build(self, target: Target, name: str, *, lycoris: bool) -> tuple[Module, float, float]:
+    def build(self, target: NewModule, name: str, *, lycoris: bool) -> tuple[Module, float, float]:
         """One module under its new name, its error and norm.
 
         Args:
@@ -106,7 +106,7 @@ class Assembly:
         )  # fmt: skip
         return module, lost / norm if norm else 0.0, norm
 
-    def _measured(self, pieces: Sequence[Piece], found: dict[str, Source], exact: LowRank) -> tuple[float, float]:
+    def _measured(self, pieces: Sequence[ModuleRows], found: dict[str, Source], exact: LowRank) -> tuple[float, float]:
         """‖ΔW‖ of the new module, and what was lost already where its sources had no factors of their own."""
         if not self.reduced.keys() & found.keys():
             norm, lost = math.sqrt(max(inner([exact], [exact]), 0.0)), 0.0
@@ -146,7 +146,7 @@ class Assembly:
             return update
         return narrowed(update, dtype)
 
-    def _magnitude(self, target: Target, found: dict[str, Source], first: Delta, lycoris: bool) -> Tensor | None:
+    def _magnitude(self, target: NewModule, found: dict[str, Source], first: Delta, lycoris: bool) -> Tensor | None:
         vectors = {path: s.magnitude for path, s in found.items()}
         whole = vectors[target.sources[0]]
         if whole is None:
@@ -165,7 +165,7 @@ class Assembly:
         return flat.reshape(1, -1, *kernel) if kernel else flat
 
 
-def join_rows(pieces: Sequence[Piece], updates: dict[str, LowRank]) -> LowRank:
+def join_rows(pieces: Sequence[ModuleRows], updates: dict[str, LowRank]) -> LowRank:
     """The update whose rows are the pieces', from top to bottom.
 
     Parts of one fused module have one lora_A between them, so they are put together as they were; others make up a
@@ -196,7 +196,7 @@ def join_rows(pieces: Sequence[Piece], updates: dict[str, LowRank]) -> LowRank:
     return LowRank(torch.cat(ups), torch.cat([u.down for u in updates.values()]), next(iter(updates.values())).scale)
 
 
-def _rows(piece: Piece, updates: dict[str, LowRank], like: LowRank) -> Tensor:
+def _rows(piece: ModuleRows, updates: dict[str, LowRank], like: LowRank) -> Tensor:
     if piece.source is None:
         return like.up.new_zeros(piece.height, like.rank)
     return updates[piece.source].up[piece.rows]
@@ -206,7 +206,7 @@ def _unscaled(update: LowRank) -> LowRank:
     return LowRank(update.up.float() * update.scale, update.down.float())
 
 
-def join_vectors(pieces: Sequence[Piece], vectors: dict[str, Tensor | None]) -> Tensor | None:
+def join_vectors(pieces: Sequence[ModuleRows], vectors: dict[str, Tensor | None]) -> Tensor | None:
     """The same for vectors, one entry a row; None when no source has one."""
     like = next((v for v in vectors.values() if v is not None), None)
     if like is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.adapters.image_names.translate import Target, Translator
+from lorasurgery.adapters.image_names.translate import NewModule, Translator
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import UsageError
 
@@ -35,7 +35,7 @@ class ConvertOptions:
     rank: int | None = None
 
     def check(self) -> None:
-        """Raise UsageError for what is no format or dtype."""
+        """Raise UsageError for what is not a format or dtype."""
         if self.to not in FORMATS:
             raise UsageError(f"--to {self.to}: expected one of {', '.join(FORMATS)}")
         if self.dtype not in (None, "F32", "BF16", "F16"):
@@ -58,7 +58,7 @@ class Conversion:
 
     adapter: Adapter
     options: ConvertOptions
-    targets: list[Target] = field(default_factory=list)
+    targets: list[NewModule] = field(default_factory=list)
     translator: Translator | None = None
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     base: Checkpoint | None = None
@@ -72,6 +72,6 @@ class Conversion:
             return frozenset()
         return frozenset(path for path, delta in self.adapter.deltas.items() if delta.magnitude)
 
-    def name(self, target: Target) -> str:
+    def name(self, target: NewModule) -> str:
         """The target's name in the file."""
         return self.translator.new.name(target.part, target.path) if self.translator else target.path

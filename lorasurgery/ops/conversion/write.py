@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lorasurgery.adapters.adapter import Module
 from lorasurgery.adapters.image_names.components import FOLDER_NAMES
-from lorasurgery.adapters.image_names.dictionary import Slot
+from lorasurgery.adapters.image_names.dictionary import BaseRows
 from lorasurgery.adapters.peft.write import PeftLayout
 from lorasurgery.adapters.single_file.header import KEY
 from lorasurgery.adapters.single_file.write import LooseFile
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.output import Output
-from lorasurgery.engine.threads import load_solvers, team
+from lorasurgery.engine.threads import load_solvers, thread_pool
 from lorasurgery.errors import MismatchError, SurgeryError
 from lorasurgery.linalg.norms import row_squares
 from lorasurgery.ops.conversion.modules import Assembly, Reduced, factors_of, is_zero, join_vectors, padded, plain_lora
@@ -90,7 +90,7 @@ def _reduced(plan: Conversion, device: torch.device) -> dict[str, Reduced]:
     others = [d for d in adapter.deltas.values() if not d.stores_factors and d.path not in found]
     if others:
         load_solvers(device)
-    with team():
+    with thread_pool():
         for delta in others:
             update = factors_of(adapter, delta, dtype, device, options.rank)
             if update.rank:  # what is zero keeps the factors that it has
@@ -241,7 +241,7 @@ def _difference(plan: Conversion, path: str, name: str, leaf: str) -> Tensor:
     return value
 
 
-def _before(plan: Conversion, slot: Slot) -> Tensor:
+def _before(plan: Conversion, slot: BaseRows) -> Tensor:
     assert plan.base is not None
     tensor = plan.base.read(slot.tensor).to(torch.float32)
     tensor = tensor.T if slot.transposed else tensor

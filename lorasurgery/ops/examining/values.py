@@ -16,8 +16,8 @@ from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.same import same_tensors
 from lorasurgery.engine.buffers import spans
-from lorasurgery.engine.pipeline import Flow
-from lorasurgery.engine.threads import team
+from lorasurgery.engine.pipeline import Pipeline
+from lorasurgery.engine.threads import thread_pool
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.undo import BITS, ordered
 from lorasurgery.ops.extraction.difference import count_nonfinite
@@ -68,7 +68,7 @@ def compare(model: Checkpoint, base: Checkpoint, plan: EditPlan, report: Report,
         name: _line(name, model, base, plan) for name in dict.fromkeys([*model.tensors, *base.tensors, *plan.edits])
     }
     slots: dict[str, _Compared] = {}
-    with team():
+    with thread_pool():
         jobs = []
         for name, line in lines.items():
             if line.state != "equal":
@@ -80,7 +80,7 @@ def compare(model: Checkpoint, base: Checkpoint, plan: EditPlan, report: Report,
                 continue
             slots[name] = _Compared(model, name)
             jobs.append((recipe, planned, slots[name], state))
-        Flow(_ROOM).run(job for given in jobs for _, job in jobs_of(*given))
+        Pipeline(_ROOM).run(job for given in jobs for _, job in jobs_of(*given))
     report.warnings += state.fallback.warnings
     for name, slot in slots.items():
         slot.tell(lines[name])
@@ -168,7 +168,7 @@ _PIECE = 8 << 20
 def find_nonfinite(model: Checkpoint, report: Report, progress: Progress | None) -> list[str]:
     """A sentence for each tensor with NaN or infinity; its line in the report's modules says how many."""
     found, done = [], 0
-    with team():
+    with thread_pool():
         for name, info in model.tensors.items():
             bad = count_nonfinite(model, info) if info.is_float else _read_through(model, info)
             done += info.nbytes

@@ -17,8 +17,8 @@ from lorasurgery.checkpoint.journal import Run
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.clients.host import Host
 from lorasurgery.engine.device_memory import Fallback
-from lorasurgery.engine.pipeline import Flow
-from lorasurgery.engine.threads import load_solvers, own_stream, team
+from lorasurgery.engine.pipeline import Pipeline
+from lorasurgery.engine.threads import load_solvers, own_stream, thread_pool
 from lorasurgery.errors import MismatchError, SurgeryError
 from lorasurgery.linalg.blocks import Blocks, InMemory
 from lorasurgery.linalg.fit import FIT, Fitted, fitted, keeping, refitted, scale_within
@@ -28,18 +28,18 @@ from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.rounding import step_at_one
 from lorasurgery.linalg.svd import INFINITE, WORKSPACE, TruncatedSVD, batched_svd, finite, may_round, truncated_svd
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops.extraction.difference import Difference, Found, Piece, count_nonfinite
+from lorasurgery.ops.extraction.difference import Difference, Found, TensorPair, count_nonfinite
 from lorasurgery.ops.extraction.experts import ExpertWork
 from lorasurgery.ops.extraction.options import ExtractOptions
 from lorasurgery.ops.extraction.pairs import FACTORED, ExpertPair, Pair
 from lorasurgery.ops.extraction.report import LeftOut, Rounding
 from lorasurgery.ops.extraction.write import AdapterDraft
 from lorasurgery.ops.factors.factored import ExpertFactors, Factored, brought
-from lorasurgery.ops.factors.workload import Spill, Step, Workload, named, spill
+from lorasurgery.ops.factors.workload import ModuleJob, Spill, Workload, named, spill
 from lorasurgery.report import ModuleReport, Progress
 
 if TYPE_CHECKING:
-    from lorasurgery.ops.extraction.options import Method
+    from lorasurgery.ops.extraction.options import SvdMethod
 
 MEASURED = 32 << 20  # bytes at a time of a difference of which only the norm is wanted
 TURNED = ("conv1d", "embedding")  # of which PEFT's factors are those of the transposed tensor
@@ -63,7 +63,7 @@ class Outcome:
     rounding: int = 0
 
 
-class _Work:
+class _PairJob:
     """What is read, and whether the device had memory for it: for one pair or several."""
 
     def __init__(self, job: Extraction, cost: int) -> None:
@@ -82,10 +82,10 @@ class _Work:
         raise NotImplementedError
 
 
-class PairWork(_Work):
+class PairWork(_PairJob):
     """One pair: read() makes the difference, compute() takes it apart.
 
-    Where the device's memory does not suffice for that, compute() reads it anew, in blocks of rows or on the CPU.
+    Where the device's memory does not suffice for that, compute() reads it again, in blocks of rows or on the CPU.
     """
 
     def __init__(self, job: Extraction, pair: Pair) -> None:
@@ -130,9 +130,9 @@ class PairWork(_Work):
         return difference.read(self._piece)
 
     @property
-    def _piece(self) -> Piece:
+    def _piece(self) -> TensorPair:
         assert self.pair.base is not None
-        return Piece(self.pair.base, self.pair.tuned)
+        return TensorPair(self.pair.base, self.pair.tuned)
 
     def _check_stored(self) -> None:
         """A tensor that is stored whole is not looked at otherwise."""
@@ -297,7 +297,7 @@ _SPAN = 1 << 30  # bytes of the checkpoint that a group reaches over: results wa
 
 
 def plan_groups(
-    pairs: Sequence[Pair], device: torch.device, method: Method, limit: int | None = None
+    pairs: Sequence[Pair], device: torch.device, method: SvdMethod, limit: int | None = None
 ) -> list[list[int]]:
     """Which pairs are taken together, by their places, from headers alone; the others stand in groups of one.
 
@@ -341,12 +341,12 @@ def work_cost(pairs: Sequence[Pair]) -> int:
     return sum(difference_bytes(p) for p in pairs) * (1 if len(pairs) == 1 else WORKSPACE)
 
 
-def work_on(job: Extraction, *pairs: Pair) -> Step:
+def work_on(job: Extraction, *pairs: Pair) -> ModuleJob:
     """The work on one pair, or on a group."""
     return PairWork(job, pairs[0]) if len(pairs) == 1 else GroupWork(job, pairs)
 
 
-class GroupWork(_Work):
+class GroupWork(_PairJob):
     """Several small pairs: read() makes their differences, one above the other, compute() takes them all apart."""
 
     def __init__(self, job: Extraction, pairs: Sequence[Pair]) -> None:
@@ -361,7 +361,7 @@ class GroupWork(_Work):
             self.result, _ = self.job.fallback.first(self.pairs[0].name, ways, self._way, cpu=False)
 
     def _read(self) -> None:
-        self._found = self.job.difference.read(*(Piece(p.base, p.tuned) for p in self.pairs if p.base is not None))
+        self._found = self.job.difference.read(*(TensorPair(p.base, p.tuned) for p in self.pairs if p.base is not None))
 
     def _together(self) -> list[Outcome]:
         """All at once; those that are zero are unchanged, or differ by rounding alone."""
@@ -446,7 +446,7 @@ class Extraction:
         load_solvers(self.device)
         self.budget = self._set_budget(pairs)
         wanted = [p for p in pairs if p.treatment != "skipped" or p.is_measured]
-        with spill(self.job) as factors, team() as threads:
+        with spill(self.job) as factors, thread_pool() as threads:
             load = Workload(
                 self.job, wanted, [p.name for p in wanted], [p.nbytes for p in wanted], partial(packed, factors),
                 partial(unpacked, factors), self._accept, factors.sync, progress,
@@ -456,7 +456,7 @@ class Extraction:
             groups = plan_groups(wanted, self.device, method, self.limit)
             room = self._room([work_cost([wanted[i] for i in g]) for g in groups])
             self.difference = self._differences(self.device, room)
-            load.work(Flow(room, _lanes(threads)), partial(work_on, self), groups)
+            load.work(Pipeline(room, _lanes(threads)), partial(work_on, self), groups)
         if self.job.ranks.first:
             self._complete()
         return self.draft
@@ -478,11 +478,11 @@ class Extraction:
     def _settle_scales(self) -> None:
         """With --alpha a scale depends on a rank that a budget, or modules joined in memory, tell only at the end.
 
-        Factors that were made for another one are made anew, from a second look at the pair: rounding them once more
+        Factors that were made for another one are made again, from a second look at the pair: rounding them once more
         would cost accuracy, and nobody would know how much.
         """
         wanted = self.draft.scales(self.options.scaling)
-        with team():
+        with thread_pool():
             for i, ((pair, found), scale) in enumerate(zip(self.draft.factors, wanted, strict=True)):
                 if found.update.scale != scale:
                     with named(pair.name):

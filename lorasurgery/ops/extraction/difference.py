@@ -16,7 +16,7 @@ from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.checkpoint.same import same_bytes, same_tensors
 from lorasurgery.engine.buffers import Arena, Buffers, spans
-from lorasurgery.engine.threads import each, scratch
+from lorasurgery.engine.threads import parallel_for, scratch
 from lorasurgery.linalg.blocks import InMemory, Streamed
 from lorasurgery.linalg.norms import summed
 from lorasurgery.linalg.rounding import is_finite, same_but_rounded
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPair:
     """A tensor in both checkpoints, or one expert's slice of a three-dimensional one.
 
     Args:
@@ -57,7 +57,7 @@ class Found(NamedTuple):
 class Verdict:
     """What the blocks of a piece come to: equal, apart by rounding alone, or changed. Any thread may add to it."""
 
-    def __init__(self, piece: Piece, *, keep_rounding: bool) -> None:
+    def __init__(self, piece: TensorPair, *, keep_rounding: bool) -> None:
         self._dtypes = torch_dtype(piece.old.dtype), torch_dtype(piece.new.dtype)
         self._mixed, self._keep = piece.old.dtype != piece.new.dtype, keep_rounding
         self.changed = self._apart = False
@@ -81,7 +81,7 @@ _BLOCK = 2 << 20  # bytes of one side: both sides and their difference stay in c
 _PINNED = 32 << 20  # the same for a GPU, where a copy must be worth its while
 
 
-Part = tuple[TensorInfo, int, int]
+ByteRange = tuple[TensorInfo, int, int]
 """A tensor, the byte of it to begin with, and how many."""
 
 
@@ -128,7 +128,7 @@ class Difference:
         self._memory = Arena(room * 3 // 2 if coarse else room)  # of differences
         self._bytes = Buffers(device)  # of what is on its way to a GPU
 
-    def read(self, *pieces: Piece) -> Found:
+    def read(self, *pieces: TensorPair) -> Found:
         """ΔW = new − old in float32 (float64 when either side is), tensors of equal width one above the other.
 
         Returns:
@@ -152,8 +152,8 @@ class Difference:
             part.zero()
         return Found(InMemory(delta, summed(norms), rounded), rounding)
 
-    def streamed(self, piece: Piece, room: int) -> Found:
-        """The same for a tensor that is too large for the memory allowed: read anew for every pass over it.
+    def streamed(self, piece: TensorPair, room: int) -> Found:
+        """The same for a tensor that is too large for the memory allowed: read again for every pass over it.
 
         Args:
             room: Bytes that the rows at hand may take.
@@ -193,10 +193,10 @@ class Difference:
         """Whether two tensors of any dtype are the same, byte for byte."""
         return same_tensors(self.base, old, self.tuned, new, self._bytes)
 
-    def _verdict(self, piece: Piece) -> Verdict:
+    def _verdict(self, piece: TensorPair) -> Verdict:
         return Verdict(piece, keep_rounding=self.keep)
 
-    def _judge(self, piece: Piece) -> Verdict:
+    def _judge(self, piece: TensorPair) -> Verdict:
         """Look at both sides, a few rows at a time, as far as the first rows that changed."""
         verdict, (rows, columns), step = self._verdict(piece), piece.size, self._step(piece)
 
@@ -206,12 +206,12 @@ class Difference:
                 self._block(out, piece, start, columns, verdict)
 
         if piece.old.dtype != piece.new.dtype:
-            each(look, range(0, rows, step))
+            parallel_for(look, range(0, rows, step))
         else:
             verdict.changed = not self.same_bytes(piece.old, piece.new)
         return verdict
 
-    def _fill(self, delta: _Rows, piece: Piece, verdict: Verdict | None = None, first: int = 0) -> list[_Rows]:
+    def _fill(self, delta: _Rows, piece: TensorPair, verdict: Verdict | None = None, first: int = 0) -> list[_Rows]:
         """Write one piece's difference, its rows from `first` on, and what else is wanted of the rows.
 
         Returns:
@@ -229,15 +229,15 @@ class Difference:
             else:
                 equal.append(part)
 
-        each(work, range(0, delta.values.shape[0], step))
+        parallel_for(work, range(0, delta.values.shape[0], step))
         return equal
 
-    def _step(self, piece: Piece) -> int:
+    def _step(self, piece: TensorPair) -> int:
         """Rows that are read at a time."""
         limit = _BLOCK if self.device.type == "cpu" else _PINNED
         return max(1, limit // max(1, piece.size[1] * max(_itemsize(piece.old), _itemsize(piece.new))))
 
-    def _block(self, out: Tensor, piece: Piece, first: int, columns: int, verdict: Verdict | None) -> bool:
+    def _block(self, out: Tensor, piece: TensorPair, first: int, columns: int, verdict: Verdict | None) -> bool:
         """Some rows of both sides, judged and subtracted; False, and nothing written, where all bytes are equal."""
         start, count, shape = first * columns, out.numel(), out.shape
         old, new = ((info, start * _itemsize(info), count * _itemsize(info)) for info in (piece.old, piece.new))
@@ -256,7 +256,7 @@ class Difference:
         return True
 
     @contextmanager
-    def _both(self, old: Part, new: Part) -> Iterator[tuple[Tensor, Tensor]]:
+    def _both(self, old: ByteRange, new: ByteRange) -> Iterator[tuple[Tensor, Tensor]]:
         """Some bytes of each side, in memory that is lent."""
         lent = [self._bytes.take(size) for _, _, size in (old, new)]
         try:
@@ -281,7 +281,7 @@ class Difference:
         return self.coarse and dtype == torch.float32
 
 
-def _wide(pieces: tuple[Piece, ...]) -> torch.dtype:
+def _wide(pieces: tuple[TensorPair, ...]) -> torch.dtype:
     dtypes = {info.dtype for piece in pieces for info in (piece.old, piece.new)}
     return torch.float64 if "F64" in dtypes else torch.float32
 
@@ -301,5 +301,5 @@ def count_nonfinite(model: Checkpoint, info: TensorInfo) -> int:
         if not is_finite(values):
             counts.append(int((~torch.isfinite(values.to(widened(dtype)))).sum()))
 
-    each(look, spans(info.nbytes))
+    parallel_for(look, spans(info.nbytes))
     return sum(counts)

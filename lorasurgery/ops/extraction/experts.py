@@ -14,7 +14,7 @@ from lorasurgery.linalg.norms import losses, ranged, residual_norm, squared_norm
 from lorasurgery.linalg.rank import RankChoice
 from lorasurgery.linalg.svd import TruncatedSVD, truncated_svd
 from lorasurgery.lowrank import LowRank
-from lorasurgery.ops.extraction.difference import Difference, Piece
+from lorasurgery.ops.extraction.difference import Difference, TensorPair
 from lorasurgery.ops.extraction.options import ExtractOptions
 from lorasurgery.ops.extraction.pairs import ExpertPair, Pair
 from lorasurgery.ops.factors.factored import ExpertFactors, Share, added, joined, summary
@@ -60,7 +60,7 @@ class ExpertWork:
         return self.again(pair, found, wanted), work.rounding
 
     def again(self, pair: ExpertPair, found: ExpertFactors, scale: float) -> ExpertFactors:
-        """The same directions, fitted anew for another scale."""
+        """The same directions, fitted again for another scale."""
 
         def fit(expert: int, delta: Blocks, power: int) -> Fitted | None:
             own = found.of(expert)
@@ -138,10 +138,10 @@ class _Parameter:
         return ExpertFactors(report, joined(up, down, self.scale), self.squares[:rank], experts=experts, shares=shares)
 
 
-def _pieces(pair: ExpertPair, expert: int) -> Iterator[Piece]:
+def _pieces(pair: ExpertPair, expert: int) -> Iterator[TensorPair]:
     for member in pair.of(expert):
         assert member.base is not None
-        yield Piece(member.base, member.tuned, expert if pair.is_stack else None)
+        yield TensorPair(member.base, member.tuned, expert if pair.is_stack else None)
 
 
 def _rows(members: tuple[Pair, ...], height: int) -> Iterator[tuple[Pair, slice]]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DEFAULT_RANK = 16
 
 
-Method = Literal["auto", "randomized", "exact"]
+SvdMethod = Literal["auto", "randomized", "exact"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class ExtractOptions:
     alpha: float | None = None
     rslora: bool = False
     uniform_rank: bool = False
-    svd: Method = "auto"
+    svd: SvdMethod = "auto"
     seed: int = 0
     dtype: str | None = None
     allow_nonfinite: bool = False

@@ -86,7 +86,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Matched:
-    """The pairs of two checkpoints, and in words what has no partner and is no error.
+    """The pairs of two checkpoints, and in words what has no partner and is not an error.
 
     Args:
         notes: For the report's warnings.
@@ -304,7 +304,7 @@ def _check_complete(parameter: str, ordered: list[Pair], count: int, parts: int)
     if missing or len(shapes) > 1:
         what = f"expert {missing[0][0]} is incomplete" if missing else f"its experts' shapes differ: {sorted(shapes)}"
         raise MismatchError(
-            f"{parameter}: {what}, so they are no single parameter; --exclude {parameter} leaves it out"
+            f"{parameter}: {what}, so they are not one parameter; --exclude {parameter} leaves it out"
         )
 
 

@@ -16,7 +16,7 @@ from lorasurgery.adapters.model_names.patterns import exclude_only
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.errors import MismatchError, size_of, some
-from lorasurgery.module_location import Place, place_of
+from lorasurgery.module_location import ModuleLocation, location_of
 
 if TYPE_CHECKING:
     from lorasurgery.ops.extraction.options import Selection
@@ -250,8 +250,8 @@ def refuse_layers(
         )
 
 
-def _place(name: str) -> Place:
-    return place_of(module_of(name))
+def _place(name: str) -> ModuleLocation:
+    return location_of(module_of(name))
 
 
 def _layers(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
@@ -300,7 +300,7 @@ def is_task_head(name: str) -> bool:
     """
     path = module_of(name)
     top = _BODIES.sub("", path, count=1).partition(".")[0]
-    return is_head(path) or (place_of(path).layer is None and _HEAD_WORDS.fullmatch(top) is not None)
+    return is_head(path) or (location_of(path).layer is None and _HEAD_WORDS.fullmatch(top) is not None)
 
 
 def task_of(config: dict[str, Any]) -> str:

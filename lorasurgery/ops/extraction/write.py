@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TunedRows:
     """Rows of a tensor of the tuned checkpoint, in this order; None means all of them."""
 
     tensor: str
     rows: range | tuple[int, ...] | None = None
 
 
-Pieces = tuple[Piece, ...]
+Pieces = tuple[TunedRows, ...]
 
 
 def whole_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, Pieces]:
@@ -73,7 +73,7 @@ def whole_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, Pieces]:
 
 
 def _pieces(draft: AdapterDraft, pair: Pair) -> Pieces:
-    return draft.cut_in_memory.get(_name(pair), (Piece(pair.tuned.name),))
+    return draft.cut_in_memory.get(_name(pair), (TunedRows(pair.tuned.name),))
 
 
 def _name(pair: Pair) -> str:
@@ -115,7 +115,7 @@ def _source(draft: AdapterDraft, name: str) -> Pieces:
     """The tuned tensor of a name in memory, or of one that shares it."""
     names = (name, *draft.host.others_of(name))
     cut = next((draft.cut_in_memory[n] for n in names if n in draft.cut_in_memory), ())
-    return cut or next(((Piece(draft.in_memory[n]),) for n in names if n in draft.in_memory), ())
+    return cut or next(((TunedRows(draft.in_memory[n]),) for n in names if n in draft.in_memory), ())
 
 
 def _plain_key(draft: AdapterDraft, pair: Pair) -> str:
@@ -243,7 +243,7 @@ class AdapterDraft:
         return own | {path for p, _ in self.factors for path in aliases_of(self, p)}
 
     @property
-    def parts(self) -> dict[str, list[Part]]:
+    def parts(self) -> dict[str, list[CutFactors]]:
         """The modules cut from one tensor on disk or joined from several -> the factors they have a share in."""
         return parts_of_modules(self.factors, self.full)
 
@@ -269,7 +269,7 @@ class AdapterDraft:
         return (self.tuned, self._names.tuned), (self.base, self._names.base)
 
     @cached_property
-    def cut_in_memory(self) -> dict[str, tuple[Piece, ...]]:
+    def cut_in_memory(self) -> dict[str, tuple[TunedRows, ...]]:
         """Name in memory -> what it is put together from, for tensors that are not loaded as they are."""
         return pieces_in_memory(self.host.cuts)
 
@@ -320,7 +320,7 @@ def write_adapter(draft: AdapterDraft, tuned: Checkpoint, output: Output) -> lis
     return [replace(p, full=next((called[n] for n in p.names if n in called), "")) for p in problems]
 
 
-def _whole(tuned: Checkpoint, pieces: tuple[Piece, ...], planned: PlannedTensor) -> Tensor:
+def _whole(tuned: Checkpoint, pieces: tuple[TunedRows, ...], planned: PlannedTensor) -> Tensor:
     return put_together(tuned, pieces).to(torch_dtype(planned.dtype))
 
 
@@ -420,19 +420,19 @@ def _base_revision(base: Checkpoint) -> str | None:
     return hub.revision if hub else None
 
 
-Part = tuple[Cut, Factored]
+CutFactors = tuple[Cut, Factored]
 
 
-def pieces_in_memory(cuts: Mapping[str, tuple[Cut, ...]]) -> dict[str, tuple[Piece, ...]]:
+def pieces_in_memory(cuts: Mapping[str, tuple[Cut, ...]]) -> dict[str, tuple[TunedRows, ...]]:
     """Name in memory -> what its tensor is put together from, top to bottom."""
-    found: dict[str, list[tuple[int, Piece]]] = defaultdict(list)
+    found: dict[str, list[tuple[int, TunedRows]]] = defaultdict(list)
     for disk, own in cuts.items():
         for cut in own:
-            found[cut.memory].append((cut.into.start, Piece(disk, cut.rows)))
+            found[cut.memory].append((cut.into.start, TunedRows(disk, cut.rows)))
     return {m: tuple(p for _, p in sorted(pieces, key=lambda x: x[0])) for m, pieces in found.items()}
 
 
-def put_together(tuned: Checkpoint, pieces: Sequence[Piece]) -> Tensor:
+def put_together(tuned: Checkpoint, pieces: Sequence[TunedRows]) -> Tensor:
     """The tensor in memory."""
     from torch import cat
 
@@ -441,7 +441,7 @@ def put_together(tuned: Checkpoint, pieces: Sequence[Piece]) -> Tensor:
     return parts[0] if len(parts) == 1 else cat(parts)
 
 
-def shape_of(tuned: Checkpoint, pieces: Sequence[Piece]) -> tuple[int, ...]:
+def shape_of(tuned: Checkpoint, pieces: Sequence[TunedRows]) -> tuple[int, ...]:
     """The shape in memory."""
     first = tuned.tensors[pieces[0].tensor].shape
     if pieces[0].rows is None:
@@ -461,14 +461,14 @@ def pairs_in_memory(pairs: Sequence[Pair]) -> list[Pair]:
     return list(found.values())
 
 
-def parts_of_modules(factors: Sequence[tuple[Pair, Factored]], whole: Sequence[Pair]) -> dict[str, list[Part]]:
+def parts_of_modules(factors: Sequence[tuple[Pair, Factored]], whole: Sequence[Pair]) -> dict[str, list[CutFactors]]:
     """Module path in memory -> the factors it has a share in.
 
     Args:
         whole: What is stored whole; a module of which a part is has no factors.
     """
     stored = {cut.memory for pair in whole for cut in pair.cuts}
-    found: dict[str, list[Part]] = defaultdict(list)
+    found: dict[str, list[CutFactors]] = defaultdict(list)
     for pair, factored in factors:
         for cut in pair.cuts:
             if cut.memory not in stored:
@@ -476,7 +476,7 @@ def parts_of_modules(factors: Sequence[tuple[Pair, Factored]], whole: Sequence[P
     return dict(found)
 
 
-def scales_of_parts(parts: Mapping[str, Sequence[Part]], scaling: Scaling) -> dict[int, float]:
+def scales_of_parts(parts: Mapping[str, Sequence[CutFactors]], scaling: Scaling) -> dict[int, float]:
     """id of factors -> their scale: that of the rank of the module they are joined in, one for all that meet somewhere.
 
     Args:
@@ -495,7 +495,7 @@ def scales_of_parts(parts: Mapping[str, Sequence[Part]], scaling: Scaling) -> di
             return found
 
 
-def joined(parts: Sequence[Part], *, rslora: bool) -> tuple[LowRank, float]:
+def joined(parts: Sequence[CutFactors], *, rslora: bool) -> tuple[LowRank, float]:
     """One module's factors and alpha: the downs one above the other, the ups' own rows in blocks along the diagonal."""
     import torch
 

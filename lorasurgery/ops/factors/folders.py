@@ -14,7 +14,7 @@ from lorasurgery.report import Report
 
 
 def find_adapters(reference: str | Path) -> list[Path]:
-    """The adapters in a folder that is none itself, by name; empty for anything else.
+    """The adapters in a folder that is not an adapter itself, by name; empty for anything else.
 
     Sub-folders and .safetensors files count; a file that can't be read counts too, so that it is named. Checkpoints
     and hidden names are passed over.

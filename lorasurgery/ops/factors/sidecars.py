@@ -37,7 +37,7 @@ def carried_files(folder: Path, adapters: Sequence[Adapter] = (), *, parts: Coll
     another model. An adapter's tokenizer wins over the base's, for it knows the tokens that were added.
 
     Args:
-        parts: Of a diffusers folder, the weight files that are written anew; what lies in other folders is copied
+        parts: Of a diffusers folder, the weight files that are rewritten; what lies in other folders is copied
             whatever it is.
     """
     rewritten = {file.rpartition("/")[0] for file in parts}
@@ -121,7 +121,7 @@ def patched_config(
 def write_carried(
     output: Output, files: dict[str, Path], config: dict[str, Any], new: dict[str, Any], dtype: str | None = None
 ) -> None:
-    """Copy the files byte for byte; config.json is written anew only when a word in it changed."""
+    """Copy the files byte for byte; config.json is rewritten only when a word in it changed."""
     for name, source in files.items():
         part = load_object(source) if dtype and name.endswith(f"/{CONFIG}") else {}
         if name == CONFIG and new != config:

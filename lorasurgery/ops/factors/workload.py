@@ -16,7 +16,7 @@ from lorasurgery.checkpoint.dtypes import dtype_name, torch_dtype
 from lorasurgery.checkpoint.files import ScratchFile, read_back
 from lorasurgery.checkpoint.journal import FACTORS, Run
 from lorasurgery.checkpoint.writer import as_bytes
-from lorasurgery.engine.pipeline import Flow
+from lorasurgery.engine.pipeline import Pipeline
 from lorasurgery.errors import SurgeryError
 from lorasurgery.lowrank import LowRank
 from lorasurgery.ops.factors.factored import ExpertFactors, Factored, Share
@@ -26,7 +26,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Step(Protocol):
+class ModuleJob(Protocol):
     """The work on one module, or on several that are taken together.
 
     Attributes:
@@ -71,7 +71,9 @@ class Workload(Generic[T, R]):
     _done: int = 0
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def work(self, flow: Flow, step: Callable[..., Step], groups: Sequence[Sequence[int]] | None = None) -> None:
+    def work(
+        self, pipeline: Pipeline, step: Callable[..., ModuleJob], groups: Sequence[Sequence[int]] | None = None
+    ) -> None:
         """Do this rank's share of what is missing, wait for the others, and take all results on the first rank.
 
         Args:
@@ -88,7 +90,7 @@ class Workload(Generic[T, R]):
         sizes = [sum(self.sizes[i] for i in g if i in missing) for g in todo]
         mine = self.run.ranks.mine(list(range(len(todo))), sizes)
         self._total = sum(sizes[n] for n in mine)
-        flow.run(_Job(self, todo[n], missing, step(*(self.items[i] for i in todo[n]))) for n in mine)
+        pipeline.run(_Job(self, todo[n], missing, step(*(self.items[i] for i in todo[n]))) for n in mine)
         self.run.synced(self.sync)
         done = self.run.gather()
         if self.run.ranks.first:
@@ -123,7 +125,7 @@ class Workload(Generic[T, R]):
 class _Job:
     """One module, or a group of them, on its way through the stages."""
 
-    def __init__(self, load: Workload[Any, Any], group: Sequence[int], missing: set[int], step: Step) -> None:
+    def __init__(self, load: Workload[Any, Any], group: Sequence[int], missing: set[int], step: ModuleJob) -> None:
         self.load, self.group, self.missing, self.step, self.cost = load, group, missing, step, step.cost
 
     def read(self) -> None:

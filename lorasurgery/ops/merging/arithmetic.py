@@ -11,7 +11,7 @@ from torch import Tensor
 from lorasurgery.checkpoint.dtypes import torch_dtype
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.tensor_reader import TensorReader
-from lorasurgery.engine.threads import each
+from lorasurgery.engine.threads import parallel_for
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.dora import decomposed
 from lorasurgery.linalg.norms import row_blocks
@@ -151,7 +151,7 @@ class DoraRows:
             )
             out[blocks[i]] = new
 
-        each(work, range(len(blocks)))
+        parallel_for(work, range(len(blocks)))
         return sum(found, Survival(0.0, 0.0, 0.0))
 
     def _updated(self, value: Tensor, first: int) -> Tensor:

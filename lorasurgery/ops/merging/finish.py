@@ -149,7 +149,7 @@ def write_undo(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
 
 
 def with_tensors(recipe: Recipe, done: Mapping[str, Any]) -> UndoRecord:
-    """The record of a merge that is done: what was known beforehand, and what is kept of each tensor."""
+    """The record of a merge that is done: what was known in advance, and what is kept of each tensor."""
     assert recipe.undo is not None
     edits = recipe.edits.edits
     tensors = {

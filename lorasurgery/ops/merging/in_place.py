@@ -16,15 +16,15 @@ import torch
 from lorasurgery.checkpoint.inplace.transaction import Surgery
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.writer import TensorFile
-from lorasurgery.engine.pipeline import Flow, Job
-from lorasurgery.engine.threads import team
+from lorasurgery.engine.pipeline import Job, Pipeline
+from lorasurgery.engine.threads import thread_pool
 from lorasurgery.linalg.rounding import Survival
 from lorasurgery.ops.merging.finish import check_survival, describe, files_before, with_tensors
 from lorasurgery.ops.merging.recipe import Recipe
 from lorasurgery.ops.merging.run_state import RunState
 from lorasurgery.ops.merging.stream import TEAM, joined, listed, room
 from lorasurgery.ops.merging.targets import check_in_place, is_touched
-from lorasurgery.ops.merging.tensor_jobs import Note, Slot, jobs_of
+from lorasurgery.ops.merging.tensor_jobs import Destination, Note, jobs_of
 from lorasurgery.ops.merging.undo.record import (
     UndoRecord,
     next_name,
@@ -56,9 +56,9 @@ def run_in_place(
     check_in_place(recipe)
     with (
         Surgery(recipe.disk.path, about, resume=resume, inputs=report.inputs) as surgery,
-        team(min(TEAM, torch.get_num_threads())),
+        thread_pool(min(TEAM, torch.get_num_threads())),
     ):
-        work = _Work(recipe, state, surgery)
+        work = _InPlaceRun(recipe, state, surgery)
         if not surgery.checked:
             check_survival(recipe, work.rehearse())
             surgery.check_passed([s.to_dict() for s in report.sources or ()])
@@ -73,7 +73,7 @@ def run_in_place(
     report.bytes_read = recipe.disk.bytes_read + sum(a.weights.bytes_read for a in recipe.adapters)
 
 
-class _Work:
+class _InPlaceRun:
     """All pieces of one operation, first for trying and then for good."""
 
     def __init__(self, recipe: Recipe, state: RunState, surgery: Surgery) -> None:
@@ -85,7 +85,7 @@ class _Work:
     def rehearse(self) -> dict[str, Any]:
         """Compute everything and write nothing; what is known of each tensor afterwards."""
         slots = {t.name: _Dropped() for t in self.touched}
-        Flow(room(self.recipe)).run(job for t in self.touched for job in self._jobs(t, slots[t.name], None))
+        Pipeline(room(self.recipe)).run(job for t in self.touched for job in self._jobs(t, slots[t.name], None))
         return {name: _record(joined(slot.notes)) for name, slot in slots.items()}
 
     def perform(self) -> None:
@@ -93,7 +93,7 @@ class _Work:
         recorder = None
         if self.recipe.undo is not None:
             recorder = Recorder(self.surgery.scratch, self.recipe.base, self.state.device, self.state.fallback)
-        Flow(room(self.recipe), (1, 2, 1)).run(
+        Pipeline(room(self.recipe), (1, 2, 1)).run(
             job for t in self.touched for job in self._jobs(t, _Placed(self, t), recorder)
         )
         self.surgery.flush()
@@ -124,7 +124,7 @@ class _Work:
         back = {n: data for n, data in files_before(recipe).items() if data is not None} | files
         surgery.finish(back, staged=staged, removed=[*removed, *gone])
 
-    def _jobs(self, tensor: PlannedTensor, slot: Slot, recorder: Recorder | None) -> Iterator[Job]:
+    def _jobs(self, tensor: PlannedTensor, slot: Destination, recorder: Recorder | None) -> Iterator[Job]:
         done = self.surgery.done
         return (j for _, j in jobs_of(self.recipe, tensor, slot, self.state, recorder, skip=done))
 
@@ -157,7 +157,7 @@ class _Dropped:
 class _Placed:
     """A tensor's own place in the checkpoint's files."""
 
-    def __init__(self, work: _Work, tensor: PlannedTensor) -> None:
+    def __init__(self, work: _InPlaceRun, tensor: PlannedTensor) -> None:
         self.work, self.tensor = work, tensor
         disk = work.recipe.disk
         self.file, self.first = disk.file_of[tensor.name], disk.tensors[tensor.name].start

@@ -31,7 +31,7 @@ class TensorRecipe:
         edits: What is done to them.
         seed: Of stochastic rounding.
         allow_nonfinite: Write NaN and infinity where they come up.
-        undo: Keep what it takes to undo this to the bit: the record as far as it is known beforehand.
+        undo: Keep what it takes to undo this to the bit: the record as far as it is known in advance.
         restored: The record whose merge is taken back by this; `base` then reads as it was before.
     """
 

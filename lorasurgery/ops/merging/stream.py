@@ -13,8 +13,8 @@ from lorasurgery.checkpoint.journal import UNDO, Run
 from lorasurgery.checkpoint.output import Output
 from lorasurgery.checkpoint.plan import PlannedFile, PlannedTensor
 from lorasurgery.checkpoint.writer import TensorFile
-from lorasurgery.engine.pipeline import Flow, Job
-from lorasurgery.engine.threads import team
+from lorasurgery.engine.pipeline import Job, Pipeline
+from lorasurgery.engine.threads import thread_pool
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rounding import Survival
 from lorasurgery.ops.merging.finish import check_survival, describe, finish
@@ -34,10 +34,10 @@ def run(recipe: Recipe, state: RunState, journal: Run, report: Report) -> None:
     _check_limit(recipe)
     journal.ranks.wait()  # until all have seen the output as it was
     with Output(recipe.out, overwrite=recipe.overwrite, run=journal, inputs=report.inputs) as output:
-        work = _Work(recipe, state, journal, output)
+        work = _StreamRun(recipe, state, journal, output)
         try:
-            with team(min(TEAM, torch.get_num_threads())):
-                Flow(room(recipe)).run(work.jobs())
+            with thread_pool(min(TEAM, torch.get_num_threads())):
+                Pipeline(room(recipe)).run(work.jobs())
             work.wait_for_disk()
         finally:
             work.close()
@@ -57,7 +57,7 @@ def run(recipe: Recipe, state: RunState, journal: Run, report: Report) -> None:
     report.bytes_read = recipe.disk.bytes_read + sum(a.weights.bytes_read for a in recipe.adapters)
 
 
-class _Work:
+class _StreamRun:
     """This rank's share of the tensors, the files they go to, and what is finished of them."""
 
     def __init__(self, recipe: Recipe, state: RunState, journal: Run, output: Output) -> None:
@@ -171,7 +171,7 @@ class _Work:
 class _Slot:
     """One tensor's place in an output file; when all of its pieces are there, it is done."""
 
-    def __init__(self, work: _Work, planned: PlannedFile, tensor: PlannedTensor) -> None:
+    def __init__(self, work: _StreamRun, planned: PlannedFile, tensor: PlannedTensor) -> None:
         self.work, self.planned, self.tensor = work, planned, tensor
         self._notes: dict[int, Note] = {}
         self._pieces, self._lock = 0, threading.Lock()
@@ -199,7 +199,7 @@ class _FileJob:
 
     cost = 1
 
-    def __init__(self, work: _Work, planned: PlannedFile) -> None:
+    def __init__(self, work: _StreamRun, planned: PlannedFile) -> None:
         self.work, self.planned = work, planned
 
     def read(self) -> None:

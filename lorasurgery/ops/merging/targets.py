@@ -194,7 +194,7 @@ def check_same_tensors(checkpoint: Checkpoint, origin: Checkpoint) -> None:
         here, there = checkpoint.tensors.get(name), origin.tensors.get(name)
         if here is None or there is None or (here.dtype, here.shape) != (there.dtype, there.shape):
             raise MismatchError(
-                f"{show(str(origin.path))}: {show(name)} is not as in {show(str(checkpoint.path))}, so it is no base "
+                f"{show(str(origin.path))}: {show(name)} is not as in {show(str(checkpoint.path))}, so it is not a base "
                 "of what is there; `lorasurgery merge BASE ADAPTER -o OUT` writes a new checkpoint"
             )
 

@@ -47,7 +47,7 @@ class Note:
 Done = Callable[[PlannedTensor, Note], None]
 
 
-class Slot(Protocol):
+class Destination(Protocol):
     """Where one tensor goes, piece by piece, in any order and from several threads."""
 
     def expect(self, pieces: int) -> None:
@@ -93,7 +93,7 @@ class WholeJob:
     """A tensor that only makes sense as a whole: with rows that are replaced, or norms of columns."""
 
     def __init__(
-        self, recipe: TensorRecipe, edit: Edit, tensor: PlannedTensor, state: RunState, slot: Slot,
+        self, recipe: TensorRecipe, edit: Edit, tensor: PlannedTensor, state: RunState, slot: Destination,
         recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         self.recipe, self.edit, self.tensor, self.state, self.slot = recipe, edit, tensor, state, slot
@@ -138,7 +138,7 @@ class WholeJob:
 class StretchJob:
     """Some bytes of a tensor as it was before a merge, taken back where they were."""
 
-    def __init__(self, base: TensorReader, name: str, piece: int, stretch: Stretch, slot: Slot) -> None:
+    def __init__(self, base: TensorReader, name: str, piece: int, stretch: Stretch, slot: Destination) -> None:
         self.base, self.name, self.piece, self.stretch, self.slot = base, name, piece, stretch, slot
         self.cost = 4 * stretch.size
         self._data: bytearray | None = None
@@ -196,7 +196,7 @@ class Rows:
     """
 
     def __init__(
-        self, recipe: TensorRecipe, edit: Edit | None, tensor: PlannedTensor, state: RunState, slot: Slot,
+        self, recipe: TensorRecipe, edit: Edit | None, tensor: PlannedTensor, state: RunState, slot: Destination,
         recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         self.recipe, self.edit, self.tensor, self.slot = recipe, edit, tensor, slot
@@ -377,7 +377,7 @@ def _on_device(merger: Merger | DoraRows, weight: Tensor, out: Tensor, first: in
 
 
 def jobs_of(
-    recipe: TensorRecipe, tensor: PlannedTensor, slot: Slot, state: RunState,
+    recipe: TensorRecipe, tensor: PlannedTensor, slot: Destination, state: RunState,
     recorder: Recorder | None = None, *, skip: Collection[str] = (),
 ) -> Iterator[tuple[str, Job]]:  # fmt: skip
     """(key, job) of each piece of a tensor that an edit changes, or that a merge is taken back from.
@@ -393,7 +393,7 @@ def jobs_of(
 
 
 def _all_jobs(
-    recipe: TensorRecipe, tensor: PlannedTensor, slot: Slot, state: RunState, recorder: Recorder | None
+    recipe: TensorRecipe, tensor: PlannedTensor, slot: Destination, state: RunState, recorder: Recorder | None
 ) -> Iterator[tuple[str, Job]]:
     edit = recipe.edits.edits.get(tensor.name)
     back = recipe.restored.tensors.get(tensor.name) if recipe.restored else None

@@ -61,7 +61,7 @@ class Contribution:
 
     @property
     def decomposes(self) -> bool:
-        """Whether this is DoRA, which sets the weight's norm and so is no sum."""
+        """Whether this is DoRA, which sets the weight's norm and so is not a sum."""
         return self.delta is not None and bool(self.delta.magnitude) and not self.bias
 
 

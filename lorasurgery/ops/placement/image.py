@@ -9,8 +9,8 @@ import math
 from functools import cached_property
 
 from lorasurgery.adapters.adapter import Adapter, Delta
-from lorasurgery.adapters.image_names.components import Place, adapter_place
-from lorasurgery.adapters.image_names.dictionary import Dictionary, Slot
+from lorasurgery.adapters.image_names.components import PartPath, adapter_place
+from lorasurgery.adapters.image_names.dictionary import BaseRows, Dictionary
 from lorasurgery.adapters.model_names.naming import module_of
 from lorasurgery.checkpoint.tensor_reader import ModelHeaders
 from lorasurgery.errors import MismatchError, UnsupportedError, size_of
@@ -35,7 +35,7 @@ class Placer:
 
     def knows(self, path: str) -> bool:
         """Whether the base has a module of this name, or of one that stands for it."""
-        return bool(self._dictionary.find(adapter_place(path) or Place("denoiser", path)))
+        return bool(self._dictionary.find(adapter_place(path) or PartPath("denoiser", path)))
 
     def check(self, adapter: Adapter) -> None:
         """See that every module of an adapter is one of the base's.
@@ -58,11 +58,11 @@ class Placer:
             f"{' …' if len(said) > 3 else ''}; nothing was changed{hint}"
         )
 
-    def _of(self, adapter: Adapter, path: str) -> Place:
+    def _of(self, adapter: Adapter, path: str) -> PartPath:
         """The part a path's prefix names; without one a PEFT adapter is taken to be the denoiser's."""
-        return adapter_place(path) or Place("denoiser" if adapter.format == "peft" else "any", path)
+        return adapter_place(path) or PartPath("denoiser" if adapter.format == "peft" else "any", path)
 
-    def _slots(self, adapter: Adapter, path: str, leaf: str = "weight") -> tuple[Slot, ...]:
+    def _slots(self, adapter: Adapter, path: str, leaf: str = "weight") -> tuple[BaseRows, ...]:
         found = self._dictionary.find(self._of(adapter, path), leaf)
         if not found:
             raise self._missing(adapter, [(path, leaf)], len(adapter.deltas) + len(adapter.diffs))
@@ -109,7 +109,7 @@ class Placer:
             edit.contributions.append(Contribution(adapter, None, weight, rows=slot.rows, into=slot.into, diff=name))
         self.plan.matched += 1
 
-    def _place(self, adapter: Adapter, slot: Slot, path: str, shape: tuple[int, int], slots: int) -> Edit:
+    def _place(self, adapter: Adapter, slot: BaseRows, path: str, shape: tuple[int, int], slots: int) -> Edit:
         """The edit of a slot's tensor, once the update's shape is seen to fit."""
         edit = self.plan.edit(slot.tensor, self.base.tensors[slot.tensor])
         height, width = edit.shape[0] if edit.shape else 1, math.prod(edit.shape[1:])

@@ -61,7 +61,7 @@ def check_card(card: Path) -> None:
         read_bytes(card, MOST_CARD).decode()
     except (FormatError, UnicodeDecodeError) as problem:
         why = problem if isinstance(problem, FormatError) else "is not UTF-8, as a model card must be"
-        raise FormatError(f"{show(str(card))}: {why}; mend it, or take it out of the folder") from None
+        raise FormatError(f"{show(str(card))}: {why}; fix it, or move it out of the folder") from None
 
 
 def front_matter(card: Path) -> dict[str, str]:
@@ -92,14 +92,14 @@ def _words(text: str) -> dict[str, str]:
     try:
         nodes = list(_outermost(yaml, text))
     except yaml.YAMLError as problem:
-        raise FormatError(f"it is no YAML ({' '.join(str(problem).split())[:200]})") from None
+        raise FormatError(f"it is not YAML ({' '.join(str(problem).split())[:200]})") from None
     except (ValueError, OverflowError, RecursionError):  # escapes that are no character
-        raise FormatError("it is no YAML") from None
+        raise FormatError("it is not YAML") from None
     return {key: value for key, value in zip(nodes[::2], nodes[1::2], strict=False) if key and value}
 
 
 def _outermost(yaml: Any, text: str) -> Iterator[str | None]:
-    """The nodes directly in the outermost mapping, in turn a key and its value; None for what is no single word."""
+    """The nodes directly in the outermost mapping, in turn a key and its value; None for what is not a single word."""
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):

@@ -247,7 +247,7 @@ _KEY = "base_model_name_or_path"
 
 
 def check_base_model(name: str | None) -> None:
-    """Refuse what is no name on the Hub.
+    """Refuse what is not a name on the Hub.
 
     Raises:
         UsageError: with what is expected.

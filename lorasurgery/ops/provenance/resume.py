@@ -45,7 +45,7 @@ def start_run(
 def _identity(path: Path) -> list[list[Any]]:
     """[name, bytes, times of change, SHA-256 of the header] of each file that can matter.
 
-    Devices and inodes are left out: a restart of the machine may number them anew.
+    Devices and inodes are left out: a restart of the machine may renumber them.
     """
     if path.is_file():
         return [_file(path, path.name)]

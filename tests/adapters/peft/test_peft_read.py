@@ -28,7 +28,7 @@ def folder(path: Path, weights: dict[str, Tensor], **config: object) -> Path:
 
 
 def test_no_tensors(tmp_path: Path) -> None:
-    """A file without tensors is no adapter that changes nothing, but an error."""
+    """A file without tensors is not an adapter that changes nothing, but an error."""
     path = folder(tmp_path / "adapter", {})
     with pytest.raises(FormatError, match=r"adapter_model.safetensors: holds no tensors, so there is nothing to merge"):
         read_peft(path)

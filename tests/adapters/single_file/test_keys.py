@@ -42,7 +42,7 @@ def test_every_family_is_parsed(key: str) -> None:
 def test_other_keys_are_no_adapter_tensors(key: str) -> None:
     """What is of no family is an error that names it."""
     assert parse_key(key) is None
-    with pytest.raises(FormatError, match="is no adapter tensor"):
+    with pytest.raises(FormatError, match="is not an adapter tensor"):
         group_keys([key], "a.safetensors")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorasurgery.adapters.peft.read import read_peft
 from lorasurgery.checkpoint.header import TensorInfo
 from lorasurgery.checkpoint.journal import Run
-from lorasurgery.engine.pipeline import Flow
+from lorasurgery.engine.pipeline import Pipeline
 from lorasurgery.engine.ranks import Ranks
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rank import Budget, RankChoice
@@ -225,7 +225,7 @@ def test_a_group_that_was_cut_short_is_done_whole(tmp_path: Path) -> None:
         run, [1, 2, 3, 4, 5], list("abcde"), [1] * 5, int, int, lambda i, r: taken.append((i, r)), lambda: None,
         lambda name, done, total: seen.append((name, done, total)),
     )  # fmt: skip
-    load.work(Flow(1), Tenfold, [[0, 1, 3], [2], [4]])
+    load.work(Pipeline(1), Tenfold, [[0, 1, 3], [2], [4]])
     run.end(committed=True)
     assert asked == [(1, 2, 4), (5,)]
     assert seen == [("a", 1, 3), ("d", 2, 3), ("e", 3, 3)]

@@ -24,7 +24,7 @@ from torch import Tensor
 from worlds import World
 
 from lorasurgery.adapters.image_names.components import adapter_place
-from lorasurgery.adapters.image_names.dictionary import Dictionary, Slot
+from lorasurgery.adapters.image_names.dictionary import BaseRows, Dictionary
 from lorasurgery.adapters.single_file.keys import parse_key
 from lorasurgery.checkpoint.reader import Checkpoint
 from lorasurgery.cli.main import main
@@ -223,7 +223,7 @@ def test_a_pipelines_denoiser_comes_before_its_vae(worlds: Worlds, tmp_path: Pat
 
 
 def test_the_number_of_an_upsampler_must_be_right(worlds: Worlds, tmp_path: Path) -> None:
-    """SDXL's first upsampler is output_blocks.2.2.conv, for its level has attention; 2.1.conv is no module of it."""
+    """SDXL's first upsampler is output_blocks.2.2.conv, for its level has attention; 2.1.conv is not a module of it."""
     for prefix, dot in (("diffusion_model.", "."), ("lora_unet_", "_")):
         for number in (1, 2):
             name = prefix + f"output_blocks.2.{number}.conv".replace(".", dot)
@@ -246,7 +246,7 @@ def spelt(worlds: Worlds, style: str) -> tuple[Path, Weights]:
     return worlds(kind).base, spellings.keys(spellings.split(pieces), "unet.", baked=True)
 
 
-def places(base: Path, keys: list[str]) -> dict[str, list[Slot]]:
+def places(base: Path, keys: list[str]) -> dict[str, list[BaseRows]]:
     """Where each key's module lies, by the base's own dictionary; [] for none."""
     checkpoint = Checkpoint.open(base)
     names = Dictionary(checkpoint.tensors, pipeline=bool(checkpoint.parts), config=checkpoint.config_of)

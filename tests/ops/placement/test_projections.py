@@ -188,7 +188,7 @@ def test_interleaved_rows_are_refused(stored: str, asked: str, tmp_path: Path) -
 
 
 def test_an_order_of_its_own_is_refused(tmp_path: Path) -> None:
-    """CodeGen's qkv_proj is no q above k above v."""
+    """CodeGen's qkv_proj is not a q above k above v."""
     base(tmp_path / "base", True, {"model_type": "codegen"})
     adapter(tmp_path / "adapter", {"self_attn.q_proj": 24})
     with pytest.raises(SurgeryError, match="order of its own"):

@@ -1,4 +1,4 @@
-"""While a merge writes, what its undoing will need is found and put aside, stretch by stretch."""
+"""While a merge writes, what its undoing will need is found and kept, stretch by stretch."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def unpack_corrections(data: bytes, itemsize: int, size: int) -> Corrections:
         size: Values in the stretch: no place lies behind them.
 
     Raises:
-        FormatError: these are no corrections of such a stretch.
+        FormatError: these are not corrections of such a stretch.
     """
     raw = _opened(data, 64 + size * (12 + 2 * itemsize))
     try:

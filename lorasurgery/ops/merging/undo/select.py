@@ -28,7 +28,7 @@ def begin_record(
     adapters: Sequence[Adapter], given: Sequence[str], weights: Sequence[float], blocks: Sequence[str],
     files: dict[str, bytes | None],
 ) -> UndoRecord:  # fmt: skip
-    """The record of a merge as far as it is known beforehand.
+    """The record of a merge as far as it is known in advance.
 
     Args:
         adapters, given, weights: All that were named, with the paths they were given by.
@@ -113,7 +113,7 @@ def match(record: UndoRecord, adapters: Sequence[Adapter], records: Sequence[Pat
         left.remove(fit)
         ordered.append(fit[0])
     if left:
-        raise MismatchError(f"{left[0][0].path}: was not part of the last merge ({record.names}); leave it away")
+        raise MismatchError(f"{left[0][0].path}: was not part of the last merge ({record.names}); omit it")
     return ordered
 
 
@@ -151,10 +151,10 @@ def _check_strengths(
         if weight != merged.weight:
             raise UsageError(
                 f"-w {weight:g}: {merged.name} was merged with weight {merged.weight:g}, as the undo record knows; "
-                "leave -w away"
+                "omit -w"
             )
     if blocks and list(blocks) != record.block_weights:
-        raise UsageError("--block-weight: differs from what was merged, which the undo record knows; leave it away")
+        raise UsageError("--block-weight: differs from what was merged, which the undo record knows; omit it")
 
 
 def adapters_of(record: UndoRecord, elsewhere: Sequence[str | Path], places: Sequence[Path]) -> list[str | Path]:

@@ -222,7 +222,7 @@ REFUSED = {
     changed_weight: "is not what the merge of small wrote",
     cut_record: "cut short",
     damaged_record: "damaged|does not come back",
-    other_file: "is no undo record",
+    other_file: "is not an undo record",
 }
 
 
