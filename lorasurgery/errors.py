@@ -14,8 +14,9 @@ _COMPARED, _COMPARED_LENGTH = 1000, 200  # names, and characters of each: compar
 class SurgeryError(Exception):
     """A failure with one clear line: file, tensor, expected, found, next move.
 
-    >>> str(SurgeryError("a.safetensors: the file is empty"))
-    'a.safetensors: the file is empty'
+    Examples:
+        >>> str(SurgeryError("a.safetensors: the file is empty"))
+        'a.safetensors: the file is empty'
     """
 
     def __init__(self, message: str = "") -> None:

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 class LowRank:
     """ΔW = scale · up @ down, with up (out, r) and down (r, in) (LoRA, arXiv:2106.09685, section 4.1).
 
-    >>> import torch
-    >>> delta = LowRank(up=torch.ones(3, 1), down=torch.ones(1, 2), scale=2.0)
-    >>> delta.shape, delta.rank, delta.dense().sum().item()
-    ((3, 2), 1, 12.0)
+    Examples:
+        >>> import torch
+        >>> delta = LowRank(up=torch.ones(3, 1), down=torch.ones(1, 2), scale=2.0)
+        >>> delta.shape, delta.rank, delta.dense().sum().item()
+        ((3, 2), 1, 12.0)
 
     Args:
         up: lora_B, shape (out, r), any floating dtype.

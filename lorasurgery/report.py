@@ -28,8 +28,9 @@ _LINE = 200  # characters of a summary in a report's repr
 class ModuleReport:
     """One module's line: its tensor's name in the base without `.weight`, and what is known of its change.
 
-    >>> ModuleReport("model.norm", (8,), delta_norm=0.5).to_dict()
-    {'name': 'model.norm', 'shape': [8], 'delta_norm': 0.5}
+    Examples:
+        >>> ModuleReport("model.norm", (8,), delta_norm=0.5).to_dict()
+        {'name': 'model.norm', 'shape': [8], 'delta_norm': 0.5}
     """
 
     name: str
@@ -182,11 +183,12 @@ class Report:
     `totals` are those of the command by name and type (lorasurgery/totals.py): `report.totals.error` and
     `report.totals["error"]` are the same.
 
-    >>> report = Report("merge", ["base", "adapter"], "out", summary="2 tensors changed")
-    >>> report
-    <Report of merge, out: 2 tensors changed>
-    >>> report.to_dict()["command"]
-    'merge'
+    Examples:
+        >>> report = Report("merge", ["base", "adapter"], "out", summary="2 tensors changed")
+        >>> report
+        <Report of merge, out: 2 tensors changed>
+        >>> report.to_dict()["command"]
+        'merge'
     """
 
     command: str

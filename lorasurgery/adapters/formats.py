@@ -26,7 +26,8 @@ def open_adapter(reference: str | Path) -> Adapter:
     """Open an adapter folder or file of any format in the table.
 
     Raises:
-        FormatError: nothing there, or not an adapter. UnsupportedError: a known format that is not read.
+        FormatError: nothing there, or not an adapter.
+        UnsupportedError: a known format that is not read.
     """
     path = Path(reference)
     if not path.exists():

@@ -51,9 +51,11 @@ class Identity(NamedTuple):
 class Inputs:
     """The files that one operation has opened, each as it was then; several threads may add to them.
 
-    Example:
+    Examples:
+        ```python
         inputs.note(path)       # before it is read
         inputs.check()          # before the result gets its name
+        ```
     """
 
     def __init__(self) -> None:
@@ -67,7 +69,8 @@ class Inputs:
         """Identify a file before it is read; one that was read before must be the same still.
 
         Raises:
-            FormatError: it was changed since. OSError: the system's, such as that there is none.
+            FormatError: it was changed since.
+            OSError: the system's, such as that there is none.
         """
         found = path.stat()
         if not self._settled:
@@ -93,7 +96,8 @@ class Inputs:
         """See that nothing has changed.
 
         Raises:
-            FormatError: something has. SurgeryError: what the other checks say.
+            FormatError: something has.
+            SurgeryError: what the other checks say.
         """
         for check in self._checks:
             check()

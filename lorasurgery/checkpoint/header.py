@@ -40,8 +40,9 @@ _MAGIC = {
 class TensorInfo:
     """One tensor as its header describes it; start and end are offsets in the file.
 
-    >>> TensorInfo("w", "BF16", (2, 3), 80, 92).nbytes
-    12
+    Examples:
+        >>> TensorInfo("w", "BF16", (2, 3), 80, 92).nbytes
+        12
     """
 
     name: str

@@ -96,7 +96,8 @@ def to_write(folder: Path, name: Any) -> Path:
     """The path of a file that something names, to be opened and changed: no link at all leads there.
 
     Raises:
-        FormatError: the name leads out of the folder. OutputError: it, or a folder on the way, is a link.
+        FormatError: the name leads out of the folder.
+        OutputError: it, or a folder on the way, is a link.
     """
     path = _named(folder, name)
     refuse_link(link_on_the_way(folder, name) or path)
@@ -122,7 +123,8 @@ def to_replace(folder: Path, name: Any) -> Path:
     If it is a link itself, that is what is replaced or removed, and not what it leads to.
 
     Raises:
-        FormatError: the name leads out of the folder. OutputError: a folder on the way is a link.
+        FormatError: the name leads out of the folder.
+        OutputError: a folder on the way is a link.
     """
     path = _named(folder, name)
     refuse_folder_links(folder, name)

@@ -96,7 +96,8 @@ class Run:
         resume: Go on with what is there.
 
     Attributes:
-        token: In the names of all its files. is_new: Whether it began with nothing, so that no file of it can be there.
+        token: In the names of all its files.
+        is_new: Whether it began with nothing, so that no file of it can be there.
     """
 
     def __init__(self, out: Path, about: dict[str, Any], *, resume: bool, ranks: Ranks) -> None:

@@ -108,7 +108,8 @@ def pretty(value: Any, at: str = "\n", step: str = " ") -> str:
 
     Args:
         value: Plain data with text or whole numbers as keys, or what has `to_dict()`.
-        at: What a line of the value's own level begins with. step: How much further in the next level is.
+        at: What a line of the value's own level begins with.
+        step: How much further in the next level is.
 
     Raises:
         ValueError: a number that is not finite.

@@ -43,7 +43,8 @@ def locate(path: Path) -> Located:
     """Find a checkpoint's files the way transformers does: model.safetensors, then the index, then a sole file.
 
     Raises:
-        FormatError: nothing there, or more than one answer. UnsupportedError: only pickle files.
+        FormatError: nothing there, or more than one answer.
+        UnsupportedError: only pickle files.
     """
     if path.is_file():
         refuse_pickle(path)

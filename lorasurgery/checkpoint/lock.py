@@ -45,15 +45,19 @@ class Lock:
 
     Folders that are missing are made for it, and removed again if nothing came into them.
 
-    Example:
+    Examples:
+        ```python
         lock = Lock(Path("merged"), "lorasurgery merge …")
+        ```
 
     Args:
-        place: The folder or the file. call: What its holder does, for those who come second.
+        place: The folder or the file.
+        call: What its holder does, for those who come second.
         mine: Places whose locks the same operation holds already.
 
     Raises:
-        OutputError: another command holds it, or that of a folder around it or a part within. OSError: the system's.
+        OutputError: another command holds it, or that of a folder around it or a part within.
+        OSError: the system's.
     """
 
     def __init__(self, place: Path, call: str = "", mine: frozenset[str] = frozenset()) -> None:

@@ -16,7 +16,8 @@ class Modes:
     """Permissions for new files and folders, of which the system takes the umask's away.
 
     Args:
-        file, folder: As for chmod; the user may always write.
+        file: As for chmod; the user may always write.
+        folder: As for chmod; the user may always write.
     """
 
     file: int = _FILE
@@ -27,7 +28,8 @@ class Modes:
         """The narrowest of some inputs: of their files and folders, and of the files as the folders let others through.
 
         Args:
-            inputs: Files and folders. place: The folder that new files come to, or the first above it that is there.
+            inputs: Files and folders.
+            place: The folder that new files come to, or the first above it that is there.
         """
         file, folder, group = _FILE, _FOLDER, _new_group(place)
         for given in map(Path, inputs):

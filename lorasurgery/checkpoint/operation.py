@@ -21,9 +21,11 @@ _CURRENT: ContextVar[Operation | None] = ContextVar("OPERATION", default=None)
 class Operation:
     """One call, from before its first look at anything until it is recorded.
 
-    Example:
+    Examples:
+        ```python
         with Operation("lorasurgery merge …") as operation:
             operation.hold(Path("merged"))
+        ```
 
     Args:
         call: What is done, for whoever finds a place locked.
@@ -54,7 +56,8 @@ class Operation:
         """Keep other writers away from an output or a checkpoint until this operation ends.
 
         Raises:
-            OutputError: another command is at work there. OSError: the system refuses the lock.
+            OutputError: another command is at work there.
+            OSError: the system refuses the lock.
         """
         if self._writes and os.path.realpath(lock_of(place)) not in self._files():
             around = self._outer._files() if self._outer is not None else frozenset()
@@ -74,7 +77,8 @@ def holding(place: Path) -> Iterator[Operation]:
     """Hold a place for the operation under way; where there is none, until the end of the `with`.
 
     Raises:
-        OutputError: another command is at work there. OSError: the system refuses the lock.
+        OutputError: another command is at work there.
+        OSError: the system refuses the lock.
     """
     operation = current()
     if operation is not None:

@@ -84,12 +84,14 @@ def _check_empty(out: Path, where: str) -> None:
 class Output:
     """A folder (or one .safetensors file) being written; nothing is visible before commit().
 
-    Example:
+    Examples:
+        ```python
         with Output(Path("merged"), overwrite=False) as out:
             with out.tensor_file(planned) as file:
                 file.write("w", tensor)
             out.write_bytes("config.json", b"{}")
             out.commit(last="model.safetensors")
+        ```
 
     Args:
         run: What an interrupted run of the same kind left is resumed, and kept when this one is interrupted too;
@@ -207,8 +209,8 @@ class Output:
         """Give every file its name, `last` at the end; a kill in between leaves a folder no reader takes for whole.
 
         Raises:
-            FormatError: an input is no longer what it was when it was read. OSError: the system refuses a rename; at
-                the end of the `with` it becomes an OutputError.
+            FormatError: an input is no longer what it was when it was read.
+            OSError: the system refuses a rename; at the end of the `with` it becomes an OutputError.
         """
         self._inputs.check()
         if self.run is not None:

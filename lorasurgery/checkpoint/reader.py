@@ -48,13 +48,19 @@ class _OneFile(Mapping[str, str]):
 class Checkpoint(ReadsByFill):
     """A checkpoint opened from its headers; tensors are read from disk when asked for.
 
-    Example:
+    Examples:
+        ```python
         with Checkpoint.open("llama") as base:
             weight = base.read("model.norm.weight")
+        ```
 
     Attributes:
-        path: The reference as given. folder: Where config.json lies. is_file: Whether a file was given.
-        files: shard name -> Header, in order. tensors: name -> TensorInfo. file_of: name -> shard name.
+        path: The reference as given.
+        folder: Where config.json lies.
+        is_file: Whether a file was given.
+        files: shard name -> Header, in order.
+        tensors: name -> TensorInfo.
+        file_of: name -> shard name.
         index_name: The index's file name, None for a single file.
         parts: Of a diffusers folder, file -> prefix of its tensors' names here (`unet.`), which the file has not.
         indexes: Of a diffusers folder, prefix -> the index of that part.
@@ -84,8 +90,9 @@ class Checkpoint(ReadsByFill):
             unfinished: Open it even if an operation in place was interrupted there and some tensors are new, some old.
 
         Raises:
-            FormatError: missing or broken, in one line. UnsupportedError: pickle files. MismatchError: an operation in
-                place is not finished.
+            FormatError: missing or broken, in one line.
+            UnsupportedError: pickle files.
+            MismatchError: an operation in place is not finished.
         """
         path = Path(path)
         try:

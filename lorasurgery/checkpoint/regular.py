@@ -14,7 +14,8 @@ def read_bytes(file: Path, most: int) -> bytes:
 
     Raises:
         FormatError: another kind of file, or a larger one, without the file's name; one that was changed since it was
-            read before. OSError: the system's.
+            read before.
+        OSError: the system's.
     """
     note(file)
     found = file.stat()

@@ -96,7 +96,8 @@ class ReadsByFill:
         """Read one tensor into memory of its own, on the CPU, with the dtype and shape of its header.
 
         Raises:
-            FormatError: the file changed or ends too soon. UnsupportedError: torch has no such dtype.
+            FormatError: the file changed or ends too soon.
+            UnsupportedError: torch has no such dtype.
         """
         from lorasurgery.checkpoint.dtypes import torch_dtype
 

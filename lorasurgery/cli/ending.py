@@ -19,7 +19,9 @@ class Ending:
     """The options that say what becomes of a report; each command has those of them that it offers.
 
     Args:
-        plot: File for a picture. push: `org/name` to publish to. private: Make that repository private.
+        plot: File for a picture.
+        push: `org/name` to publish to.
+        private: Make that repository private.
     """
 
     as_json: bool = False

@@ -125,7 +125,10 @@ _CHECKPOINT = [
     *_STRENGTHS,
     click.option("--dtype", type=DTYPE, help="Write floating tensors as float32, bfloat16, float16 or float8_e4m3fn."),
     ALLOW_NONFINITE,
-    click.option("--max-shard-size", type=SIZE, help="Split the output into shards of this size, e.g. 5GB; default: the base's layout."),
+    click.option(
+        "--max-shard-size", type=SIZE,
+        help="Split the output into shards of this size, e.g. 5GB; default: the base's layout.",
+    ),
 ]  # fmt: skip
 
 

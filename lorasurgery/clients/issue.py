@@ -25,7 +25,8 @@ class Issue:
 
     Args:
         verdict: `rejected` with an error, `wrong` results without one, or `dropped`, wholly or in part.
-        what: What it is, in a few words. mend: The command or the setting that helps.
+        what: What it is, in a few words.
+        mend: The command or the setting that helps.
     """
 
     verdict: Verdict

@@ -28,7 +28,8 @@ class Problem:
     Args:
         kind: It stops (`rejected`), leaves something out (`dropped`), has the right model when merged but not before
             (`run wrongly`), or the other way round (`merged wrongly`).
-        names: Modules or keys that it is about. why: The reason, in a few words.
+        names: Modules or keys that it is about.
+        why: The reason, in a few words.
         full: What --full of extract calls the tensor that would be right if it were stored whole.
     """
 
@@ -43,7 +44,8 @@ class PeftLoad:
     """PeftModel.from_pretrained, as far as names decide it (peft 0.21.2).
 
     Args:
-        config: adapter_config.json. keys: The tensors of adapter_model.safetensors.
+        config: adapter_config.json.
+        keys: The tensors of adapter_model.safetensors.
     """
 
     config: dict[str, Any]

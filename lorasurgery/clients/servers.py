@@ -25,7 +25,8 @@ def findings(adapter: Adapter, server: str, setting: Setting | None = None) -> l
     """Everything about an adapter that a server would not serve as it is meant; empty when all is well.
 
     Args:
-        server: One of SERVERS. setting: vLLM's max_lora_rank, and the base where it is known.
+        server: One of SERVERS.
+        setting: vLLM's max_lora_rank, and the base where it is known.
     """
     setting = setting or Setting()
     place = {"path": adapter.path, "base": str(setting.base.path) if setting.base else "BASE"}

@@ -31,9 +31,11 @@ def workers(size: int) -> ThreadPoolExecutor:
     All of them have begun when this returns: while one does, torch has our number for the whole process for a moment
     (use_threads), in which no callback of the user's may start a thread that meets torch.
 
-    Example:
+    Examples:
+        ```python
         with workers(2) as threads:
             threads.submit(work)
+        ```
     """
     import torch
 

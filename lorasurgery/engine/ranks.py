@@ -25,7 +25,8 @@ class Ranks:
     >>> Ranks().wait()  # alone: nobody to wait for
 
     Args:
-        rank: 0 writes index, config and report. size: How many there are.
+        rank: 0 writes index, config and report.
+        size: How many there are.
         local: Which of those on this machine, and so which of its GPUs.
     """
 

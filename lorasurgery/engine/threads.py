@@ -40,9 +40,11 @@ def thread_pool(size: int | None = None) -> Iterator[int]:
 
     They belong to the call: another call, in another thread, has its own.
 
-    Example:
+    Examples:
+        ```python
         with thread_pool() as threads:
             parallel_for(work, pieces)
+        ```
 
     Args:
         size: Threads; None takes torch.get_num_threads(), which OMP_NUM_THREADS sets.

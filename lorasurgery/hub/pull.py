@@ -44,8 +44,10 @@ def here(given: str | Path, *, progress: Progress | None = None) -> str | Path:
 def fetch(reference: Reference, *, progress: Progress | None = None) -> Path:
     """Bring a repository's weights and what belongs to them into the Hub's cache.
 
-    Example:
+    Examples:
+        ```python
         fetch(Reference("org/name", "v1.0"))
+        ```
 
     Returns:
         The snapshot's folder (or what lies inside of it), where names are links to the cache's blobs.

@@ -21,7 +21,9 @@ class Blocks(Protocol):
     """M (m, n), seen through spans of its rows that follow one another.
 
     Attributes:
-        shape: (m, n). dtype: float32 or float64. device: Where the spans are.
+        shape: (m, n).
+        dtype: float32 or float64.
+        device: Where the spans are.
         coarse: Whether a sketch had better be made from M rounded to bfloat16.
         total: ‖M‖_F², once it is known.
     """

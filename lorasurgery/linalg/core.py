@@ -40,9 +40,11 @@ class Core:
     ([4.0, 3.0], 2, 0.6)
 
     Attributes:
-        left, right: QR of U (m, R) and of D (n, R).
+        left: QR of U (m, R) and of D (n, R).
+        right: QR of U (m, R) and of D (n, R).
         singular: all singular values, (min(m, n, R),) in float64 on the CPU, falling.
-        x, y: the core's leading singular vectors, as columns.
+        x: the core's leading singular vectors, as columns.
+        y: the core's leading singular vectors, as columns.
         matrix: the core itself.
         terms: What the sum is of, where the bases are of float32 and can't tell small errors.
         size: norm of the terms' rank-one parts, by which cancellation is measured.

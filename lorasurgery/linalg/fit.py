@@ -53,7 +53,8 @@ def fitted(delta: Tensor | Blocks, found: TruncatedSVD, scale: float, dtype: tor
     3.0
 
     Args:
-        delta: (m, n), float32 or float64. found: Its leading directions, at least one.
+        delta: (m, n), float32 or float64.
+        found: Its leading directions, at least one.
         scale: What up@down will be multiplied by, positive.
 
     Raises:
@@ -242,7 +243,8 @@ def keeping(
     (1, 2)
 
     Args:
-        found: The directions that the rule chose by their σ, with those beyond. fit: Makes factors of some directions.
+        found: The directions that the rule chose by their σ, with those beyond.
+        fit: Makes factors of some directions.
         more: The first so many directions, where those at hand are not enough.
     """
     made = first = fit(found)

@@ -21,7 +21,8 @@ def tucker(mid: Tensor, down: Tensor) -> Tensor:
     torch.Size([2, 36])
 
     Args:
-        mid: The core (r, r, *kernel). down: (r, in), or (r, in, 1, 1).
+        mid: The core (r, r, *kernel).
+        down: (r, in), or (r, in, 1, 1).
     """
     core = mid.flatten(2)  # (r, r, k)
     return torch.einsum("mnk,nj->mjk", core, down.flatten(1)).flatten(1)

@@ -19,8 +19,9 @@ SLACK = 2e-7
 class Budget:
     """Bytes for all factors together, given as they are or as a share of what there was.
 
-    >>> Budget(share=0.25).bytes_of(1000), Budget(size=300).bytes_of(1000)
-    (250, 300)
+    Examples:
+        >>> Budget(share=0.25).bytes_of(1000), Budget(size=300).bytes_of(1000)
+        (250, 300)
     """
 
     size: int | None = None
@@ -35,18 +36,20 @@ class Budget:
 class RankChoice:
     """Exactly one rule, under an optional cap.
 
-    >>> RankChoice(energy=0.9).choose([8.0, 1.5, 0.5], total=10.0)
-    2
-    >>> RankChoice(tolerance=0.5, max_rank=1).choose([5.0, 4.0, 1.0], total=10.0)
-    1
+    Examples:
+        >>> RankChoice(energy=0.9).choose([8.0, 1.5, 0.5], total=10.0)
+        2
+        >>> RankChoice(tolerance=0.5, max_rank=1).choose([5.0, 4.0, 1.0], total=10.0)
+        1
 
     Args:
         rank: This many directions.
         energy: The least r with Σ_{i≤r} σᵢ² ≥ energy · ‖ΔW‖².
         tolerance: The least r with ‖ΔW − BA‖ ≤ tolerance · ‖ΔW‖.
         budget: Directions of all modules compete until these bytes are spent (see `allocate`).
-        sv_ratio: Directions with σ > σ₁/ratio, at least one. sv_cumulative: The least r with Σ_{i≤r} σᵢ at least this
-            share of Σσ. Both are sd-scripts' names, and need all singular values: for factors, not for extract.
+        sv_ratio: Directions with σ > σ₁/ratio, at least one.
+        sv_cumulative: The least r with Σ_{i≤r} σᵢ at least this share of Σσ. Both are sd-scripts' names, and need all
+            singular values: for factors, not for extract.
         max_rank: A cap on what the other rules may ask for.
 
     Raises:
@@ -121,8 +124,9 @@ class RankChoice:
     def holds(self, error: float) -> bool:
         """Whether a relative error, of factors as they are written, keeps to energy or tolerance.
 
-        >>> RankChoice(tolerance=0.1).holds(0.1), RankChoice(energy=0.9).holds(0.4), RankChoice(rank=1).holds(0.9)
-        (True, False, True)
+        Examples:
+            >>> RankChoice(tolerance=0.1).holds(0.1), RankChoice(energy=0.9).holds(0.4), RankChoice(rank=1).holds(0.9)
+            (True, False, True)
         """
         if self.energy is not None:
             return 1 - error**2 >= self.energy
@@ -133,13 +137,15 @@ class RankChoice:
 
         Rounding loses something beside the directions left out, and more directions lose it too.
 
-        >>> RankChoice(tolerance=0.1).further([100.0, 1.0, 0.25, 0.25], 101.5, 1, 1.51)
-        2
-        >>> RankChoice(tolerance=0.1).further([100.0, 1.0, 0.25, 0.25], 101.5, 1, 2.6) is None
-        True
+        Examples:
+            >>> RankChoice(tolerance=0.1).further([100.0, 1.0, 0.25, 0.25], 101.5, 1, 1.51)
+            2
+            >>> RankChoice(tolerance=0.1).further([100.0, 1.0, 0.25, 0.25], 101.5, 1, 2.6) is None
+            True
 
         Args:
-            squares: σᵢ² of all directions that are there. lost: ‖ΔW − BA‖² as measured.
+            squares: σᵢ² of all directions that are there.
+            lost: ‖ΔW − BA‖² as measured.
 
         Returns:
             None where all of them are not enough, or --max-rank does not allow it.

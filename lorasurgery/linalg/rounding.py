@@ -114,7 +114,8 @@ class Merger:
         """Write round(W + Σ Δ) of some rows, in blocks that stay in cache: upcast, add and downcast touch memory once.
 
         Args:
-            weight, out: These rows of W and of the result.
+            weight: These rows of W and of the result.
+            out: These rows of W and of the result.
             first: Which row of the whole weight they begin with, where a block begins.
 
         Raises:
@@ -178,7 +179,8 @@ def add_updates(
         weight: (m, n), any floating dtype.
         updates: (m, n) each, on the weight's device.
         dtype: Storage dtype of the result.
-        seed: For stochastic rounding. finite: Whether values that are not finite are an error.
+        seed: For stochastic rounding.
+        finite: Whether values that are not finite are an error.
 
     Returns:
         The new weight (m, n) and what survived of the update.
@@ -201,7 +203,8 @@ def set_values(
     2.0000000000000004
 
     Args:
-        weight: W (m, n), any floating dtype. values: (m, n), float32 or float64.
+        weight: W (m, n), any floating dtype.
+        values: (m, n), float32 or float64.
         first: Which row of the whole weight they begin with, where a block begins.
     """
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
@@ -300,7 +303,8 @@ def same_but_rounded(a: Tensor, b: Tensor, dtypes: tuple[torch.dtype, torch.dtyp
     False
 
     Args:
-        a, b: Of one shape, both float32 or both float64, contiguous; NaN and infinity are not roundings.
+        a: Of one shape, both float32 or both float64, contiguous; NaN and infinity are not roundings.
+        b: Of one shape, both float32 or both float64, contiguous; NaN and infinity are not roundings.
         dtypes: What a and b were stored in.
     """
     one = max(step_at_one(d) for d in dtypes) / 2

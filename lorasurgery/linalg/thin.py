@@ -110,7 +110,8 @@ def products(left: list[Tensor], right: Tensor, dtype: torch.dtype = torch.float
     [[3.0], [1.0]]
 
     Args:
-        left: (m, wᵢ) each, any floating dtype. right: (m, b).
+        left: (m, wᵢ) each, any floating dtype.
+        right: (m, b).
 
     Returns:
         (Σwᵢ, b) on the device; on MPS, which has no float64, on the CPU.

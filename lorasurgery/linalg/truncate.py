@@ -109,7 +109,8 @@ def truncated_matrix(
     3.0
 
     Args:
-        dense: (m, n), float32. seed: Of the randomized SVD.
+        dense: (m, n), float32.
+        seed: Of the randomized SVD.
         stepwise: Whether what every smaller rank leaves is wanted too.
 
     Raises:

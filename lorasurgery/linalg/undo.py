@@ -29,8 +29,10 @@ class Corrections:
     """Where round(W' − Δ) is not W, in some rows taken as one list of values.
 
     Args:
-        places: (n,) int32, rising. steps: (n,) int32 or int64, how many representable values W lies above it.
-        doubtful: (k,) int32, where the rounding may turn from machine to machine. bits: (k,) W's own, as integers.
+        places: (n,) int32, rising.
+        steps: (n,) int32 or int64, how many representable values W lies above it.
+        doubtful: (k,) int32, where the rounding may turn from machine to machine.
+        bits: (k,) W's own, as integers.
     """
 
     places: Tensor
@@ -68,7 +70,8 @@ class Undoing:
         """What must be kept of some rows.
 
         Args:
-            old, merged: (b, n), these rows of W and of W'.
+            old: (b, n), these rows of W and of W'.
+            merged: (b, n), these rows of W and of W'.
             first: Which row of the whole weight they begin with.
         """
         blocks = self._blocks(old)
@@ -85,7 +88,8 @@ class Undoing:
         """Write W of some rows.
 
         Args:
-            merged, out: (b, n), these rows of W' and of the result.
+            merged: (b, n), these rows of W' and of the result.
+            out: (b, n), these rows of W' and of the result.
         """
         blocks = self._blocks(merged)
 

@@ -3,11 +3,13 @@
 For reading, checking and small experiments; to train at large use PEFT, which reads and writes the same files.
 There is no dropout, no sharding and no quantized merge, and a variant that is not held is refused by name.
 
-Example:
+Examples:
+    ```python
     model = apply_lora(model, ["q_proj", "v_proj"], r=8, alpha=16)   # and train it
     save_adapter(model, "adapter")                                   # PEFT and `lorasurgery merge` take it
     load_adapter(other, "adapter", "mine")
     set_adapter(other, {"mine": 0.7})
+    ```
 """
 
 from lorasurgery.nn.adapted import AdaptedModule

@@ -17,11 +17,12 @@ from lorasurgery.lowrank import widened
 class AdaptedModule(nn.Module):
     """A frozen module, and the tensors that adapters put in place of its own (PEFT's modules_to_save and bias).
 
-    >>> layer = AdaptedModule(nn.LayerNorm(2))
-    >>> layer.add_whole("default", "bias", torch.ones(2))
-    >>> layer.active = {"default": 0.5}
-    >>> layer.bias
-    tensor([0.5000, 0.5000])
+    Examples:
+        >>> layer = AdaptedModule(nn.LayerNorm(2))
+        >>> layer.add_whole("default", "bias", torch.ones(2))
+        >>> layer.active = {"default": 0.5}
+        >>> layer.bias
+        tensor([0.5000, 0.5000])
 
     It stands where the original stood: an attribute that it has not is the original's, and `weight` and `bias` are
     the tensors that stand in for them. Merging puts new tensors into the original and keeps the old ones beside
@@ -108,7 +109,8 @@ class AdaptedModule(nn.Module):
         """Put W + w(R − W), with every active update added, into the original; rounded once from float32.
 
         Raises:
-            UsageError: merged already. SurgeryError: the result is not finite.
+            UsageError: merged already.
+            SurgeryError: the result is not finite.
         """
         if self.merged:
             raise UsageError("merged already; unmerge first")

@@ -86,10 +86,11 @@ class LoRALayer(AdaptedModule):
 class LoRALinear(LoRALayer):
     """h = Wx + (α/r)·B(Ax): a frozen linear layer with a trainable low-rank update that begins as zero.
 
-    >>> layer = LoRALinear(nn.Linear(4, 3), r=2, alpha=4)
-    >>> x = torch.randn(5, 4)
-    >>> torch.equal(layer(x), layer.original(x)), layer.scaling
-    (True, {'default': 2.0})
+    Examples:
+        >>> layer = LoRALinear(nn.Linear(4, 3), r=2, alpha=4)
+        >>> x = torch.randn(5, 4)
+        >>> torch.equal(layer(x), layer.original(x)), layer.scaling
+        (True, {'default': 2.0})
 
     A is Gaussian with standard deviation 1/r, from torch's global generator, and B is zero (PEFT's
     init_lora_weights="gaussian"). There is no dropout.
@@ -101,7 +102,8 @@ class LoRALinear(LoRALayer):
         name: The adapter's.
 
     Raises:
-        UnsupportedError: another kind of layer. UsageError: a rank or alpha without meaning.
+        UnsupportedError: another kind of layer.
+        UsageError: a rank or alpha without meaning.
     """
 
     def __init__(self, original: nn.Module, r: int = 8, alpha: float = 8, *, name: str = "default") -> None:
@@ -128,11 +130,12 @@ class LoRALinear(LoRALayer):
 class LoRAEmbedding(LoRALayer):
     """A frozen nn.Embedding whose rows get (α/r)·(BA)ᵀ added; A (r, vocabulary), B (dim, r), as PEFT has them.
 
-    >>> layer = LoRAEmbedding(nn.Embedding(5, 3))
-    >>> layer.add("default", LowRank(torch.ones(3, 1), torch.arange(5.0)[None], 2.0))
-    >>> layer.active = {"default": 1.0}
-    >>> (layer(torch.tensor([4])) - layer.original(torch.tensor([4]))).round().tolist()
-    [[8.0, 8.0, 8.0]]
+    Examples:
+        >>> layer = LoRAEmbedding(nn.Embedding(5, 3))
+        >>> layer.add("default", LowRank(torch.ones(3, 1), torch.arange(5.0)[None], 2.0))
+        >>> layer.active = {"default": 1.0}
+        >>> (layer(torch.tensor([4])) - layer.original(torch.tensor([4]))).round().tolist()
+        [[8.0, 8.0, 8.0]]
     """
 
     def through(self, A: Tensor, B: Tensor, *args: Any, **kwargs: Any) -> Tensor:

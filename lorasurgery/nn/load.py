@@ -21,10 +21,12 @@ from lorasurgery.nn.modules import check_called, check_new, freeze, inner, layer
 def load_adapter(model: M, path: str | Path, name: str = "default", *, trainable: bool = False) -> M:
     """Put an adapter from disk on a model: factors on its layers, tensors stored whole in place of the model's.
 
-    Example:
+    Examples:
+        ```python
         load_adapter(model, "style", "style")       # the first one acts at once
         load_adapter(model, "topic", "topic")
         set_adapter(model, {"style": 0.7, "topic": 0.3})
+        ```
 
     Args:
         model: Changed in place; its own parameters are frozen, never written to.
@@ -37,9 +39,10 @@ def load_adapter(model: M, path: str | Path, name: str = "default", *, trainable
         The model.
 
     Raises:
-        FormatError: no adapter there, or one that was changed while it was read. UsageError: the name is taken, or the
-            model is merged. UnsupportedError: a variant that is not held in memory. MismatchError: a module or a shape
-            that the model lacks. In each case the model is as it was.
+        FormatError: no adapter there, or one that was changed while it was read.
+        UsageError: the name is taken, or the model is merged.
+        UnsupportedError: a variant that is not held in memory.
+        MismatchError: a module or a shape that the model lacks. In each case the model is as it was.
     """
     check_new(model, name)
     with Operation(writes=False) as operation:

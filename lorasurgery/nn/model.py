@@ -32,15 +32,17 @@ def apply_lora(
 ) -> M:
     """Freeze a model and put a trainable LoRA, which begins as zero, on its linear layers (arXiv:2106.09685).
 
-    >>> model = apply_lora(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), "1", r=2, alpha=4)
-    >>> trainable_parameters(model)
-    (10, 33)
+    Examples:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), "1", r=2, alpha=4)
+        >>> trainable_parameters(model)
+        (10, 33)
 
     Args:
         model: Changed in place; its outputs are not.
         target_modules: As `--target` takes them: a suffix (`q_proj`), a regular expression on the whole path, a
             preset (`attention`, `mlp`, `all-linear`), or several.
-        r, alpha: h = Wx + (alpha/r)·B(Ax), A (r, in) Gaussian, B (out, r) zero.
+        r: h = Wx + (alpha/r)·B(Ax), A (r, in) Gaussian, B (out, r) zero.
+        alpha: h = Wx + (alpha/r)·B(Ax), A (r, in) Gaussian, B (out, r) zero.
         name: A second adapter needs one of its own, and waits for set_adapter.
 
     Returns:
@@ -73,8 +75,10 @@ def apply_lora(
 def set_adapter(model: nn.Module, active: str | Sequence[str] | Mapping[str, float] | None) -> None:
     """Choose which adapters act: one, several at once, several with weights, or none.
 
-    Example:
+    Examples:
+        ```python
         set_adapter(model, {"style": 0.7, "topic": -0.3})
+        ```
 
     Args:
         active: A name, names, name -> weight, or None. Updates are added with their weights; a tensor stored whole
@@ -111,7 +115,8 @@ def merge(model: nn.Module) -> None:
     unmerge, so memory grows by the merged ones. Tensors that modules share are merged for each module on its own.
 
     Raises:
-        UsageError: merged already, or no adapter is active. SurgeryError: the result is not finite; nothing changed.
+        UsageError: merged already, or no adapter is active.
+        SurgeryError: the result is not finite; nothing changed.
     """
     layers = layers_of(model)
     check_unmerged(layers)
@@ -149,8 +154,9 @@ def unmerge_layers(layers: Mapping[str, AdaptedModule]) -> None:
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """Count the parameters that are trained, and all of them.
 
-    >>> trainable_parameters(LoRALinear(nn.Linear(4, 3), r=2))
-    (14, 29)
+    Examples:
+        >>> trainable_parameters(LoRALinear(nn.Linear(4, 3), r=2))
+        (14, 29)
     """
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, learns in counts if learns), sum(n for n, _ in counts)
@@ -159,8 +165,9 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many parameters are trained, in PEFT's words.
 
-    >>> print_trainable_parameters(LoRALinear(nn.Linear(4, 3), r=2))
-    trainable params: 14 || all params: 29 || trainable%: 48.2759
+    Examples:
+        >>> print_trainable_parameters(LoRALinear(nn.Linear(4, 3), r=2))
+        trainable params: 14 || all params: 29 || trainable%: 48.2759
     """
     learns, total = trainable_parameters(model)
     print(f"trainable params: {learns:,} || all params: {total:,} || trainable%: {100 * learns / max(total, 1):.4f}")

@@ -25,9 +25,11 @@ from lorasurgery.nn.modules import check_known, inner, layers_of, modules_of
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, overwrite: bool = False) -> None:
     """Write one adapter as a folder that PeftModel.from_pretrained and `lorasurgery merge` take.
 
-    Example:
+    Examples:
+        ```python
         save_adapter(model, "adapter")
         PeftModel.from_pretrained(base, "adapter")
+        ```
 
     Factors are written as they are held, in float32 or float64, with their own ranks and alphas; tensors stored
     whole in their own dtype. A weight given to set_adapter is not part of the adapter. A merged model may be saved.
@@ -37,7 +39,8 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, o
         overwrite: Replace an adapter that is there already.
 
     Raises:
-        UsageError: no adapter of this name, or a file's name. OutputError: the folder can't be written.
+        UsageError: no adapter of this name, or a file's name.
+        OutputError: the folder can't be written.
     """
     layers = layers_of(model)
     check_known(layers, name)

@@ -58,9 +58,11 @@ def blend(
 ) -> Report:
     """Blend adapters into one; the d×k matrices are never formed for `linear`, `cat` and `knots-ties`.
 
-    Example:
+    Examples:
+        ```python
         blend(["style", "topic"], "both", weights=[0.7, 0.3], rank=32)
         blend(["style", "topic"], "both", BlendOptions(density=0.2, seed=1), method="ties")
+        ```
 
     Args:
         adapters: Adapter folders, or one; they may differ in ranks, scaling, dtypes and modules.
@@ -68,8 +70,11 @@ def blend(
         options: The rest of what can be said; what a keyword says too must not be in it.
         weights: One strength per adapter, the rest are 1.
         method: `linear` is the exact weighted sum; docs/maths.md says what the others are.
-        rank, energy, tolerance, budget, max_rank: As for extract; without one every direction is kept. A budget's
-            share is of the adapters' bytes.
+        rank: As for extract; without one every direction is kept. A budget's share is of the adapters' bytes.
+        energy: As for extract; without one every direction is kept. A budget's share is of the adapters' bytes.
+        tolerance: As for extract; without one every direction is kept. A budget's share is of the adapters' bytes.
+        budget: As for extract; without one every direction is kept. A budget's share is of the adapters' bytes.
+        max_rank: As for extract; without one every direction is kept. A budget's share is of the adapters' bytes.
         dtype: What factors are written in, as "bf16", "bfloat16", "BF16" or torch.bfloat16.
         resume: Go on with what an interrupted run of the same inputs and options left; the result is the same.
         dry_run: Settle everything from headers, write nothing (torch is not imported).
@@ -253,16 +258,25 @@ def rerank(
 ) -> Report:
     """Change an adapter's ranks: scale·B·A of each module becomes its best approximation, or itself.
 
-    Example:
+    Examples:
+        ```python
         rerank("adapter", "smaller", energy=0.95, max_rank=32)
+        ```
 
     Args:
         adapter: Adapter folder or file, or a folder of several.
         out: Folder or file for the new adapter, in the format of the old one.
         choice: The rule as an object, instead of the five keywords; it has sd-scripts' rules too.
-        rank, energy, tolerance, budget, max_rank: As for extract; without one the minimal exact rank is kept. A
-            module that has no more directions than asked for keeps its factors as they are. A budget's share is of
-            the adapter's bytes.
+        rank: As for extract; without one the minimal exact rank is kept. A module that has no more directions than
+            asked for keeps its factors as they are. A budget's share is of the adapter's bytes.
+        energy: As for extract; without one the minimal exact rank is kept. A module that has no more directions than
+            asked for keeps its factors as they are. A budget's share is of the adapter's bytes.
+        tolerance: As for extract; without one the minimal exact rank is kept. A module that has no more directions than
+            asked for keeps its factors as they are. A budget's share is of the adapter's bytes.
+        budget: As for extract; without one the minimal exact rank is kept. A module that has no more directions than
+            asked for keeps its factors as they are. A budget's share is of the adapter's bytes.
+        max_rank: As for extract; without one the minimal exact rank is kept. A module that has no more directions than
+            asked for keeps its factors as they are. A budget's share is of the adapter's bytes.
         uniform_rank: Zero-pad all factors to one rank: the form every server takes.
         dtype: What factors are written in, as "bf16", "bfloat16", "BF16" or torch.bfloat16; None keeps the
             adapter's own.

@@ -22,8 +22,10 @@ def check(
 ) -> Report:
     """What a server would reject, get wrong or drop, each with the command that fixes it.
 
-    Example:
+    Examples:
+        ```python
         check("adapter", "vllm", base="llama").totals["serves"]
+        ```
 
     Args:
         adapter: Adapter folder or file of any format, or a folder of several.
@@ -32,7 +34,8 @@ def check(
         max_lora_rank: vLLM's setting; None is its default, 16.
 
     Raises:
-        SurgeryError: the adapter is broken or does not fit the base, in one line. UsageError: no such server.
+        SurgeryError: the adapter is broken or does not fit the base, in one line.
+        UsageError: no such server.
     """
     given = {"adapter": adapter, "server": server, "base": base, "max_lora_rank": max_lora_rank}
     with open_call("check", given, headers_only=True) as call:

@@ -46,8 +46,10 @@ def convert(
 ) -> Report:
     """Write an adapter in another format; factors, alphas and metadata go along as they are.
 
-    Example:
+    Examples:
+        ```python
         convert("style.safetensors", "style", to="peft", base="sdxl")
+        ```
 
     Args:
         adapter: Adapter folder or file of any format, or a folder of several.
@@ -133,7 +135,8 @@ def plan_conversion(adapter: Adapter, options: ConvertOptions, base: Checkpoint 
     """Settle from headers what each module becomes.
 
     Raises:
-        UnsupportedError: what the new format can't say, by name. MismatchError: a module the base does not have.
+        UnsupportedError: what the new format can't say, by name.
+        MismatchError: a module the base does not have.
     """
     plan = Conversion(adapter, options, base=base)
     plan.warnings += check_place(base, options.to, adapter.path)

@@ -248,13 +248,17 @@ def _words(t: dict[str, Any], changes: Sequence[Change]) -> str:
 def diff(a: str | Path, b: str | Path, *, device: str = "auto", progress: Progress | None = None) -> Report:
     """Compare two checkpoints tensor by tensor, or two adapters module by module.
 
-    Example:
+    Examples:
+        ```python
         diff("llama", "llama-chat").totals["relative"]
         diff("style", "topic").totals["cosine"]
+        ```
 
     Args:
-        a, b: Two checkpoints, which may differ in names, shapes and dtypes; or two adapters for one base model, of
-            which a module that one lacks counts as zero there.
+        a: Two checkpoints, which may differ in names, shapes and dtypes; or two adapters for one base model, of which a
+            module that one lacks counts as zero there.
+        b: Two checkpoints, which may differ in names, shapes and dtypes; or two adapters for one base model, of which a
+            module that one lacks counts as zero there.
 
     Raises:
         SurgeryError: neither, or not two of a kind, or adapters of different shapes, in one line.

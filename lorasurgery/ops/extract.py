@@ -65,13 +65,16 @@ def extract(
 ) -> Report:
     """Extract a LoRA adapter from a fine-tuned checkpoint by truncated SVD of every changed matrix.
 
-    Example:
+    Examples:
+        ```python
         extract("llama", "llama-chat", "adapter", rank=64)
         extract("llama", "llama-chat", "adapter", budget="100MB", target="attention", client="vllm")
         extract("llama", "llama-chat", "adapter", ExtractOptions(svd="exact", seed=1), energy=0.9)
+        ```
 
     Args:
-        base, tuned: Checkpoint folders or files of the same architecture.
+        base: Checkpoint folders or files of the same architecture.
+        tuned: Checkpoint folders or files of the same architecture.
         out: Folder for adapter_config.json and adapter_model.safetensors; for image tools a .safetensors file.
         options: The rest of what can be said; what a keyword says too must not be in it.
         rank: Directions kept in every module, 16 unless another rule is given; one of these five:

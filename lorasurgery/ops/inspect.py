@@ -262,9 +262,11 @@ def inspect(
 ) -> Report:
     """Say what an adapter or a checkpoint is: format, modules, ranks, scaling, dtypes, sizes, and anything odd.
 
-    Example:
+    Examples:
+        ```python
         inspect("adapter", spectrum=True).modules[0].singular_values
         inspect("llama").totals["parameters"]
+        ```
 
     Args:
         path: Adapter or checkpoint, a folder or a file; or a folder of several adapters.
@@ -273,7 +275,8 @@ def inspect(
         base: The adapter's checkpoint: its sizes stand beside the adapter's, and every tensor must match it.
 
     Raises:
-        SurgeryError: neither, or broken, in one line. UsageError: an option that belongs to adapters.
+        SurgeryError: neither, or broken, in one line.
+        UsageError: an option that belongs to adapters.
     """
     given = {"path": path, "spectrum": spectrum, "base": base, "device": device, "progress": progress}
     with open_call("inspect", given, headers_only=not spectrum, progress=progress) as call:

@@ -66,9 +66,11 @@ def merge(
 ) -> Report:
     """Merge adapters into a checkpoint, one rounding from float32, tensor by tensor.
 
-    Example:
+    Examples:
+        ```python
         merge("llama", ["style", "topic"], "merged", weights=[0.7, -0.3])
         merge("llama", "style", in_place=True)
+        ```
 
     Args:
         base: Checkpoint folder or file.

@@ -37,13 +37,16 @@ def plan(
 ) -> Report:
     """Count the parameters and bytes that LoRA would take on a model: r(d + k) for a d×k matrix instead of d·k.
 
-    Example:
+    Examples:
+        ```python
         plan("llama-2-7b", 8, target=["q_proj", "v_proj"]).totals["parameters"]  # 4_194_304
+        ```
 
     Args:
         model: Checkpoint folder or file; only its headers are read, and torch is not imported.
         rank: r of every module (LoRA, arXiv:2106.09685, section 4.1).
-        target, exclude: A suffix (q_proj), a regular expression on the whole path, or attention, mlp, all-linear.
+        target: A suffix (q_proj), a regular expression on the whole path, or attention, mlp, all-linear.
+        exclude: A suffix (q_proj), a regular expression on the whole path, or attention, mlp, all-linear.
         dtype: What the factors would be stored in, as "bf16", "bfloat16", "BF16" or torch.bfloat16; None is the
             model's own.
 

@@ -64,8 +64,10 @@ def push(
 ) -> Report:
     """Publish an adapter or checkpoint on the Hugging Face Hub, in one commit.
 
-    Example:
+    Examples:
+        ```python
         push("adapter", "me/llama-style", private=True).pushed["url"]
+        ```
 
     Args:
         path: Folder or .safetensors file; checked from its headers to be whole before anything is sent.

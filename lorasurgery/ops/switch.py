@@ -68,8 +68,10 @@ def switch(
 ) -> Report:
     """Undo the last merge to the bit and merge other adapters instead, reading and writing what changes once.
 
-    Example:
+    Examples:
+        ```python
         switch("llama", "topic")
+        ```
 
     Args:
         checkpoint: A folder or file that `merge --in-place` or `merge --undo` left with a record.
@@ -169,7 +171,8 @@ def _carry_out(
     """Change the files, and keep what undoing it needs.
 
     Args:
-        files: Other files that change too: name -> new content. rebased: Whether a base was given to begin from.
+        files: Other files that change too: name -> new content.
+        rebased: Whether a base was given to begin from.
     """
     from lorasurgery.ops.merging.in_place import run_in_place  # imports torch
 

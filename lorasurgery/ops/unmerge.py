@@ -42,7 +42,8 @@ def undo_merge(
     """Take a merge back to the bit; what is not said here is as for unmerge.
 
     Args:
-        record: Of the last merge. adapters: Those of the record, in its order.
+        record: Of the last merge.
+        adapters: Those of the record, in its order.
         out: The new checkpoint, or the path of the merged one.
     """
     chosen, plan = None if dry_run else resolve_device(device), EditPlan()
@@ -114,9 +115,11 @@ def unmerge(
 ) -> Report:
     """Take adapters out of a checkpoint again: to the bit where the merge left a record, else subtracted and rounded.
 
-    Example:
+    Examples:
+        ```python
         unmerge("merged", ["style"], "restored", weights=[0.7], base="llama")
         unmerge("llama", "style", in_place=True)
+        ```
 
     Args:
         merged: Checkpoint the adapters were merged into, with the same weights as given here.
@@ -128,7 +131,12 @@ def unmerge(
         block_weights: As they were merged.
         base: Where replaced tensors (modules_to_save, biases) are restored from; without it they stay as
             they are and the report names them. Deltas are subtracted either way.
-        options, weights, dtype, max_shard_size, resume, memory_limit: as for merge.
+        options: as for merge.
+        weights: as for merge.
+        dtype: as for merge.
+        max_shard_size: as for merge.
+        resume: as for merge.
+        memory_limit: as for merge.
 
     Raises:
         SurgeryError: as merge does.

@@ -124,12 +124,15 @@ def verify(
 ) -> Report:
     """Read everything once and say whether it holds: headers, index, config, every value finite, undo records.
 
-    Example:
+    Examples:
+        ```python
         verify("merged", against="llama", adapters="style").totals["holds"]
+        ```
 
     Args:
-        path: Checkpoint or adapter. against: The checkpoint that it was made from: an adapter must match it tensor by
-            tensor, a checkpoint must equal it, plus `adapters` with `weights` and `block_weights` as they were merged.
+        path: Checkpoint or adapter.
+        against: The checkpoint that it was made from: an adapter must match it tensor by tensor, a checkpoint must
+            equal it, plus `adapters` with `weights` and `block_weights` as they were merged.
 
     Returns:
         `totals`: `holds`; `findings`, a sentence each; `equal`, of a comparison: `rounding` (every value is within
@@ -137,7 +140,8 @@ def verify(
         merge's record these are the bytes it met and wrote; without adapters: the same bytes) or `no`.
 
     Raises:
-        SurgeryError: it can't be read at all, in one line. UsageError: adapters without `against`.
+        SurgeryError: it can't be read at all, in one line.
+        UsageError: adapters without `against`.
     """
     given = {
         "path": path, "against": against, "adapters": adapters, "weights": weights, "block_weights": block_weights,

@@ -15,8 +15,10 @@ FORMATS = ("svg", "png")
 def draw(report: Report, file: str | Path, *, mode: int = 0o666) -> None:
     """Draw what a report holds: heat maps over layers and modules, and curves where there are singular values.
 
-    Example:
+    Examples:
+        ```python
         draw(inspect("adapter", spectrum=True), "adapter.svg")
+        ```
 
     Args:
         report: Of diff, extract, rerank, blend, merge, or inspect with `spectrum`.
@@ -40,8 +42,10 @@ def draw(report: Report, file: str | Path, *, mode: int = 0o666) -> None:
 def card_picture(report: Report) -> bytes:
     """A compact PNG for a model card: the singular values of each module, and error against rank and size.
 
-    Example:
+    Examples:
+        ```python
         Path("spectrum.png").write_bytes(card_picture(inspect("adapter", spectrum=True)))
+        ```
 
     Args:
         report: Of inspect with `spectrum`.

@@ -53,8 +53,10 @@ class BlockWeight:
 
     Args:
         adapter: The number of the adapter it is for, from 1; 0 is all.
-        pattern: A glob or a prefix; empty for a preset or a list. weight: Its strength.
-        numbers: Of a list, in its order; empty for a preset. preset: Its name.
+        pattern: A glob or a prefix; empty for a preset or a list.
+        weight: Its strength.
+        numbers: Of a list, in its order; empty for a preset.
+        preset: Its name.
     """
 
     given: str
@@ -162,11 +164,14 @@ def model_of(names: Iterable[str]) -> str:
 class BlockWeights:
     """All block weights for one adapter, ready to say a module's.
 
-    Example:
+    Examples:
+        ```python
         BlockWeights([parse_block_weight("lora_unet_mid_*=0")], 1, modules).of(names_of("lora_unet_mid_block_proj"))
+        ```
 
     Args:
-        given: In the order of the command line. number: Of the adapter, from 1.
+        given: In the order of the command line.
+        number: Of the adapter, from 1.
         modules: The names of each of its modules.
 
     Raises:

@@ -252,7 +252,8 @@ def not_factored(shape: tuple[int, ...], bias: tuple[int, ...] | None) -> str:
     'a depthwise convolution, which PEFT can not merge a LoRA into'
 
     Args:
-        shape: Its weight's. bias: Its bias's shape, which tells a transposed one, stored (in, out, *kernel).
+        shape: Its weight's.
+        bias: Its bias's shape, which tells a transposed one, stored (in, out, *kernel).
     """
     if shape[1] == 1 and math.prod(shape[2:]) > 1:
         return "a depthwise convolution, which PEFT can not merge a LoRA into"

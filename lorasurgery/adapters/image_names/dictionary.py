@@ -60,8 +60,10 @@ class Side:
 class Dictionary:
     """The base's modules, to be looked up by an adapter's names.
 
-    Example:
+    Examples:
+        ```python
         Dictionary(base.tensors, pipeline=False).find(adapter_place("lora_unet_mid_block_attentions_0_proj_in"))
+        ```
 
     Args:
         tensors: name -> TensorInfo.

@@ -27,7 +27,9 @@ class ModuleRows:
     """Rows of a target module: those of a source module, or zeros where no source has them.
 
     Args:
-        height: How many. source: The adapter's module path; None for zeros. start: The first of its rows.
+        height: How many.
+        source: The adapter's module path; None for zeros.
+        start: The first of its rows.
     """
 
     height: int
@@ -45,7 +47,8 @@ class NewModule:
     """One module of the new file.
 
     Args:
-        part: Of the model. path: Dotted, inside the part, in the new format's naming.
+        part: Of the model.
+        path: Dotted, inside the part, in the new format's naming.
         pieces: From the first row to the last; neighbours of one source are put together.
     """
 
@@ -72,11 +75,15 @@ class _Known:
 class Translator:
     """The modules of one adapter by the names of another format.
 
-    Example:
+    Examples:
+        ```python
         Translator(adapter, "diffusers", Dictionary(base.tensors, pipeline=False)).targets(sizes)
+        ```
 
     Args:
-        adapter: Its module paths are translated. to: The new format. dictionary: The base's names, if one is given.
+        adapter: Its module paths are translated.
+        to: The new format.
+        dictionary: The base's names, if one is given.
         home: The part that a PEFT adapter without prefixes is for; None is told from its names.
     """
 
@@ -95,7 +102,8 @@ class Translator:
             sizes: (rows, columns) of the updates to translate, by the adapter's module path.
 
         Raises:
-            MismatchError: a module that the base does not have. UnsupportedError: names that only a base can tell.
+            MismatchError: a module that the base does not have.
+            UnsupportedError: names that only a base can tell.
         """
         held: dict[tuple[Part, str], ModuleRows] = {}
         for source, size in sizes.items():
@@ -305,7 +313,9 @@ class NewNames:
     'lora_te1_text_model_encoder_layers_0_mlp_fc1'
 
     Args:
-        to: The format. family: The denoiser's. sdxl: Whether a U-Net is SDXL's.
+        to: The format.
+        family: The denoiser's.
+        sdxl: Whether a U-Net is SDXL's.
     """
 
     to: Format

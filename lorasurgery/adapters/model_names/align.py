@@ -62,7 +62,8 @@ def align(base: Mapping[str, tuple[int, ...]], tuned: Mapping[str, tuple[int, ..
     [Alignment(base='', tuned='transformer.')]
 
     Args:
-        base, tuned: name -> shape of the tensors.
+        base: name -> shape of the tensors.
+        tuned: name -> shape of the tensors.
     """
     left, right = set(base) - set(tuned), set(tuned) - set(base)
     least = min(len(base), len(tuned))
@@ -162,8 +163,10 @@ _BODIES = {
 class PairNames:
     """Name in memory -> name on disk, of each side; where the sides call a tensor differently, the base's name counts.
 
-    Example:
+    Examples:
+        ```python
         PairNames.of(Checkpoint.open("gpt2"), Checkpoint.open("my-gpt2")).base["transformer.h.0.ln_1.weight"]
+        ```
     """
 
     base: dict[str, str]

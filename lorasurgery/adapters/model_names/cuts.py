@@ -23,7 +23,8 @@ class Cut:
     Args:
         memory: The tensor's name in memory.
         rows: Which rows of the tensor on disk, in the order that memory has them in.
-        into: Where they stand in memory. height: How many rows the tensor in memory has.
+        into: Where they stand in memory.
+        height: How many rows the tensor in memory has.
     """
 
     memory: str
@@ -56,8 +57,10 @@ def read_cuts(
     [('q', [0, 2]), ('k', [3, 1])]
 
     Args:
-        loaded: What the conversion made of the numbers, by names in memory. owned: The numbers of each tensor's rows.
-        shapes, memory: The tensors' shapes on disk and in memory.
+        loaded: What the conversion made of the numbers, by names in memory.
+        owned: The numbers of each tensor's rows.
+        shapes: The tensors' shapes on disk and in memory.
+        memory: The tensors' shapes on disk and in memory.
     """
     widths = {shape[1:] for shape in shapes.values()}
     seen = [n for tensor in loaded.values() for n in tensor.flatten().tolist()]

@@ -116,8 +116,10 @@ class Installed:
 def installed_model(config: dict[str, Any], architecture: str | None = None) -> Installed | None:
     """The model that config.json describes; None where no installed library has its class or can build it.
 
-    Example:
+    Examples:
+        ```python
         installed_model({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2})
+        ```
 
     Args:
         architecture: A class of transformers, instead of the first that the config names.

@@ -97,7 +97,8 @@ def exclude_only(meant: Collection[str], others: Iterable[str]) -> str:
     '--exclude conv.0'
 
     Args:
-        meant: Paths that are to be left out. others: All the other paths that a pattern could mean.
+        meant: Paths that are to be left out.
+        others: All the other paths that a pattern could mean.
     """
     rest, patterns = sorted(set(meant)), list[str]()
     spared = set(others) - set(meant)

@@ -41,10 +41,12 @@ def projection_rows(names: BaseNames, path: str, shape: tuple[int, int], where: 
     """Where the update of a module goes that the base keeps fused, or apart; nothing when it does neither.
 
     Args:
-        shape: (out, in) of the update. where: The adapter, for messages.
+        shape: (out, in) of the update.
+        where: The adapter, for messages.
 
     Raises:
-        MismatchError: the rows don't add up. UnsupportedError: their order in the base, or the adapter, is not known.
+        MismatchError: the rows don't add up.
+        UnsupportedError: their order in the base, or the adapter, is not known.
     """
     stem, _, leaf = path.rpartition(".")
     prefix = f"{stem}." if stem else ""
@@ -70,7 +72,8 @@ def library_rows(names: BaseNames, memory: str, shape: tuple[int, ...]) -> list[
     """Where the rows of a tensor in memory are on disk, by the library's own conversion; nothing where it is not known.
 
     Args:
-        memory: Its name. shape: Of the update.
+        memory: Its name.
+        shape: Of the update.
     """
     parts = cuts_of(names, memory)
     if any((cut.height, *names.tensors[disk].shape[1:]) != shape for disk, cut in parts):

@@ -144,7 +144,8 @@ def read_config(file: Path) -> PeftConfig:
     """Read and check adapter_config.json.
 
     Raises:
-        FormatError: missing, not JSON, or a value of the wrong kind. UnsupportedError: a refused variant.
+        FormatError: missing, not JSON, or a value of the wrong kind.
+        UnsupportedError: a refused variant.
     """
     if not os.path.lexists(file):
         raise FormatError(f"{file}: missing; without it alpha is unknown; put PEFT's config beside the weights")

@@ -23,7 +23,8 @@ class Selection:
     False
 
     Args:
-        config: adapter_config.json. where: The adapter, for messages.
+        config: adapter_config.json.
+        where: The adapter, for messages.
 
     Raises:
         FormatError: an expression that is not valid, or one that can't be matched in bounded time.
@@ -98,7 +99,8 @@ class PatternTable:
         where: File and name of the field, for messages.
 
     Raises:
-        FormatError: a key that is not a regular expression. UnsupportedError: one that can't be matched in bounded time.
+        FormatError: a key that is not a regular expression.
+        UnsupportedError: one that can't be matched in bounded time.
     """
 
     def __init__(self, patterns: Mapping[str, Any], where: str) -> None:

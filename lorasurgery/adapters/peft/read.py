@@ -54,7 +54,8 @@ def read_peft(path: Path) -> Adapter:
         path: The adapter's folder, or adapter_model.safetensors in it.
 
     Raises:
-        FormatError: a file is missing or broken. UnsupportedError: a variant that is refused by name.
+        FormatError: a file is missing or broken.
+        UnsupportedError: a variant that is refused by name.
         MismatchError: the config's rank is not the tensors' rank.
     """
     folder = path if path.is_dir() else path.parent

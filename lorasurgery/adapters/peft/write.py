@@ -232,7 +232,8 @@ def derived_config(
 
     Args:
         sources: At least one; the first one's task, base model and other fields go along.
-        ranks, alphas: By full module path, of every module in the file.
+        ranks: By full module path, of every module in the file.
+        alphas: By full module path, of every module in the file.
         bias: Whether the factors have biases of their own (lora_bias).
         dora: Whether they have magnitudes.
     """

@@ -71,7 +71,8 @@ def read_header_config(metadata: dict[str, str], where: str) -> HeaderConfig:
     """Take the configs out of a header's metadata.
 
     Raises:
-        FormatError: not JSON, or no number where one must be. UnsupportedError: a variant that is refused by name.
+        FormatError: not JSON, or no number where one must be.
+        UnsupportedError: a variant that is refused by name.
     """
     plain = metadata.get("alpha")
     alpha = None if plain is None else _number(plain, f"{where}: the header's alpha")

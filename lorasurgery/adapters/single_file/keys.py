@@ -77,7 +77,8 @@ def group_keys(keys: Iterable[str], where: str) -> dict[str, dict[str, str]]:
     """All keys by module path and part; every key is accounted for.
 
     Raises:
-        UnsupportedError: a known family that has no additive update. FormatError: a key of no family, or one twice.
+        UnsupportedError: a known family that has no additive update.
+        FormatError: a key of no family, or one twice.
     """
     found: dict[str, dict[str, str]] = {}
     every = list(keys)

@@ -257,7 +257,8 @@ def read_delta(module: StoredModule) -> Delta:
     """Read a module's update by the first kind that any of its parts belongs to.
 
     Raises:
-        FormatError: parts are missing or one too many. MismatchError: shapes that contradict each other.
+        FormatError: parts are missing or one too many.
+        MismatchError: shapes that contradict each other.
         UnsupportedError: alpha is unknown, or a shape that no factor has.
     """
     found = (read for parts, read in KINDS if not module.parts.keys().isdisjoint(parts))

@@ -45,7 +45,8 @@ def read_loose(path: Path) -> Adapter:
     """Open an adapter file from its header; only alphas, of four bytes each, are read.
 
     Raises:
-        FormatError: incomplete or unknown tensors. UnsupportedError: a family that is not a sum, or alpha unknown.
+        FormatError: incomplete or unknown tensors.
+        UnsupportedError: a family that is not a sum, or alpha unknown.
         MismatchError: shapes that contradict each other.
     """
     file = loose_file(path)

@@ -40,7 +40,8 @@ class LooseFile:
 
     Args:
         style: Whose keys.
-        modules: With factors. extra: Tensors by their whole key, such as `….diff_b` and `….set_weight`.
+        modules: With factors.
+        extra: Tensors by their whole key, such as `….diff_b` and `….set_weight`.
         metadata: The header's, as it was; what the new tensors make untrue is set right.
     """
 

@@ -91,7 +91,8 @@ def recover_first(checkpoint: Path, *, resume: bool) -> bool:
         Whether the operation that is to be resumed is complete with that.
 
     Raises:
-        MismatchError: one is unfinished and this is not to go on with it. OutputError: another one is at work.
+        MismatchError: one is unfinished and this is not to go on with it.
+        OutputError: another one is at work.
     """
     if not surgery_folder(checkpoint).exists():
         return False
@@ -110,7 +111,8 @@ def recover(checkpoint: Path) -> dict[str, Any] | None:
         What the operation is when some of it is still missing; None when it is complete, or never began.
 
     Raises:
-        FormatError: what was made ready is damaged. OutputError: the disk refuses.
+        FormatError: what was made ready is damaged.
+        OutputError: the disk refuses.
     """
     try:
         return _recover(checkpoint)
@@ -211,7 +213,9 @@ def about_files_of(folder: Path, other: Path, checkpoint: Path) -> dict[str, Any
     """What operation a journal is of, when it proves to have changed files of a checkpoint; None otherwise.
 
     Args:
-        folder: That the journal lies in. other: What the journal would be of. checkpoint: What is to be read.
+        folder: That the journal lies in.
+        other: What the journal would be of.
+        checkpoint: What is to be read.
     """
     if is_link(folder) or not (folder / "journal").is_file():
         return None

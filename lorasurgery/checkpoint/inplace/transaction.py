@@ -22,8 +22,8 @@ from lorasurgery.checkpoint.files import ScratchFile, WriteFile
 from lorasurgery.checkpoint.header import show
 from lorasurgery.checkpoint.inplace.journal import check_line, file_of
 from lorasurgery.checkpoint.inplace.recover import (
-    FOLDER,
     FIXED,
+    FOLDER,
     apply,
     as_line,
     cannot_write,
@@ -46,19 +46,23 @@ BATCH = 128 << 20  # bytes that are written twice before they count
 class Surgery:
     """One operation on a checkpoint in place; others are kept away by a lock until it ends.
 
-    Example:
+    Examples:
+        ```python
         with Surgery(Path("llama"), {"call": "merge …"}, resume=False) as surgery:
             surgery.put("w 0", "model.safetensors", 128, new_bytes, record)
             surgery.flush()
             surgery.finish({"lorasurgery.json": b"{}"}, removed=[])
+        ```
 
     Args:
-        checkpoint: Folder or file. about: What the operation is; only the same may go on with it. JSON.
+        checkpoint: Folder or file.
+        about: What the operation is; only the same may go on with it. JSON.
         resume: Go on with what is there.
         inputs: What else new files are made from; who may not read it may not read them.
 
     Attributes:
-        done: What is in the files already: key -> record. checked: Whether check_passed() was called, now or before.
+        done: What is in the files already: key -> record.
+        checked: Whether check_passed() was called, now or before.
         noted: What was given to it then.
         scratch: Takes what must survive a kill beside the new bytes.
     """
@@ -144,7 +148,8 @@ class Surgery:
         """Change some bytes of a file, now or with the next flush(); one thread at a time.
 
         Args:
-            key: Of this piece of work. record: What is to be known of it later, JSON.
+            key: Of this piece of work.
+            record: What is to be known of it later, JSON.
         """
         self._redo.write_at(self._end, data)
         self._batch.append([file, place, self._end, len(data), zlib.crc32(data)])
@@ -181,7 +186,8 @@ class Surgery:
         """Give other files their names, and end.
 
         Args:
-            files: Paths below the checkpoint's folder -> new content. staged: The same -> name of a staged file.
+            files: Paths below the checkpoint's folder -> new content.
+            staged: The same -> name of a staged file.
             removed: What goes.
         """
         self.flush()

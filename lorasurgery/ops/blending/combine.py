@@ -186,7 +186,8 @@ class Composition:
         """A module as it will be written.
 
         Args:
-            lost: ‖ΔW − BA‖. left: Its square for the first r directions alone, where a budget may cut.
+            lost: ‖ΔW − BA‖.
+            left: Its square for the first r directions alone, where a budget may cut.
         """
         update, error = to_store(written, norm), lost / norm if norm else 0.0
         report = ModuleReport(

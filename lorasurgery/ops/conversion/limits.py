@@ -22,7 +22,9 @@ def check_place(
     """Refuse a base that no client loads an adapter of this format into; what comes back is a warning.
 
     Args:
-        base: The adapter's model, if one is given. to: The format. adapter: What the message begins with.
+        base: The adapter's model, if one is given.
+        to: The format.
+        adapter: What the message begins with.
         instead: The next move that it ends with.
 
     Raises:

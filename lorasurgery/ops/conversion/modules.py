@@ -39,7 +39,8 @@ class Reduced:
 
     Args:
         update: In the dtype of the file.
-        lost, total: Of every row (out,), what the factors leave of ΔW, and ΔW itself, squared.
+        lost: Of every row (out,), what the factors leave of ΔW, and ΔW itself, squared.
+        total: Of every row (out,), what the factors leave of ΔW, and ΔW itself, squared.
     """
 
     update: LowRank
@@ -53,7 +54,8 @@ class Source:
 
     Args:
         update: In the dtype of the file.
-        bias: What is added to the layer's bias (out,). magnitude: DoRA's, (out,); along the input axis as it is.
+        bias: What is added to the layer's bias (out,).
+        magnitude: DoRA's, (out,); along the input axis as it is.
     """
 
     update: LowRank
@@ -65,9 +67,11 @@ class Assembly:
     """Builds the new file's modules.
 
     Args:
-        adapter: The source. reduced: Factors of modules that the file holds as other products, by path.
+        adapter: The source.
+        reduced: Factors of modules that the file holds as other products, by path.
         dtype: torch dtype that factors are cast to; None keeps their own.
-        kernels: Of convolutions that the file holds flat, by path. undone: DoRA whose norm is in the factors already.
+        kernels: Of convolutions that the file holds flat, by path.
+        undone: DoRA whose norm is in the factors already.
         bake: Whether scales go into lora_B, so that alpha is the rank.
     """
 
@@ -248,7 +252,8 @@ def plain_lora(
     """Factors of W' − W for every DoRA module, one matrix in memory at a time, each with its measured error.
 
     Args:
-        dtype: What factors are written in. rank: Of all of them; None keeps each module's own.
+        dtype: What factors are written in.
+        rank: Of all of them; None keeps each module's own.
     """
     found = {}
     for path, places in _places(base, adapter).items():
@@ -264,7 +269,8 @@ def factors_of(
     """Factors of a module that the file holds in another form (LoHa, LoKr, Tucker, a whole difference), on the CPU.
 
     Args:
-        dtype: What they are written in. rank: At most; None is all that the module has.
+        dtype: What they are written in.
+        rank: At most; None is all that the module has.
 
     Raises:
         SurgeryError: file, module, and what of its values or its factors does not fit.

@@ -49,7 +49,8 @@ class Conversion:
     """What is settled before a tensor is read.
 
     Args:
-        adapter: The source. targets: Modules of the new file, by the adapter's.
+        adapter: The source.
+        targets: Modules of the new file, by the adapter's.
         translator: None where PEFT stays PEFT, so that no name changes.
         kernels: Of convolutions, by the adapter's path; LoHa and LoKr may hold them flat, and the base tells.
         base: The adapter's model, if one is given.

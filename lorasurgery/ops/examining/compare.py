@@ -37,7 +37,8 @@ class Comparer:
     """Compares tensors of two checkpoints in memory that does not grow with them.
 
     Args:
-        a, b: The checkpoints.
+        a: The checkpoints.
+        b: The checkpoints.
         device: Where the arithmetic is done.
     """
 

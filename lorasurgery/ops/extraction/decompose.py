@@ -247,7 +247,8 @@ def factored_of(job: Extraction, pair: Pair, delta: Blocks, fit: Fitted, total: 
     """A pair's factors as they lie in the file, with what is stated of them.
 
     Args:
-        total: ‖delta‖². power: ΔW is 2^power · delta, of which `fit` is made.
+        total: ‖delta‖².
+        power: ΔW is 2^power · delta, of which `fit` is made.
     """
     rank, norm = fit.update.rank, math.sqrt(total)
     error, update = fit.error / norm, fit.update.with_scale(math.ldexp(fit.update.scale, power))

@@ -33,7 +33,8 @@ class TensorPair:
     """A tensor in both checkpoints, or one expert's slice of a three-dimensional one.
 
     Args:
-        old, new: Floating tensors of the same shape.
+        old: Floating tensors of the same shape.
+        new: Floating tensors of the same shape.
     """
 
     old: TensorInfo
@@ -113,7 +114,8 @@ class Difference:
     """Reads pairs of tensors into float32 memory that is used again; any thread may, several at once.
 
     Args:
-        base, tuned: The two checkpoints.
+        base: The two checkpoints.
+        tuned: The two checkpoints.
         device: Where the difference is wanted.
         room: Bytes that all differences under way take together; beyond them, each gets memory of its own.
         coarse: Keep each rounded to bfloat16 as well, half as much again, for the products of a sketch.

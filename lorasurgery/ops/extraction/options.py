@@ -25,8 +25,9 @@ SvdMethod = Literal["auto", "randomized", "exact"]
 class Selection:
     """--target, --exclude, --full and --common, as the command line gives them.
 
-    >>> Selection(exclude=("lm_head",)).wants("model.layers.0.mlp.up_proj")
-    True
+    Examples:
+        >>> Selection(exclude=("lm_head",)).wants("model.layers.0.mlp.up_proj")
+        True
     """
 
     target: tuple[str, ...] = ()

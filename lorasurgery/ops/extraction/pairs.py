@@ -303,9 +303,7 @@ def _check_complete(parameter: str, ordered: list[Pair], count: int, parts: int)
     shapes = {m.tuned.shape for m in ordered}
     if missing or len(shapes) > 1:
         what = f"expert {missing[0][0]} is incomplete" if missing else f"its experts' shapes differ: {sorted(shapes)}"
-        raise MismatchError(
-            f"{parameter}: {what}, so they are not one parameter; --exclude {parameter} leaves it out"
-        )
+        raise MismatchError(f"{parameter}: {what}, so they are not one parameter; --exclude {parameter} leaves it out")
 
 
 def _places(count: int, parts: int) -> Iterable[tuple[int, int]]:

@@ -26,7 +26,8 @@ class Sides:
     """The tensors of both by their names in memory, and what the selection means by them.
 
     Args:
-        base, tuned: The checkpoints, of which only headers are read.
+        base: The checkpoints, of which only headers are read.
+        tuned: The checkpoints, of which only headers are read.
     """
 
     def __init__(self, base: Checkpoint, tuned: Checkpoint, selection: Selection) -> None:
@@ -164,7 +165,9 @@ class Odd:
     """Names in memory of what has no partner of the same shape, in the order on disk.
 
     Args:
-        missing: Of the base only. new: Of the tuned model only. reshaped: name -> what both sides have.
+        missing: Of the base only.
+        new: Of the tuned model only.
+        reshaped: name -> what both sides have.
         options: Those that leave out all of it and nothing else; "" if they would be too many.
     """
 

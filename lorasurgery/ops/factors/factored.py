@@ -195,7 +195,8 @@ class Share:
     """What one tensor on disk has in an expert parameter's change.
 
     Args:
-        name, shape: The tensor's.
+        name: The tensor's.
+        shape: The tensor's.
         total: ‖ΔW‖² of the tensor.
         lost: What the factors as written leave of it, squared.
         prefixes: What they leave when only the first r directions of each expert are kept, for r from 0 up; only where

@@ -39,8 +39,10 @@ def run_each(
 ) -> Report:  # fmt: skip
     """Do `work(adapter, output)` for each adapter of a folder, into outputs of the same names.
 
-    Example:
+    Examples:
+        ```python
         run_each("rerank", "loras", find_adapters("loras"), lambda one, to: rerank(one, to, choice), "smaller")
+        ```
 
     Args:
         out: A folder; empty where nothing is written.

@@ -30,7 +30,8 @@ def rule_warning(modules: Sequence[ModuleReport], choice: RankChoice | None, dty
     ['--tolerance 0.2 does not hold in 1 module (q_proj: error 0.3): --max-rank 2 allows no more directions']
 
     Args:
-        modules: The lines of the report. dtypes: What factors are written in.
+        modules: The lines of the report.
+        dtypes: What factors are written in.
     """
     beyond = [m for m in modules if choice and not choice.holds(m.error or 0.0)]
     if choice is None or not beyond:

@@ -30,7 +30,8 @@ class ModuleJob(Protocol):
     """The work on one module, or on several that are taken together.
 
     Attributes:
-        cost: Bytes of memory that it holds. result: What came out, after compute(); of several modules, a list.
+        cost: Bytes of memory that it holds.
+        result: What came out, after compute(); of several modules, a list.
     """
 
     cost: int
@@ -51,8 +52,10 @@ class Workload(Generic[T, R]):
 
     Args:
         run: Its journal: what is in it already is not done again.
-        names, sizes: Of each item: its key in the journal and in messages, and its bytes.
-        pack: Puts a result beside the output and says where, as JSON. unpack: Gets it back.
+        names: Of each item: its key in the journal and in messages, and its bytes.
+        sizes: Of each item: its key in the journal and in messages, and its bytes.
+        pack: Puts a result beside the output and says where, as JSON.
+        unpack: Gets it back.
         take: Called with every item and its result, in order, on the rank that finishes.
         sync: Waits until what was packed is on the disk.
     """
@@ -157,9 +160,11 @@ class _Job:
 def named(name: str, *others: str) -> Iterator[None]:
     """Put a module's or a file's name before the message of what fails, where it names neither it nor one of `others`.
 
-    Example:
+    Examples:
+        ```python
         with named("lm_head.weight"):
             decompose()
+        ```
     """
     try:
         yield

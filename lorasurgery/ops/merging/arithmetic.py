@@ -121,8 +121,12 @@ class DoraRows:
     """Like rounding.Merger, for edits with DoRA whose output features are rows.
 
     Args:
-        source: Dtype of the weight. height: Its rows.
-        dtype, rounding, seed, finite: as for Merger.
+        source: Dtype of the weight.
+        height: Its rows.
+        dtype: as for Merger.
+        rounding: as for Merger.
+        seed: as for Merger.
+        finite: as for Merger.
     """
 
     def __init__(

@@ -77,7 +77,10 @@ def plan_files(
     """Settle names, dtypes, shapes and shards of the output, keeping the layout of `disk` unless told otherwise.
 
     Args:
-        disk, base, out, dtype: As for Recipe.
+        disk: As for Recipe.
+        base: As for Recipe.
+        out: As for Recipe.
+        dtype: As for Recipe.
         max_shard_size: Bytes.
         dropped: Tensors that the output leaves out.
 

@@ -120,8 +120,8 @@ def check_in_place(recipe: Recipe) -> None:
     """Refuse what can't be done inside the files, before anything is touched.
 
     Raises:
-        MismatchError: a tensor that is new, goes, or gets another shape or dtype. OutputError: files that must not or
-            can't be written to.
+        MismatchError: a tensor that is new, goes, or gets another shape or dtype.
+        OutputError: files that must not or can't be written to.
     """
     disk = recipe.disk
     if ranks().size > 1:
@@ -194,8 +194,8 @@ def check_same_tensors(checkpoint: Checkpoint, origin: Checkpoint) -> None:
         here, there = checkpoint.tensors.get(name), origin.tensors.get(name)
         if here is None or there is None or (here.dtype, here.shape) != (there.dtype, there.shape):
             raise MismatchError(
-                f"{show(str(origin.path))}: {show(name)} is not as in {show(str(checkpoint.path))}, so it is not a base "
-                "of what is there; `lorasurgery merge BASE ADAPTER -o OUT` writes a new checkpoint"
+                f"{show(str(origin.path))}: {show(name)} is not as in {show(str(checkpoint.path))}, so it is not "
+                "a base of what is there; `lorasurgery merge BASE ADAPTER -o OUT` writes a new checkpoint"
             )
 
 
@@ -213,7 +213,8 @@ def files_of_origin(
     """Config and tokenizer by name: what is to be written, and what `origin` has of it.
 
     Raises:
-        FormatError: a link leads out of either folder. MismatchError: two tokenizers would be mixed.
+        FormatError: a link leads out of either folder.
+        MismatchError: two tokenizers would be mixed.
     """
     if checkpoint.is_file or origin.is_file:
         return {}, {}

@@ -241,7 +241,9 @@ class Rows:
         """Merge some rows: all at once, a few at a time where the device's memory does not suffice, or on the CPU.
 
         Args:
-            weight, out: (b, n), on the CPU. first: Which row of the matrix they begin with.
+            weight: (b, n), on the CPU.
+            out: (b, n), on the CPU.
+            first: Which row of the matrix they begin with.
         """
         whole, cpu = max(1, weight.shape[0]), torch.device("cpu")
         ways = [
@@ -383,7 +385,8 @@ def jobs_of(
     """(key, job) of each piece of a tensor that an edit changes, or that a merge is taken back from.
 
     Args:
-        recorder: Keeps what the undoing needs. skip: Keys of pieces that are done already.
+        recorder: Keeps what the undoing needs.
+        skip: Keys of pieces that are done already.
     """
     for key, job in _all_jobs(recipe, tensor, slot, state, recorder):
         if key not in skip:

@@ -23,8 +23,9 @@ class Blocks:
     """The block weights of one call, for all of its adapters.
 
     Args:
-        given: As on the command line. adapters: In the order given; a pattern that means none of their modules is
-            wrong usage. base: Whose names count too.
+        given: As on the command line.
+        adapters: In the order given; a pattern that means none of their modules is wrong usage.
+        base: Whose names count too.
         plan: Which module is which tensor of the base.
         known: The adapters with the modules that were left out, which patterns may name too.
     """
@@ -61,8 +62,8 @@ def weighed_plan(
     A module that a pattern with weight 0 means by its name in the file is not looked for in the base at all.
 
     Raises:
-        UsageError: a pattern that means nothing, a list that does not fit. MismatchError: a tensor that can only be
-            taken whole, and as plan_edits.
+        UsageError: a pattern that means nothing, a list that does not fit.
+        MismatchError: a tensor that can only be taken whole, and as plan_edits.
     """
     left = [_without_zeros(given, i + 1, a) for i, a in enumerate(adapters)] if given else list(adapters)
     plan = plan_edits(base, left, weights, replace=replaces)

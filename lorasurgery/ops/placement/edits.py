@@ -70,7 +70,8 @@ class Replacement:
     """A full tensor that takes the base's place; a weight w other than 1 means W + w·(R − W).
 
     Args:
-        weights: What it is read from: an adapter's file, or another checkpoint. key: Its name there.
+        weights: What it is read from: an adapter's file, or another checkpoint.
+        key: Its name there.
         adapter: Whose it is; None for a checkpoint's own.
         name: Its name in memory, as the adapter means it.
     """
@@ -97,7 +98,8 @@ class RowReplacement:
     """Single rows that are replaced, of an embedding (trainable_token_indices) or of a tensor that a model cuts up.
 
     Args:
-        key: The adapter's tensor. rows: Which rows of the base's it replaces.
+        key: The adapter's tensor.
+        rows: Which rows of the base's it replaces.
         weight: As for Replacement.
         part: The rows of the adapter's tensor that are meant; None is all of them.
     """

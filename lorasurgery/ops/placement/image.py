@@ -21,7 +21,8 @@ class Placer:
     """Adds an adapter's updates to a plan, by the base's dictionary.
 
     Args:
-        base: The checkpoint. plan: What the edits go into.
+        base: The checkpoint.
+        plan: What the edits go into.
         replace: False (unmerge) leaves DoRA alone, for the norm it was divided by is gone.
     """
 

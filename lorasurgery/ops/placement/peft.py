@@ -20,7 +20,9 @@ class PeftPlacer:
     """Adds a PEFT adapter's updates to a plan.
 
     Args:
-        names: The base's. plan: What the edits go into. placer: Knows the names of image models.
+        names: The base's.
+        plan: What the edits go into.
+        placer: Knows the names of image models.
         replace: False (unmerge) leaves DoRA alone, for the norm it was divided by is gone.
     """
 
@@ -31,7 +33,8 @@ class PeftPlacer:
         """Add one module's update, to as many tensors as it is spread over.
 
         Raises:
-            NoTensorError: the base has no such module. MismatchError: it has another shape.
+            NoTensorError: the base has no such module.
+            MismatchError: it has another shape.
         """
         # of a pipeline's parts the denoiser comes first, or the VAE's conv_in could pass for the U-Net's
         if adapter.format != "peft" or (self.placer.base.parts and self.placer.knows(delta.path)):

@@ -31,7 +31,8 @@ def plan_edits(
         replace: False leaves replaced tensors alone and lists them as unrestored (unmerge).
 
     Raises:
-        MismatchError: a path or shape that does not fit. UnsupportedError: quantized weights.
+        MismatchError: a path or shape that does not fit.
+        UnsupportedError: quantized weights.
     """
     planner = _Planner(base, replace)
     for adapter, weight in zip(adapters, weights, strict=True):

@@ -28,9 +28,11 @@ def open_call(
     What fails in it names references as they were given and keywords as Python has them, and says first when an
     input changed meanwhile.
 
-    Example:
+    Examples:
+        ```python
         with open_call("merge", {"base": base, "adapters": adapters}) as call:
             checkpoint = Checkpoint.open(call.local(base))
+        ```
 
     Args:
         name: The verb.

@@ -37,10 +37,15 @@ def parsed(raw: bytes, version: int, room: int) -> dict[str, Any]:
     """`about` of a record, when all in it is of the right kind and in its bounds.
 
     Args:
-        version: Of the format. room: Bytes of the record's data.
+        version: Of the format.
+        room: Bytes of the record's data.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError, RecursionError: it is damaged.
+        ValueError: it is damaged.
+        KeyError: it is damaged.
+        TypeError: it is damaged.
+        AttributeError: it is damaged.
+        RecursionError: it is damaged.
     """
     try:
         about = parse_object(raw, "about", strict=True)
@@ -109,9 +114,12 @@ class Stretch:
     """Some bytes of one tensor, as they lie in it, and what is kept of them.
 
     Args:
-        start, size: In the tensor as it was.
-        place, length: In the record's data (in a scratch file while it is written).
-        before, after: SHA-256 of the bytes; after is empty where the tensor has another size now.
+        start: In the tensor as it was.
+        size: In the tensor as it was.
+        place: In the record's data (in a scratch file while it is written).
+        length: In the record's data (in a scratch file while it is written).
+        before: SHA-256 of the bytes; after is empty where the tensor has another size now.
+        after: SHA-256 of the bytes; after is empty where the tensor has another size now.
         how: `steps` (corrections to round(W' − Δ)), `difference` (of all bits), or `whole` (the old bytes).
     """
 
@@ -150,7 +158,9 @@ class Merged:
     """An adapter that was merged, without a word on where it lay: records travel with their checkpoints.
 
     Args:
-        name: The last one of its path. sha256: Of what it is. weight: Its strength.
+        name: The last one of its path.
+        sha256: Of what it is.
+        weight: Its strength.
         hub: `org/name@commit` of one that came from the Hub.
     """
 
@@ -171,7 +181,8 @@ class UndoRecord:
     Args:
         tensors: Those that it touched.
         files: Other files that it changed: name -> the bytes before, None for one that was not there.
-        path: Where the record lies; None while it is made. weights: Its tensors, likewise.
+        path: Where the record lies; None while it is made.
+        weights: Its tensors, likewise.
     """
 
     adapters: list[Merged]

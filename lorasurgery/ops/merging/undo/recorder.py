@@ -34,7 +34,8 @@ class Recorder:
     """Keeps what was there; several threads may.
 
     Args:
-        scratch: Where the packed stretches go. base: What the weights were.
+        scratch: Where the packed stretches go.
+        base: What the weights were.
         device: Where corrections are found; one without float64 leaves it to the CPU, as does one that is full.
     """
 
@@ -50,8 +51,10 @@ class Recorder:
         """Keep some rows that were merged.
 
         Args:
-            first: The row of the matrix (of the expert) they begin with. start: Their first byte in the tensor.
-            old, new: (b, n), on the CPU.
+            first: The row of the matrix (of the expert) they begin with.
+            start: Their first byte in the tensor.
+            old: (b, n), on the CPU.
+            new: (b, n), on the CPU.
         """
         before, after = as_bytes(old), as_bytes(new)
         steps = is_undone_by_steps(edit, old.dtype)

@@ -31,7 +31,9 @@ def begin_record(
     """The record of a merge as far as it is known in advance.
 
     Args:
-        adapters, given, weights: All that were named, with the paths they were given by.
+        adapters: All that were named, with the paths they were given by.
+        given: All that were named, with the paths they were given by.
+        weights: All that were named, with the paths they were given by.
         files: Other files that the merge changes: name -> their bytes before.
     """
     merged = [merged_adapter(a, g, w) for a, g, w in zip(adapters, given, weights, strict=True) if w]
@@ -80,7 +82,8 @@ def record_to_undo(
     """The record of the last merge and its adapters in their order, None where there is no record.
 
     Args:
-        weights, blocks: As given to unmerge; empty where they were not.
+        weights: As given to unmerge; empty where they were not.
+        blocks: As given to unmerge; empty where they were not.
 
     Raises:
         SurgeryError: another merge came later, an adapter is not the one that was merged, or strengths differ.

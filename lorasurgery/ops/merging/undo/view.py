@@ -35,7 +35,8 @@ class UndoView(ReadsByFill):
     """What a record says was there, read through the merged checkpoint: each stretch is checked before and after.
 
     Args:
-        merged: The checkpoint as it is. record: Of its last merge.
+        merged: The checkpoint as it is.
+        record: Of its last merge.
         adapters: Those of the record, in its order, with the same content.
         device: Where updates are taken out; None where only headers are wanted, and then torch is not imported.
         fallback: Notes where the device's memory does not suffice; None is one of its own.
