@@ -27,7 +27,7 @@ what failed of a folder of adapters, or a `--push` after the work was done, is t
 - [report.schema.json](schemas/report.schema.json) describes the reports,
   [record.schema.json](schemas/record.schema.json) the record beside a result, both in JSON Schema 2020-12. A field
   that is not in them is not in a report.
-- What is marked *optional* is left out where it does not apply or is no finite number; nothing is ever null.
+- What is marked *optional* is left out where it does not apply or is not a finite number; nothing is ever null.
 - Sizes are bytes, ‖·‖ is the Frobenius norm, shares go from 0 to 1, dtypes have safetensors' names (F32, BF16).
 - The examples are real, from the weights of `make demo`, and shortened: numbers are rounded, long lists are cut, and
   `sources` is shown only once.

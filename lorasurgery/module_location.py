@@ -26,9 +26,9 @@ def location_of(name: str) -> ModuleLocation:
     """The place of a module by its path: the first number in it counts the layers.
 
     >>> location_of("model.layers.9.mlp.up_proj")
-    Place(stack='model.layers', layer=9, kind='mlp.up_proj')
+    ModuleLocation(stack='model.layers', layer=9, kind='mlp.up_proj')
     >>> location_of("model.layers.0.mlp.experts.3.w1").kind, place_of("lm_head")
-    ('mlp.experts.*.w1', Place(stack='', layer=None, kind='lm_head'))
+    ('mlp.experts.*.w1', ModuleLocation(stack='', layer=None, kind='lm_head'))
     """
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdecimal() and len(part) <= _DIGITS), None)

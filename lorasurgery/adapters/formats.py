@@ -41,7 +41,7 @@ def open_adapter(reference: str | Path) -> Adapter:
     if path.is_dir():
         raise FormatError(
             f"{path}: no adapter_config.json with adapter_model.safetensors here, and no adapter in one file, so it is "
-            "no adapter"
+            "not an adapter"
         )
     raise FormatError(f"{path}: holds no LoRA factors, so it is not an adapter")
 

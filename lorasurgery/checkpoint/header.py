@@ -271,4 +271,4 @@ def _check_text(text: str, where: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise FormatError(f"{where}: {text[:300]!a} is no valid Unicode text") from None
+        raise FormatError(f"{where}: {text[:300]!a} is not valid Unicode text") from None

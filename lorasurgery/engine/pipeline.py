@@ -99,7 +99,7 @@ class Pipeline:
         pools = [workers(readers) if readers else computing, computing, workers(writers)]
         try:
             for job in self._together(jobs):
-                if job.tiny:
+                if job.tiny and self._is_idle():
                     self._here(job)
                     continue
                 self._admit(job)
@@ -126,6 +126,11 @@ class Pipeline:
             few.tiny = few.tiny and job.cost <= least
         if few.jobs:
             yield few
+
+    def _is_idle(self) -> bool:
+        """Whether no job is under way: only then may this thread do a step without being one thread too many for it."""
+        with self._changed:
+            return not self._used
 
     def _here(self, job: _Jobs) -> None:
         """All steps at once, in this thread."""

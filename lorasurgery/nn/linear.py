@@ -109,7 +109,7 @@ class LoRALinear(LoRALayer):
     def __init__(self, original: nn.Module, r: int = 8, alpha: float = 8, *, name: str = "default") -> None:
         super().__init__(original)
         if self.kind != "linear":
-            raise UnsupportedError(f"LoRALinear: a {type(original).__name__} is no linear layer")
+            raise UnsupportedError(f"LoRALinear: a {type(original).__name__} is not a linear layer")
         if r:
             self.init(name, r, alpha)
             self.active = {name: 1.0}

@@ -300,7 +300,7 @@ def _inspect(
     if not _is_adapter(path):
         if spectrum or base is not None:
             option = "--spectrum" if spectrum else "--base"
-            raise UsageError(f"{path}: is no adapter; {option} belongs to adapters")
+            raise UsageError(f"{path}: is not an adapter; {option} belongs to adapters")
         return clock.stamp(inspect_checkpoint(path))
     return clock.stamp(inspect_adapter(path, spectrum=spectrum, base=base, device=device, progress=progress))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -59,3 +61,36 @@ def test_jobs_under_way_keep_to_the_room() -> None:
     assert 0 < most[0] <= room
     Pipeline(room, threads=(2, 2, 2)).run(Holding(cost) for cost in [2 * room, room // 2, 2 * room])
     assert most[0] == 2 * room
+
+
+@given(
+    st.lists(st.one_of(st.just(0), st.integers(0, 20 << 10), st.integers(1 << 20, 3 << 20)), max_size=60),
+    st.tuples(st.integers(0, 2), st.integers(1, 2), st.integers(1, 2)),
+)
+def test_no_step_has_more_threads_than_it_was_given(costs: list[int], threads: tuple[int, int, int]) -> None:
+    """Tiny jobs between large ones do not bring in one thread more: who writes alone may count on that."""
+    lock, now, most = threading.Lock(), Counter[str](), Counter[str]()
+
+    class Watched(Step):
+        def step(self, name: str) -> None:
+            with lock:
+                now[name] += 1
+                most[name] = max(most[name], now[name])
+            time.sleep(0)
+            with lock:
+                now[name] -= 1
+
+        def read(self) -> None:
+            self.step("read")
+
+        def compute(self) -> None:
+            self.step("compute")
+
+        def write(self) -> None:
+            self.step("write")
+
+    Pipeline(8 << 20, threads).run([Watched(cost) for cost in costs])
+    readers, computers, writers = threads
+    assert most["read"] <= (readers or computers)
+    assert most["compute"] <= computers
+    assert most["write"] <= writers

@@ -67,7 +67,7 @@ def any_match(patterns: Sequence[str], path: str) -> bool:
 
 
 def check_patterns(option: str, patterns: Sequence[str], paths: Iterable[str]) -> None:
-    """Refuse patterns that are no regular expression or that mean no module at all.
+    """Refuse patterns that are not regular expressions or that mean no module at all.
 
     Raises:
         UsageError: with the nearest names that exist.

@@ -87,7 +87,7 @@ def group_keys(keys: Iterable[str], where: str) -> dict[str, dict[str, str]]:
     for key in every:
         parsed = parse_key(key)
         if parsed is None:
-            raise FormatError(f"{where}: {key} is no adapter tensor that lorasurgery knows")
+            raise FormatError(f"{where}: {key} is not an adapter tensor that lorasurgery knows")
         path, part = parsed
         parts = found.setdefault(path, {})
         if part in parts:

@@ -176,7 +176,7 @@ def join_rows(pieces: Sequence[ModuleRows], updates: dict[str, LowRank]) -> LowR
     block-diagonal lora_B, and the ranks add up.
 
     >>> one, two = LowRank(torch.ones(2, 1), torch.ones(1, 3)), LowRank(torch.ones(2, 1), 2 * torch.ones(1, 3))
-    >>> join_rows([Piece(2, "q"), Piece(1), Piece(2, "k")], {"q": one, "k": two}).up.shape
+    >>> join_rows([ModuleRows(2, "q"), ModuleRows(1), ModuleRows(2, "k")], {"q": one, "k": two}).up.shape
     torch.Size([5, 2])
     """
     first, *others = updates.values()

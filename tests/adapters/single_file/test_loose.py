@@ -145,14 +145,14 @@ ODD: dict[str, tuple[dict[str, Tensor], type[SurgeryError], str]] = {
     "half": ({"x.lora_down.weight": DOWN}, FormatError, "lora_up is missing"),
     "ranks": ({"x.lora_down.weight": DOWN, "x.lora_up.weight": torch.ones(8, 3)}, MismatchError, "ranks must agree"),
     "integers": ({"x.lora_down.weight": DOWN.int(), "x.lora_up.weight": UP}, FormatError, "floating-point"),
-    "vectors": ({"x.lora_down.weight": torch.ones(4), "x.lora_up.weight": UP}, UnsupportedError, "no factor's"),
+    "vectors": ({"x.lora_down.weight": torch.ones(4), "x.lora_up.weight": UP}, UnsupportedError, "not a factor's"),
     "a kernel above": ({"x.lora_down.weight": torch.ones(4, 6, 1, 1), "x.lora_up.weight": torch.ones(8, 4, 3, 3)},
                        UnsupportedError, "kernel of 1"),
     "two adapters": ({"x.lora_A.one.weight": DOWN, "x.lora_A.two.weight": DOWN, "x.lora_B.one.weight": UP},
                      FormatError, "keep one adapter"),
     "many alphas": ({"x.lora_down.weight": DOWN, "x.lora_up.weight": UP, "x.alpha": torch.ones(2)},
                     FormatError, "single number"),
-    "a stranger": ({"x.lora_down.weight": DOWN, "x.lora_up.weight": UP, "x.what": UP}, FormatError, "no adapter tensor"),
+    "a stranger": ({"x.lora_down.weight": DOWN, "x.lora_up.weight": UP, "x.what": UP}, FormatError, "not an adapter tensor"),
     "integer norms": ({"x.w_norm": torch.ones(4).int()}, FormatError, "floating-point"),
 }  # fmt: skip
 

@@ -255,7 +255,7 @@ def read_undo_record(path: Path) -> UndoRecord:
     weights = Checkpoint.open(path)
     where = show(str(path))
     if set(weights.tensors) != {"about", "data"} or weights.tensors["about"].nbytes > _MOST_ABOUT:
-        raise FormatError(f"{where}: is no undo record; it should hold `about` and `data`")
+        raise FormatError(f"{where}: is not an undo record; it should hold `about` and `data`")
     raw = b"".join(bytes(piece) for piece in weights.chunks("about"))
     try:
         about = parsed(raw, _FORMAT, weights.tensors["data"].nbytes)
