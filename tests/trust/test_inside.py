@@ -346,7 +346,7 @@ def test_files_that_a_journal_names(escape: str, place: str, tmp_path: Path) -> 
     lay(ck, out)
     before = snapshot(out)
     if place == "heap":
-        says = {"backslashes": "is damaged", "a drive": "is damaged"}.get(escape, "is not the name|leads out")
+        says = {"backslashes": "was removed", "a drive": "was removed"}.get(escape, "is not the name|leads out")
         with pytest.raises(FormatError, match=says):
             read_back(ck, [name(out, "x.json"), 0, 4, 0])
     elif place == "renamed":

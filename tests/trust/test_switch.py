@@ -124,7 +124,7 @@ def test_a_base_that_is_none(world: Path) -> None:
     with pytest.raises(UsageError, match="add=True and base: say one way to begin, not 2"):
         switch(world / "merged", [world / "topic"], add=True, base=world / "base")
     merge(world / "base", [world / "style"], world / "kept", undo=True, device="cpu")
-    with pytest.raises(UsageError, match="base: an undo record takes style out to the bit; leave base away"):
+    with pytest.raises(UsageError, match="base: an undo record takes style out to the bit; omit base"):
         switch(world / "kept", [world / "topic"], base=world / "base", device="cpu")
     (world / "merged" / "vocab.txt").write_text("a")
     with pytest.raises(MismatchError, match=r"vocab\.txt: the tokenizer that is to come has no such file"):
