@@ -46,7 +46,7 @@ TURNED = ("conv1d", "embedding")  # of which PEFT's factors are those of the tra
 _PARTS = 16  # of a difference that the device's memory does not suffice for: one of them at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What one pair gave: factors, or the norm of a change that is not factored, or nothing.
 

@@ -41,7 +41,7 @@ def common_dtype(sources: Sequence[Adapter]) -> str:
     return only if only in ("F16", "BF16") else "BF16"
 
 
-@dataclass
+@dataclass(slots=True)
 class Factored:
     """One module's factors on the CPU, in PEFT's orientation and the dtype of the file.
 
