@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LowRank:
     """ΔW = scale · up @ down, with up (out, r) and down (r, in) (LoRA, arXiv:2106.09685, section 4.1).
 
@@ -99,7 +99,7 @@ class LowRank:
         return self.scale * (self.up.to(dtype) @ self.down.to(dtype))  # (out, r) @ (r, in) -> (out, in)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Dense:
     """ΔW = scale · matrix: a full difference, or a product whose thin factors would be no smaller (LoHa, LoKr).
 

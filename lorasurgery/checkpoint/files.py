@@ -8,8 +8,11 @@ import os
 import sys
 import threading
 import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from io import FileIO
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from lorasurgery.checkpoint.inside import to_read
@@ -253,14 +256,40 @@ def read_back(folder: Path, place: Place, view: memoryview | None = None) -> mem
     Raises:
         FormatError: it is not what was put, or the file was removed.
     """
-    name, start, size, crc = place
+    path = _scratch_path(folder, place[0])
+    with ReadFile(path) as file:
+        return _stretch(file, path, place, view)
+
+
+def read_all_back(folder: Path, places: Iterable[Place]) -> Iterator[memoryview]:
+    """Read many stretches; those that follow one another in the same scratch file open it once.
+
+    Raises:
+        FormatError: one is not what was put, or its file was removed.
+    """
+    for name, in_file in groupby(places, itemgetter(0)):
+        path = _scratch_path(folder, name)
+        with ReadFile(path) as file:
+            for place in in_file:
+                yield _stretch(file, path, place)
+
+
+def _scratch_path(folder: Path, name: object) -> Path:
     path = to_read(folder, name, odd=True)
-    there = path.stat().st_size if path.is_file() else -1
+    if not path.is_file():
+        raise _unusable(path, "was removed")
+    return path
+
+
+def _stretch(file: ReadFile, path: Path, place: Place, view: memoryview | None = None) -> memoryview:
+    _, start, size, crc = place
+    there = os.fstat(file.fileno()).st_size
     if isinstance(start, int) and isinstance(size, int) and 0 <= start <= start + size <= there:
         found = memoryview(bytearray(size)) if view is None else view
-        with ReadFile(path) as file:
-            got = file.read_all(start, found)
-        if got == size and zlib.crc32(found) == crc:
+        if file.read_all(start, found) == size and zlib.crc32(found) == crc:
             return found
-    what = "was removed" if there < 0 else "is damaged"
-    raise FormatError(f"{path}: {what}, so --resume can't; into a new output, --overwrite starts over")
+    raise _unusable(path, "is damaged")
+
+
+def _unusable(path: Path, what: str) -> FormatError:
+    return FormatError(f"{path}: {what}, so --resume can't; into a new output, --overwrite starts over")

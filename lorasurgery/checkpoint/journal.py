@@ -66,13 +66,21 @@ class Records(Mapping[str, Any]):
 
     def __init__(self, found: Mapping[str, Any] | None = None) -> None:
         self._texts: dict[str, str] = {}
-        for key, record in (found or {}).items():
-            self.add(key, record)
+        self.update(found or {})
 
     def add(self, key: str, record: Any) -> str:
         """Add or replace one; returns its JSON."""
         text = self._texts[key] = json.dumps(record)
         return text
+
+    def update(self, found: Mapping[str, Any]) -> None:
+        """Add or replace several."""
+        for key, record in found.items():
+            self.add(key, record)
+
+    def forget(self, key: str) -> None:
+        """Keep only the key: its record becomes None."""
+        self._texts[key] = "null"
 
     def __getitem__(self, key: str) -> Any:
         return json.loads(self._texts[key])
@@ -148,13 +156,19 @@ class Run:
             self._line({"about": self.about, "boot": _boot()})
         self.ranks.wait()
 
-    def add(self, key: str, record: Any, size: int) -> None:
-        """Note that a piece of work of so many bytes is in its file."""
+    def add(self, key: str, record: Any, size: int, *, needed: bool = True) -> None:
+        """Note that a piece of work of so many bytes is in its file.
+
+        Args:
+            needed: Whether this run asks for the record again; otherwise only the journal holds it.
+        """
         with self._lock:
             text = self.done.add(key, record)
             self._size += size
             self._lines += 1
             self._text(f'{{"done": {json.dumps(key)}, "record": {text}}}')
+            if not needed:
+                self.done.forget(key)
 
     @property
     def is_due(self) -> bool:
@@ -274,8 +288,7 @@ def _read(files: list[Path], about: dict[str, Any], out: Path) -> tuple[Records,
             found, renamed = _read_one(file, about, out, renamed)
         except (KeyError, TypeError, ValueError):
             raise FormatError(f"{show(str(file))}: is damaged, so --resume can't; --overwrite starts over") from None
-        for key, record in found.items():
-            done.add(key, record)
+        done.update(found)
     return done, renamed
 
 

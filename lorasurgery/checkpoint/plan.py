@@ -71,9 +71,14 @@ class PlannedFile:
         >>> PlannedFile("a", (PlannedTensor("w", "U8", (2,)),), {}).header()[8:60]
         b'{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
         """
-        raw = f"{{{','.join(self._entries())}}}".encode()  # a table of 10⁵ entries would be ten times as large
+        raw = bytearray(8)  # the length comes last; a table of 10⁵ entries, or a list of them, would be far larger
+        raw += b"{"
+        for number, entry in enumerate(self._entries()):
+            raw += (b"," if number else b"") + entry.encode()
+        raw += b"}"
         raw += b" " * (-len(raw) % 8)
-        return len(raw).to_bytes(8, "little") + raw
+        raw[:8] = (len(raw) - 8).to_bytes(8, "little")
+        return bytes(raw)
 
     def _entries(self) -> Iterator[str]:
         """The fields of the header's JSON."""

@@ -143,14 +143,16 @@ class Merger:
         old.copy_(weight)
         rows = slice(first, first + weight.shape[0])
         _sum(self.terms, rows, delta)
-        if _needs_float64(old, delta, self.dtype):
+        update = _dot(delta, delta)
+        if _needs_float64(old, delta, update, self.dtype):
             old, delta, new = scratch(weight, torch.float64, 3)
             old.copy_(weight)
             _sum(self.terms, rows, delta)
+            update = _dot(delta, delta)
         torch.add(old, delta, out=new)
         self._store(new, out, generator)
         if out.dtype.itemsize < new.dtype.itemsize:
-            return _left(delta, old.copy_(out).sub_(new))
+            return _left(delta, update, old.copy_(out).sub_(new))
         return _survived(old, delta, new.copy_(out))
 
     def _store(self, value: Tensor, out: Tensor, generator: torch.Generator | None) -> None:
@@ -232,14 +234,14 @@ def _sum(terms: Sequence[Update], rows: slice, total: Tensor) -> None:
         term.add_rows(total, rows)
 
 
-def _needs_float64(old: Tensor, delta: Tensor, dtype: torch.dtype) -> bool:
+def _needs_float64(old: Tensor, delta: Tensor, update: float, dtype: torch.dtype) -> bool:
     """Whether float32's error in Δ could move more than one in 10⁴ of the roundings to 16 bits.
 
     That error is about 2⁻²⁴·|Δ|, so it only matters for updates as large as the weights, which are rare.
     """
     if dtype.itemsize != 2 or delta.dtype != torch.float32 or delta.device.type == "mps":
         return False
-    return _dot(delta, delta) > 0.0625 * _dot(old, old)
+    return update > 0.0625 * _dot(old, old)
 
 
 def _survived(old: Tensor, delta: Tensor, new: Tensor) -> Survival:
@@ -250,9 +252,9 @@ def _survived(old: Tensor, delta: Tensor, new: Tensor) -> Survival:
     return Survival(dot, _dot(delta, delta), _dot(rest, rest))
 
 
-def _left(delta: Tensor, rounding: Tensor) -> Survival:
-    """The same from the rounding error round(W + Δ) − (W + Δ) where that is far above the sum's own: fewer passes."""
-    update, overlap = _dot(delta, delta), _dot(rounding, delta)
+def _left(delta: Tensor, update: float, rounding: Tensor) -> Survival:
+    """The same from ‖Δ‖² and the rounding error round(W + Δ) − (W + Δ), where that is far above the sum's own."""
+    overlap = _dot(rounding, delta)
     return Survival(update + overlap, update, _dot(rounding, rounding))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasurgery.checkpoint.files import PAGE, ScratchFile, WriteFile, read_back
+from lorasurgery.checkpoint.files import PAGE, ScratchFile, WriteFile, read_all_back, read_back
 from lorasurgery.errors import FormatError
 
 SIZE = 3 << 20
@@ -49,6 +49,7 @@ def test_a_heap_gives_back_what_was_put(tmp_path: Path) -> None:
         places = list(pool.map(heap.put, pieces))
     heap.close()
     assert [bytes(read_back(tmp_path, place)) for place in places] == pieces
+    assert [bytes(view) for view in read_all_back(tmp_path, places)] == pieces
     memory = memoryview(bytearray(1049))
     assert read_back(tmp_path, places[49], memory) is memory
     assert bytes(memory) == pieces[49]
@@ -60,6 +61,10 @@ def test_a_heap_gives_back_what_was_put(tmp_path: Path) -> None:
     (tmp_path / "heap").write_bytes(data)
     with pytest.raises(FormatError, match="is damaged"):
         read_back(tmp_path, places[7])
+    several = read_all_back(tmp_path, places[6:8])
+    assert bytes(next(several)) == pieces[6]
+    with pytest.raises(FormatError, match="is damaged"):
+        next(several)
     os.truncate(tmp_path / "heap", 10)
     with pytest.raises(FormatError, match="is damaged"):
         read_back(tmp_path, places[8])

@@ -10,7 +10,8 @@ from children import Child
 from long_runs import hashes
 from operations import INSIDE, OPERATIONS, OUTSIDE, run, state
 
-LATE = {"merge --in-place": 5, "unmerge --in-place": 2, "switch": 5}  # a write after which some tensors are changed
+# a write after which some tensors are changed: what undoes small ones is written before the first of them
+LATE = {"merge --in-place": 12, "unmerge --in-place": 2, "switch": 12}
 GOES_ON = "some tensors are changed already, and --resume goes on from here"
 
 

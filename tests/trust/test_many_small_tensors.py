@@ -5,10 +5,12 @@ Counted in steps and objects: what they take in seconds, benchmarks/many_tensors
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -93,6 +95,38 @@ def test_steps_grow_as_the_number_of_tensors(name: str, worlds: dict[int, Path],
     few, many = (steps(lambda n=n: VERBS[name](worlds[n], tmp_path / str(n))) for n in (FEW, MANY))
     assert few > 10 * FEW, "nothing was counted"
     assert many < 1.2 * MANY / FEW * few, (few, many)
+
+
+HELD = {"merge": 2300, "merge --in-place": 3200, "extract": 2700, "rerank": 2800}
+"""Bytes of Python's memory for each tensor when the last of them is written; torch's own come on top."""
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_little_is_held_of_each_tensor(
+    name: str, worlds: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between 64 and 256 tensors what is held grows by no more than so much for each."""
+    held: list[int] = []
+    plain = Pipeline.run
+
+    def run(self: Pipeline, jobs: Any) -> None:
+        plain(self, jobs)
+        held.append(tracemalloc.get_traced_memory()[0])
+
+    def most(count: int) -> int:
+        held.clear()
+        gc.collect()
+        tracemalloc.start()
+        try:
+            VERBS[name](worlds[count], tmp_path / str(count))
+        finally:
+            tracemalloc.stop()
+        return max(held)
+
+    monkeypatch.setattr(Pipeline, "run", run)
+    VERBS[name](worlds[FEW], tmp_path / "first")
+    few, many = most(FEW), most(MANY)
+    assert (many - few) / (MANY - FEW) <= HELD[name], (few, many)
 
 
 class Small:

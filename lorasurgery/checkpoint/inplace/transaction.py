@@ -34,6 +34,7 @@ from lorasurgery.checkpoint.inplace.recover import (
     recover,
     surgery_folder,
 )
+from lorasurgery.checkpoint.journal import Records
 from lorasurgery.checkpoint.modes import Modes
 from lorasurgery.checkpoint.operation import holding
 from lorasurgery.engine.atomic_file import sync_folder
@@ -41,6 +42,7 @@ from lorasurgery.errors import MismatchError, OutputError, SurgeryError
 
 _GO_ON = "some tensors are changed already, and --resume goes on from here"
 BATCH = 128 << 20  # bytes that are written twice before they count
+_PIECES = 8192  # of a batch: what is known of each is in memory until they count
 
 
 class Surgery:
@@ -75,7 +77,7 @@ class Surgery:
         self.home = checkpoint if checkpoint.is_dir() else checkpoint.parent
         self.folder = surgery_folder(checkpoint)
         self.modes = Modes.of([checkpoint, *inputs], self.home)
-        self.done: dict[str, Any] = {}
+        self.done = Records()
         self.checked, self.resumed, self.bytes_written = False, 0, 0
         self.noted: Any = None
         self._batch: list[list[Any]] = []
@@ -155,13 +157,21 @@ class Surgery:
             raise RuntimeError("two threads change one checkpoint")  # a mistake of ours: their bytes would be mixed
         try:
             self._redo.write_at(self._end, data)
-            self._batch.append([file, place, self._end, len(data), zlib.crc32(data)])
+            self._add_to_batch(file, place, data)
             self._keys[key] = record
             self._end += len(data)
-            if self._end >= BATCH:
+            if self._end >= BATCH or len(self._keys) >= _PIECES:
                 self.flush()
         finally:
             self._putting.release()
+
+    def _add_to_batch(self, file: str, place: int, data: memoryview) -> None:
+        """Note where the new bytes belong: what continues the last stretch makes it longer."""
+        last = self._batch[-1] if self._batch else None
+        if last is not None and last[0] == file and last[1] + last[3] == place:
+            last[3:] = last[3] + len(data), zlib.crc32(data, last[4])
+        else:
+            self._batch.append([file, place, self._end, len(data), zlib.crc32(data)])
 
     def flush(self) -> None:
         """Wait until all that was put is where it belongs, on the disk.
@@ -176,7 +186,7 @@ class Surgery:
             self._redo.sync()
             self.scratch.sync()
             self._line({"ready": self._batch, "done": self._keys})
-            self.done |= self._keys
+            self.done.update(self._keys)
             with self._inputs.changing({self.home / item[0] for item in self._batch}):
                 apply(self.home, self.folder, self._batch)
             self._line({"applied": True})
@@ -236,7 +246,7 @@ class Surgery:
                     "one, and --resume goes on only with the same"
                 )
         for line in lines_of(self.folder / "journal"):
-            self.done |= line.get("done", {})
+            self.done.update(line.get("done", {}))
             self.checked = self.checked or "checked" in line
             self.noted = line.get("noted", self.noted)
         self.resumed = len(self.done)

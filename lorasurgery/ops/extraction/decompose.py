@@ -46,7 +46,7 @@ TURNED = ("conv1d", "embedding")  # of which PEFT's factors are those of the tra
 _PARTS = 16  # of a difference that the device's memory does not suffice for: one of them at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What one pair gave: factors, or the norm of a change that is not factored, or nothing.
 
@@ -485,7 +485,7 @@ class Extraction:
         wanted = self.draft.scales(self.options.scaling)
         with thread_pool():
             for i, ((pair, found), scale) in enumerate(zip(self.draft.factors, wanted, strict=True)):
-                if found.update.scale != scale:
+                if found.held.scale != scale:
                     with named(pair.name):
                         again = Again(self, pair, found, scale)
                         again.read()
@@ -521,7 +521,8 @@ class Extraction:
         if outcome.rounding:
             self.rounding.add(pair.name, outcome.rounding, _coarser(pair))
         if outcome.found is not None:
-            self.draft.factors.append((pair, outcome.found))
+            found = outcome.found if self.budget else outcome.found.compact()
+            self.draft.factors.append((pair, found))
         elif not (outcome.unchanged or outcome.rounding):
             self._keep_whole(pair, outcome.norm, broken=outcome.broken)
         if self.budget:
@@ -551,7 +552,7 @@ class Extraction:
         if self.options.choice.budget is None:
             return []
         found = [f for _, f in self.draft.factors]
-        return [f.report.name for f in found if f.rank == self.choice.upper(*f.update.shape) < min(f.update.shape)]
+        return [f.report.name for f in found if f.rank == self.choice.upper(*f.held.shape) < min(f.held.shape)]
 
     def _set_budget(self, pairs: Sequence[Pair]) -> int | None:
         """Bytes to spend, and how many directions a module may bring to the competition."""

@@ -292,9 +292,10 @@ class _Folder:
             task=draft.host.task,
             fan_in_fan_out=any(pair.treatment == "conv1d" for pair, _ in draft.factors),
         )
-        self.factors = _factor_tensors(draft, self.layout)
+        factors = _factor_tensors(draft, self.layout)
+        self.factors = factors.sources
         self.whole = whole_tensors(draft, self.layout)
-        planned = [PlannedTensor(key, dtype_name(t.dtype), tuple(t.shape)) for key, t in self.factors.items()]
+        planned = factors.planned
         for key, pieces in self.whole.items():
             info, shape = draft.tuned.tensors[pieces[0].tensor], shape_of(draft.tuned, pieces)
             planned.append(PlannedTensor(key, (draft.dtype or info.dtype) if info.is_float else info.dtype, shape))
@@ -310,8 +311,10 @@ def write_adapter(draft: AdapterDraft, tuned: Checkpoint, output: Output) -> lis
     folder = _Folder(draft)
     with output.tensor_file(folder.file) as writer:
         for item in folder.file.tensors:
-            data = folder.factors.get(item.name)
-            writer.write(item.name, _whole(tuned, folder.whole[item.name], item) if data is None else data)
+            source = folder.factors.get(item.name)
+            if source is None:
+                source = _whole(tuned, folder.whole[item.name], item)
+            writer.write(item.name, source.tensor() if isinstance(source, _OwnFactor) else source)
     config = folder.layout.config()
     output.write_bytes(CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
     output.commit(last=CONFIG_NAME)
@@ -324,8 +327,44 @@ def _whole(tuned: Checkpoint, pieces: tuple[TunedRows, ...], planned: PlannedTen
     return put_together(tuned, pieces).to(torch_dtype(planned.dtype))
 
 
-def _factor_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+@dataclass(frozen=True, slots=True)
+class _OwnFactor:
+    """One of the two tensors of a module that is on disk by itself, made when it is written.
+
+    Args:
+        turned: Whether the file's factors are those of the transposed update.
+        kernel: Of a convolution.
+        index: 0 for lora_A, 1 for lora_B.
+    """
+
+    found: Factored
+    turned: bool
+    kernel: tuple[int, ...]
+    index: int
+
+    def tensor(self) -> Tensor:
+        return _own_factors(self.found, self.turned, self.kernel)[self.index]
+
+
+def _own_factors(found: Factored, turned: bool, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    factors = found.update.transposed if turned else found.update
+    return with_kernel(factors.down.contiguous(), factors.up.contiguous(), kernel)
+
+
+@dataclass
+class _FactorTensors:
+    """The file's factors: each as it is planned, and where it comes from, by its key."""
+
+    planned: list[PlannedTensor] = field(default_factory=list)
+    sources: dict[str, Tensor | _OwnFactor] = field(default_factory=dict)
+
+    def add(self, key: str, tensor: Tensor, source: _OwnFactor | None = None) -> None:
+        self.planned.append(PlannedTensor(key, dtype_name(tensor.dtype), tuple(tensor.shape)))
+        self.sources[key] = tensor if source is None else source
+
+
+def _factor_tensors(draft: AdapterDraft, layout: PeftLayout) -> _FactorTensors:
+    tensors = _FactorTensors()
     for pair, found in draft.factors:
         if pair.cuts:
             continue
@@ -337,15 +376,16 @@ def _factor_tensors(draft: AdapterDraft, layout: PeftLayout) -> dict[str, Tensor
         for path in [pair.path, *aliases]:
             kind = "embedding" if _is_table(draft, pair, path) else "linear"
             turned = (kind == "embedding") != (pair.treatment == "embedding")
-            factors = found.update.transposed if turned else found.update
-            a, b = factor_keys(path, kind)
             kernel = pair.tuned.shape[2:] if pair.treatment == "conv" else ()
-            tensors[a], tensors[b] = with_kernel(factors.down.contiguous(), factors.up.contiguous(), kernel)
+            made = _own_factors(found, turned, kernel)
+            for index, (key, tensor) in enumerate(zip(factor_keys(path, kind), made, strict=True)):
+                tensors.add(key, tensor, _OwnFactor(found, turned, kernel, index))
             _note(draft, layout, path, found.rank, found.report.alpha or 0.0, kind)
     for path, parts in draft.parts.items():
         update, alpha = joined(parts, rslora=draft.rslora)
         a, b = factor_keys(path, "linear")
-        tensors[a], tensors[b] = update.down, update.up
+        tensors.add(a, update.down)
+        tensors.add(b, update.up)
         _note(draft, layout, path, update.rank, alpha, "linear")
     return tensors
 
@@ -364,14 +404,13 @@ def _is_table(draft: AdapterDraft, pair: Pair, path: str) -> bool:
     return kind == "embedding"
 
 
-def _add_experts(
-    tensors: dict[str, Tensor], draft: AdapterDraft, pair: Pair, found: Factored, layout: PeftLayout
-) -> None:
+def _add_experts(tensors: _FactorTensors, draft: AdapterDraft, pair: Pair, found: Factored, layout: PeftLayout) -> None:
     """PEFT wraps the module once for each parameter; the keys say only how deep inside the factors are."""
     module = module_of(pair.path)
     inside = ".base_layer" * draft.wrapped(module).index(pair.path)
     a, b = factor_keys(module + inside, "linear")
-    tensors[a], tensors[b] = found.update.down, found.update.up
+    tensors.add(a, found.update.down)
+    tensors.add(b, found.update.up)
     layout.add(pair.path, found.rank, found.report.alpha or 0.0, parameter=True)
 
 
@@ -392,7 +431,8 @@ def _all_paths(draft: AdapterDraft) -> set[str]:
     paths = {module_of(n) for n in _all_parameters(draft)}
     paths |= {p.path for p, _ in draft.factors if p.treatment != "experts"} | {p.path for p in draft.full}
     paths |= {module_of(name) for name in draft.cut_in_memory}
-    return paths | draft.host.paths | (set(names.tied_paths(names.input_embedding)) if names.input_embedding else set())
+    tied = names.tied_paths(names.input_embedding) if names.input_embedding else ()
+    return set(draft.host.paths).union(paths, tied)  # of equal strings, the host's are kept
 
 
 def _all_parameters(draft: AdapterDraft) -> set[str]:

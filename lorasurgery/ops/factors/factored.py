@@ -12,6 +12,7 @@ from lorasurgery.checkpoint.header import DTYPE_BITS
 from lorasurgery.errors import SurgeryError
 from lorasurgery.linalg.rank import RankChoice, allocate
 from lorasurgery.lowrank import LowRank
+from lorasurgery.ops.factors.compact import CompactFactors, compacted
 from lorasurgery.report import ModuleReport
 
 if TYPE_CHECKING:
@@ -41,13 +42,13 @@ def common_dtype(sources: Sequence[Adapter]) -> str:
     return only if only in ("F16", "BF16") else "BF16"
 
 
-@dataclass
+@dataclass(slots=True)
 class Factored:
     """One module's factors on the CPU, in PEFT's orientation and the dtype of the file.
 
     Args:
         report: name, shape, rank, alpha, delta_norm and the measured error of the factors.
-        update: up (out, r), down (r, in), the columns in the order of falling σ.
+        held: The update as tensors, or compact: up (out, r), down (r, in), the columns in the order of falling σ.
         squares: σᵢ² of each direction.
         copies: How often the file holds these factors (tied modules).
         bias: lora_B.bias (out,) before division by the scale; None when there is none.
@@ -56,7 +57,7 @@ class Factored:
     """
 
     report: ModuleReport
-    update: LowRank
+    held: LowRank | CompactFactors
     squares: Sequence[float]
     copies: int = 1
     bias: Tensor | None = None
@@ -64,9 +65,14 @@ class Factored:
     lost: Sequence[float] = ()
 
     @property
+    def update(self) -> LowRank:
+        """The update as tensors; where it is held compact, new ones each time."""
+        return self.held if isinstance(self.held, LowRank) else self.held.open()
+
+    @property
     def rank(self) -> int:
         """Directions of the update (of each expert, where there are several)."""
-        return self.update.rank
+        return self.held.rank
 
     @property
     def reports(self) -> tuple[ModuleReport, ...]:
@@ -88,8 +94,12 @@ class Factored:
         report = restated(self.report, rank, scaling(rank)[0] if rank else 0.0, self.lost[rank])
         update = LowRank(self.update.up[:, :rank].contiguous(), self.update.down[:rank].contiguous(), self.update.scale)
         return replace(
-            self, report=report, update=update, squares=self.squares[:rank], lost=self.lost[: rank + 1]
+            self, report=report, held=update, squares=self.squares[:rank], lost=self.lost[: rank + 1]
         )  # fmt: skip
+
+    def compact(self) -> Factored:
+        """The same in little memory where the factors are small, without what only a budget asks for."""
+        return replace(self, held=compacted(self.update), squares=(), lost=())
 
     def pad(self, rank: int, rslora: bool = False) -> Factored:
         """Zero-padded to `rank`; alpha grows with it so that the scale stays."""
@@ -98,7 +108,7 @@ class Factored:
         more, old = rank - self.update.rank, self.update.rank
         alpha = (self.report.alpha or 0.0) * (rank / old) ** (0.5 if rslora else 1.0) if old else float(rank)
         wide = LowRank(pad(self.update.up, (0, more)), pad(self.update.down, (0, 0, 0, more)), self.update.scale)
-        return replace(self, update=wide, report=replace(self.report, rank=rank, alpha=alpha))
+        return replace(self, held=wide, report=replace(self.report, rank=rank, alpha=alpha))
 
 
 def restated(report: ModuleReport, rank: int, alpha: float, lost: float) -> ModuleReport:
@@ -265,7 +275,7 @@ class ExpertFactors(Factored):
             summary(self.report.name, self.report.shape, shares), rank=rank, alpha=scaling(rank)[0] if rank else 0.0
         )
         return replace(
-            self, update=joined(up[:, :rank], down[:, :rank], self.update.scale), squares=self.squares[:rank],
+            self, held=joined(up[:, :rank], down[:, :rank], self.update.scale), squares=self.squares[:rank],
             shares=shares, report=report,
         )  # fmt: skip
 
@@ -282,7 +292,7 @@ class ExpertFactors(Factored):
         alpha = (self.report.alpha or 0.0) * (rank / old) ** (0.5 if rslora else 1.0) if old else float(rank)
         up, down = self._split()
         wide = joined(pad(up, (0, 0, 0, more)), pad(down, (0, 0, 0, more)), self.update.scale)
-        return replace(self, update=wide, report=replace(self.report, rank=rank, alpha=alpha))
+        return replace(self, held=wide, report=replace(self.report, rank=rank, alpha=alpha))
 
     def _split(self) -> tuple[Tensor, Tensor]:
         """up (out, r, E) and down (E, r, in)."""

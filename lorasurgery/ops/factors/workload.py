@@ -101,12 +101,13 @@ class Workload(Generic[T, R]):
 
     def finish(self, index: int, result: R) -> None:
         """Note a result, and take what can be taken."""
-        self.run.add(self.names[index], self.pack(result), self.sizes[index])
+        alone = self.run.ranks.size == 1  # then the result itself is held until it is taken
+        self.run.add(self.names[index], self.pack(result), self.sizes[index], needed=not alone)
         with self._lock:
             self._done += self.sizes[index]
             if self.progress:
                 self.progress(self.names[index], self._done, self._total)
-            if self.run.ranks.size == 1:
+            if alone:
                 self._held[index] = result
                 self._take_on(lambda name: False)
         if self.run.is_due:

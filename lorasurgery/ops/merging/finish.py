@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from lorasurgery.ops.factors.sidecars import CONFIG, patched_config, write_carri
 from lorasurgery.ops.merging.recipe import Recipe
 from lorasurgery.ops.merging.undo.record import (
     FOLDER,
-    UndoRecord,
+    Kept,
     next_name,
     planned_record,
     stack,
@@ -76,10 +75,15 @@ def _edited(
     files: Sequence[PlannedFile], edits: EditPlan, done: Mapping[str, Any]
 ) -> Iterator[tuple[PlannedTensor, Edit, Survival]]:
     """Every tensor that an edit changes, in the order of the files, and how much of the update survived in it."""
+    for tensor, edit in _touched(files, edits):
+        yield tensor, edit, Survival(*(done[tensor.name]["survived"] or (0.0, 0.0, 0.0)))
+
+
+def _touched(files: Sequence[PlannedFile], edits: EditPlan) -> Iterator[tuple[PlannedTensor, Edit]]:
     for tensor in (t for f in files for t in f.tensors):
         edit = edits.edits.get(tensor.name)
         if edit is not None:
-            yield tensor, edit, Survival(*(done[tensor.name]["survived"] or (0.0, 0.0, 0.0)))
+            yield tensor, edit
 
 
 def _describe(edit: Edit, survival: Survival, report: Report) -> None:
@@ -142,20 +146,20 @@ def write_undo(recipe: Recipe, output: Output, done: Mapping[str, Any]) -> None:
     if recipe.undo is None:
         return
     assert output.run is not None
-    record = with_tensors(recipe, done)
-    planned, about, places = planned_record(record, f"{folder}/{next_name(len(below))}")
+    name = f"{folder}/{next_name(len(below))}"
+    planned, about = planned_record(recipe.undo, kept_of_each(recipe, done), name)
     with output.tensor_file(planned) as file:
-        write_planned(file, about, places, output.run.path("0").parent)
+        write_planned(file, about, kept_of_each(recipe, done), output.run.path("0").parent)
 
 
-def with_tensors(recipe: Recipe, done: Mapping[str, Any]) -> UndoRecord:
-    """The record of a merge that is done: what was known in advance, and what is kept of each tensor."""
-    assert recipe.undo is not None
-    edits = recipe.edits.edits
-    tensors = {
-        t.name: kept(t, recipe.base, done[t.name]["kept"]) for f in recipe.files for t in f.tensors if t.name in edits
-    }
-    return replace(recipe.undo, tensors=tensors)
+def kept_of_each(recipe: Recipe, done: Mapping[str, Any]) -> Iterator[tuple[str, Kept]]:
+    """Every tensor that the merge changed, in the order of the files, and what its undoing needs.
+
+    Args:
+        done: As for describe.
+    """
+    for tensor, _ in _touched(recipe.files, recipe.edits):
+        yield tensor.name, kept(tensor, recipe.base, done[tensor.name]["kept"])
 
 
 def files_before(recipe: Recipe) -> Mapping[str, bytes | None]:

@@ -7,19 +7,20 @@ once for good (checkpoint/inplace/transaction.py has how that survives a kill).
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count, takewhile
 from typing import Any
 
 import torch
 
 from lorasurgery.checkpoint.inplace.transaction import Surgery
+from lorasurgery.checkpoint.journal import Records
 from lorasurgery.checkpoint.plan import PlannedTensor
 from lorasurgery.checkpoint.writer import TensorFile
 from lorasurgery.engine.pipeline import Job, Pipeline
 from lorasurgery.engine.threads import thread_pool
 from lorasurgery.linalg.rounding import Survival
-from lorasurgery.ops.merging.finish import check_survival, describe, files_before, with_tensors
+from lorasurgery.ops.merging.finish import check_survival, describe, files_before, kept_of_each
 from lorasurgery.ops.merging.recipe import Recipe
 from lorasurgery.ops.merging.run_state import RunState
 from lorasurgery.ops.merging.stream import TEAM, joined, listed, room
@@ -65,10 +66,9 @@ def run_in_place(
         report.sources = [Source(**s) for s in surgery.noted]  # the files as they were, whatever is in them by now
         work.perform()
         report.warnings += state.fallback.warnings
-        notes = work.notes()
-        check_survival(recipe, notes)
-        describe(recipe.files, recipe.edits, notes, report)
-        work.end(files(), notes)
+        check_survival(recipe, work.notes)
+        describe(recipe.files, recipe.edits, work.notes, report)
+        work.end(files)
         report.bytes_written, report.resumed = surgery.bytes_written, surgery.resumed
     report.bytes_read = recipe.disk.bytes_read + sum(a.weights.bytes_read for a in recipe.adapters)
 
@@ -80,13 +80,15 @@ class _InPlaceRun:
         self.recipe, self.state, self.surgery = recipe, state, surgery
         self.touched = [t for f in recipe.files for t in f.tensors if is_touched(recipe, t.name)]
         self.total, self.bytes = sum(t.nbytes for t in self.touched), 0
+        self.notes = _Notes(surgery.done, [t.name for t in self.touched])
         self._lock = threading.Lock()
 
-    def rehearse(self) -> dict[str, Any]:
+    def rehearse(self) -> Records:
         """Compute everything and write nothing; what is known of each tensor afterwards."""
-        slots = {t.name: _Dropped() for t in self.touched}
-        Pipeline(room(self.recipe)).run(job for t in self.touched for job in self._jobs(t, slots[t.name], None))
-        return {name: _record(joined(slot.notes)) for name, slot in slots.items()}
+        found = Records()
+        jobs = (job for t in self.touched for job in self._jobs(t, _Dropped(t.name, found), None))
+        Pipeline(room(self.recipe)).run(jobs)
+        return found
 
     def perform(self) -> None:
         """Compute and write what is not there yet."""
@@ -98,16 +100,12 @@ class _InPlaceRun:
         )
         self.surgery.flush()
 
-    def notes(self) -> dict[str, Any]:
-        """What is known of each tensor, from the journal."""
-        pieces: dict[str, dict[int, Note]] = defaultdict(dict)
-        for key, (survived, stretches) in self.surgery.done.items():
-            number, _, name = key.partition(" ")
-            pieces[name][int(number)] = Note(Survival(*survived) if survived else None, stretches)
-        return {t.name: _record(joined(pieces[t.name])) for t in self.touched}
+    def end(self, changed: Callable[[], dict[str, bytes]]) -> None:
+        """Put the records in order, and end.
 
-    def end(self, files: dict[str, bytes], notes: dict[str, Any]) -> None:
-        """Put the records in order, and end."""
+        Args:
+            changed: Small files that change too; they are made after the record of this merge is written.
+        """
         recipe, surgery = self.recipe, self.surgery
         path = recipe.disk.path
         below = stack(path)
@@ -117,12 +115,20 @@ class _InPlaceRun:
         removed = [f"{undo_folder(path).name}/{record.name}" for record in stale]
         staged = {}
         if recipe.undo is not None:
-            _stage(with_tensors(recipe, notes), surgery)
+            self._stage(recipe.undo)
             name = old.name if old else next_name(len(below))
             staged, removed = {f"{undo_folder(path).name}/{name}": _RECORD}, []
+        files = changed()
         gone = [n for n, data in files_before(recipe).items() if data is None and n not in files]
         back = {n: data for n, data in files_before(recipe).items() if data is not None} | files
         surgery.finish(back, staged=staged, removed=[*removed, *gone])
+
+    def _stage(self, record: UndoRecord) -> None:
+        """Write the record of this merge, which gets its name at the end."""
+        recipe, surgery = self.recipe, self.surgery
+        planned, about = planned_record(record, kept_of_each(recipe, self.notes), _RECORD)
+        with TensorFile(surgery.staged(_RECORD), planned, lambda _: None, mode=surgery.modes.file) as file:
+            write_planned(file, about, kept_of_each(recipe, self.notes), surgery.folder)
 
     def _jobs(self, tensor: PlannedTensor, slot: Destination, recorder: Recorder | None) -> Iterator[Job]:
         done = self.surgery.done
@@ -136,22 +142,47 @@ class _InPlaceRun:
                 self.state.progress(tensor.name, self.bytes, self.total)
 
 
+class _Notes(Mapping[str, Any]):
+    """What is known of each tensor, put together from the journal's records of its pieces whenever it is asked for."""
+
+    def __init__(self, done: Mapping[str, Any], names: Sequence[str]) -> None:
+        self._done, self._names = done, names
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        keys = takewhile(self._done.__contains__, (f"{number} {name}" for number in count()))
+        records = (self._done[key] for key in keys)
+        pieces = [Note(Survival(*survived) if survived else None, kept) for survived, kept in records]
+        return _record(joined(dict(enumerate(pieces))))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class _Dropped:
     """A slot that keeps what is known of the pieces and lets go of the bytes."""
 
-    def __init__(self) -> None:
-        self.notes: dict[int, Note] = {}
+    def __init__(self, name: str, found: Records) -> None:
+        self.name, self.found = name, found
+        self._notes: dict[int, Note] = {}
+        self._pieces, self._lock = 0, threading.Lock()
 
     def expect(self, pieces: int) -> None:
-        """It does not matter here."""
+        """How many there will be."""
+        self._pieces = pieces
 
     def place(self) -> int:
         """Anywhere."""
         return 0
 
     def put(self, piece: int, start: int, data: memoryview, note: Note) -> None:
-        """Keep the note."""
-        self.notes[piece] = note
+        """Keep the note; the tensor's record is made from those of all pieces."""
+        with self._lock:
+            self._notes[piece] = note
+            if len(self._notes) == self._pieces:
+                self.found.add(self.name, _record(joined(self._notes)))
 
 
 class _Placed:
@@ -178,9 +209,3 @@ class _Placed:
 
 def _record(note: Note) -> dict[str, Any]:
     return {"survived": listed(note.survival), "kept": note.kept}
-
-
-def _stage(record: UndoRecord, surgery: Surgery) -> None:
-    planned, about, places = planned_record(record, _RECORD)
-    with TensorFile(surgery.staged(_RECORD), planned, lambda _: None, mode=surgery.modes.file) as file:
-        write_planned(file, about, places, surgery.folder)

@@ -208,18 +208,14 @@ class Rows:
         self.info: TensorInfo = self.weights.tensors[name]
         self.source, self.dtype = torch_dtype(self.info.dtype), torch_dtype(tensor.dtype)
         self.stacked = edit is not None and any(c.stacked for c in edit.contributions)
+        shape = self.info.shape[1:] if self.stacked else self.info.shape
+        self.matrix = (shape[0], prod(shape[1:])) if shape else (1, 1)  # (rows, columns), of each expert if several
         self._mergers: dict[tuple[int, str], Merger | DoraRows] = {}
         self._way = 0
         self._lock = threading.Lock()
         self.pieces = list(self._pieces())
         self._left = len(self.pieces)
         slot.expect(len(self.pieces))
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """(rows, columns) of one matrix: of each expert where there are several."""
-        shape = self.info.shape[1:] if self.stacked else self.info.shape
-        return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
     def _pieces(self) -> Iterator[tuple[int, slice]]:
         """(expert, rows): whole blocks, as many as make up a piece."""
@@ -246,6 +242,8 @@ class Rows:
             first: Which row of the matrix they begin with.
         """
         whole, cpu = max(1, weight.shape[0]), torch.device("cpu")
+        if self.device == cpu:  # there is nothing to fall back to
+            return self._few(cpu, expert, weight, out, first, whole)
         ways = [
             partial(self._few, device, expert, weight, out, first, -(-whole // parts))
             for device, parts in ((self.device, 1), (self.device, 2), (self.device, 8), (cpu, 1))
@@ -345,6 +343,9 @@ class RowsJob:
 
     def _aligned(self, size: int) -> Tensor:
         """Memory for the result that lies to a page as the place in the file does: the system need not copy it."""
+        if size < PAGE:  # goes through the system's cache in any case
+            self._lent = self.buffers.take(size)
+            return self._lent[:size]
         self._lent = self.buffers.take(size + PAGE)
         place = self.work.slot.place() + self._start
         skipped = (place - self._lent.data_ptr()) % PAGE

@@ -203,7 +203,7 @@ def test_a_group_that_was_cut_short_is_done_whole(tmp_path: Path) -> None:
     """After a break a group's work is that of a run without one; what is missing is noted, all is taken in order."""
     run = Run(tmp_path / "out.safetensors", {}, resume=False, ranks=Ranks())
     run.begin(lambda: None)
-    run.done |= {"b": 20, "c": 30}
+    run.done.update({"b": 20, "c": 30})
     asked: list[tuple[int, ...]] = []
     taken: list[tuple[int, int]] = []
     seen: list[tuple[str, int, int]] = []

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from lorasurgery._version import __version__
 from lorasurgery.adapters.adapter import Adapter
-from lorasurgery.checkpoint.files import Place, read_back
+from lorasurgery.checkpoint.files import read_all_back
 from lorasurgery.checkpoint.fingerprint import sha256_of
 from lorasurgery.checkpoint.header import DTYPE_BITS, show
 from lorasurgery.checkpoint.inside import LEADS_OUT, is_inside, leads_out
@@ -281,39 +281,49 @@ def _kept(raw: dict[str, Any]) -> Kept:
     return Kept(raw["kind"], raw["dtype"], tuple(raw["shape"]), stretches, raw["after"])
 
 
-def planned_record(record: UndoRecord, name: str) -> tuple[PlannedFile, bytes, list[Place]]:
-    """The file of a record, its `about`, and in which scratch files its stretches lie, in their order."""
-    places: list[Place] = []
+def planned_record(
+    record: UndoRecord, tensors: Iterable[tuple[str, Kept]], name: str
+) -> tuple[PlannedFile, bytearray]:  # fmt: skip
+    """The file of a record, and its `about`.
+
+    Args:
+        record: What is known without the tensors.
+        tensors: Those that the merge touched, their stretches in scratch files. Each goes into `about` as it comes, so
+            that the objects of very many small ones are never in memory together.
+    """
     end = 0
-    table: dict[str, Any] = {}
-    for tensor, kept in record.tensors.items():
+    about = bytearray(_json({
+        "format": _FORMAT, "version": __version__, "adapters": [a.listed() for a in record.adapters],
+        "block_weights": record.block_weights,
+    })[:-1] + b',"tensors":{')  # fmt: skip
+    for number, (tensor, kept) in enumerate(tensors):
         listed = []
         for s in kept.stretches:
-            places.append(s.place)
             listed.append(replace(s, place=end).listed())
             end += s.length
-        table[tensor] = {
+        about += b"," if number else b""
+        about += _json(tensor) + b":" + _json({
             "kind": kept.kind, "dtype": kept.dtype, "shape": list(kept.shape), "after": kept.after, "stretches": listed,
-        }  # fmt: skip
-    about = {
-        "format": _FORMAT, "version": __version__, "adapters": [a.listed() for a in record.adapters],
-        "block_weights": record.block_weights, "tensors": table,
-        "files": {n: None if v is None else base64.b64encode(v).decode() for n, v in record.files.items()},
-    }  # fmt: skip
-    raw = json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode()
-    tensors = (PlannedTensor("about", "U8", (len(raw),)), PlannedTensor("data", "U8", (end,)))
-    return PlannedFile(name, tensors, {"format": FOLDER}), raw, places
+        })  # fmt: skip
+    files = {n: None if v is None else base64.b64encode(v).decode() for n, v in record.files.items()}
+    about += b'},"files":' + _json(files) + b"}"
+    planned = (PlannedTensor("about", "U8", (len(about),)), PlannedTensor("data", "U8", (end,)))
+    return PlannedFile(name, planned, {"format": FOLDER}), about
 
 
-def write_planned(file: TensorFile, about: bytes, places: Sequence[Place], folder: Path) -> None:
-    """Fill the file of a record from the scratch files in a folder."""
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
-    def pieces() -> Iterator[memoryview]:
-        for place in places:
-            yield read_back(folder, place)
 
+def write_planned(file: TensorFile, about: bytearray, tensors: Iterable[tuple[str, Kept]], folder: Path) -> None:
+    """Fill the file of a record from the scratch files in a folder.
+
+    Args:
+        tensors: As given to planned_record(), once more.
+    """
+    places = (s.place for _, kept in tensors for s in kept.stretches)
     file.write("about", [memoryview(about)])
-    file.write("data", pieces())
+    file.write("data", read_all_back(folder, places))
 
 
 def merged_adapter(adapter: Adapter, given: str, weight: float) -> Merged:

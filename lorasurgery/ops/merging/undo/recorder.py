@@ -153,6 +153,7 @@ def _chunks(base: TensorReader, name: str) -> Iterator[tuple[int, memoryview]]:
 
 
 _HEAD = struct.Struct("<QQB")
+_own = threading.local()
 _LEVEL, _QUICK = 9, 3  # corrections are few; differences are as large as the weights
 
 
@@ -171,7 +172,7 @@ def pack_corrections(found: Corrections, itemsize: int) -> bytes:
     parts = [_planes(_gaps(found.places), 4), _planes(turned, wide), _planes(_gaps(found.doubtful), 4),
              _planes(found.bits.numpy(), itemsize)]  # fmt: skip
     head = _HEAD.pack(len(steps), len(found.bits), wide)
-    return bytes(zstandard.ZstdCompressor(_LEVEL).compress(head + b"".join(parts)))
+    return _compressed(head + b"".join(parts), _LEVEL)
 
 
 def unpack_corrections(data: bytes, itemsize: int, size: int) -> Corrections:
@@ -217,7 +218,7 @@ def pack_difference(old: memoryview, new: memoryview | None, itemsize: int) -> b
     if new is not None:
         values = values ^ np.frombuffer(new, np.uint8)
     planes = np.ascontiguousarray(values.reshape(-1, itemsize).T)
-    return bytes(zstandard.ZstdCompressor(_QUICK).compress(planes.data if planes.size else b""))
+    return _compressed(planes.data if planes.size else b"", _QUICK)
 
 
 def unpack_difference(data: bytes, new: memoryview | None, itemsize: int, size: int) -> bytes:
@@ -238,6 +239,14 @@ def unpack_difference(data: bytes, new: memoryview | None, itemsize: int, size: 
 def is_kept_as_steps(dtype: torch.dtype) -> bool:
     """Whether a dtype's weights can be undone by corrections; float64 has no wider type to find them in."""
     return dtype.is_floating_point and dtype.itemsize in BITS
+
+
+def _compressed(data: bytes | memoryview, level: int) -> bytes:
+    """Compress with this thread's own compressor: a new one costs more than a small tensor's work."""
+    held: dict[int, zstandard.ZstdCompressor] = _own.__dict__.setdefault("held", {})
+    if level not in held:
+        held[level] = zstandard.ZstdCompressor(level)
+    return bytes(held[level].compress(data))
 
 
 def _opened(data: bytes, most: int) -> bytes:
