@@ -154,8 +154,8 @@ def test_half_of_the_limit_is_for_weights_on_their_way(
             rooms.append(room)
             super().__init__(room, *threads)
 
-    monkeypatch.setattr(stream, "Flow", Noted)
-    monkeypatch.setattr(in_place_work, "Flow", Noted)
+    monkeypatch.setattr(stream, "Pipeline", Noted)
+    monkeypatch.setattr(in_place_work, "Pipeline", Noted)
     save_file({"q_proj.weight": torch.eye(8)}, tmp_path / "base.safetensors")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')

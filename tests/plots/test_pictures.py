@@ -158,7 +158,10 @@ def test_what_is_left_out_is_said() -> None:
 NOTHING = {
     "adapters": (Report("inspect", ["loras"], "", adapters=[Report("inspect", ["a"], "")]), "holds 1; name one"),
     "headers": (Report("inspect", ["a"], "", modules=[ModuleReport("m", (2, 2), rank=4)]), "spectrum=True"),
-    "dry run": (Report("extract", ["a"], "", dry_run=True, modules=[ModuleReport("m", (2, 2), rank=4)]), "dry_run=True"),
+    "dry run": (
+        Report("extract", ["a"], "", dry_run=True, modules=[ModuleReport("m", (2, 2), rank=4)]),
+        "dry_run=True",
+    ),
     "empty": (Report("diff", ["a", "b"], ""), "no modules"),
     "not finite": (Report("merge", ["a"], "", modules=[ModuleReport("m", (2, 2), delta_norm=math.nan)]), "finite"),
 }
