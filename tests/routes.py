@@ -4,8 +4,8 @@
 
 A stop is a call into a function of the package that is handed the input: its path as it was given, or a Checkpoint or
 Adapter opened from it, as an argument or as a field of one. `files` counts the files with a stop; `crossings` the calls,
-told apart by caller and callee, that lead from one file to another: a reader who follows the input turns so many pages.
-The size of the package and its import circles stand beside.
+told apart by caller and callee, that lead from one file to another: a reader who follows the input turns so many pages;
+`pairs` the pairs of files that they join. The size of the package and its import circles stand beside.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Route:
             return any(self._carries(v, deep=False) for v in fields.values())
         return False
 
-    def follow(self, work: Callable[[], object]) -> tuple[int, int]:
-        """Run something; returns (files, crossings)."""
+    def follow(self, work: Callable[[], object]) -> tuple[int, int, int]:
+        """Run something; returns (files, crossings, pairs of files that they join)."""
         threading.setprofile(self)
         sys.setprofile(self)
         try:
@@ -64,7 +64,8 @@ class Route:
         finally:
             sys.setprofile(None)
             threading.setprofile(None)
-        return len({stop[2] for stop in self.stops}), sum(stop[0] != stop[2] for stop in self.stops)
+        ways = [(stop[0], stop[2]) for stop in self.stops if stop[0] != stop[2]]
+        return len({stop[2] for stop in self.stops}), len(ways), len({way for way in ways if way[0]})
 
 
 def _place(frame: FrameType | None) -> tuple[str, str]:
@@ -100,7 +101,7 @@ def main() -> None:
             ),
         }  # fmt: skip
         for name, (path, work) in todo.items():
-            print("{}: {} files, {} crossings".format(name, *Route(path).follow(work)))
+            print("{}: {} files, {} crossings, {} pairs of files".format(name, *Route(path).follow(work)))
 
 
 if __name__ == "__main__":

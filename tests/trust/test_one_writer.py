@@ -280,8 +280,8 @@ def test_a_file_system_without_locks(number: int, world: Path, tmp_path: Path, m
     with pytest.raises(OutputError) as told:
         OUTSIDE["merge"].work(world, out)
     assert str(told.value) == (
-        f"{out}: another command is changing it at this moment ({ME}: one); wait until it is done, or where it is no "
-        f"more remove {first.file}"
+        f"{out}: another command is changing it at this moment ({ME}: one); wait until it is done, or if it no "
+        f"longer exists remove {first.file}"
     )
     first.file.unlink()  # as the line says
     OUTSIDE["merge"].work(world, out)
