@@ -27,7 +27,7 @@ def location_of(name: str) -> ModuleLocation:
 
     >>> location_of("model.layers.9.mlp.up_proj")
     ModuleLocation(stack='model.layers', layer=9, kind='mlp.up_proj')
-    >>> location_of("model.layers.0.mlp.experts.3.w1").kind, place_of("lm_head")
+    >>> location_of("model.layers.0.mlp.experts.3.w1").kind, location_of("lm_head")
     ('mlp.experts.*.w1', ModuleLocation(stack='', layer=None, kind='lm_head'))
     """
     parts = name.split(".")

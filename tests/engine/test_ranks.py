@@ -20,11 +20,11 @@ DIES = """
 import os, lorasurgery.checkpoint.journal as journal
 from lorasurgery.cli.main import run
 add, count = journal.Run.add, [0]
-def add_or_die(self, *args):
+def add_or_die(self, *args, **more):
     count[0] += 1
     if count[0] == 4 and os.environ["RANK"] == "1":
         os._exit(9)
-    add(self, *args)
+    add(self, *args, **more)
 journal.Run.add = add_or_die
 run()
 """

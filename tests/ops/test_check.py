@@ -81,8 +81,9 @@ def test_what_the_summary_says(tmp_path: Path) -> None:
     assert found.summary.splitlines() == [
         "vllm would not serve it as it is meant; all of it matches the base (8 tensors):",
         f"  {one['verdict']}: {one['what']}",
-        f"    {one['mend']}",
+        f"    start vLLM with max_lora_rank=32, or rerank({str(other)!r}, out=OUT, rank=16)",
     ]
+    assert one["mend"] == f"start vLLM with --max-lora-rank 32, or lorasurgery rerank {other} -o OUT --rank 16"
     assert check(other, "vllm").summary.startswith("vllm would not serve it as it is meant:\n  ")
 
 

@@ -217,7 +217,7 @@ BROKEN = [
     (LokrModule, {"hada_w1_a": torch.ones(5, 4)}, FormatError, "missing"),
     (LoConModule, {"diff_b": torch.ones(15)}, MismatchError, "is an update of 15×1"),
     (LoConModule, {"w_norm": torch.ones(16), "diff": torch.ones(16)}, FormatError, "both change"),
-    (LoConModule, {"unheard_of": torch.ones(16)}, FormatError, "no adapter tensor"),
+    (LoConModule, {"unheard_of": torch.ones(16)}, FormatError, "not an adapter tensor"),
 ]  # fmt: skip
 
 

@@ -242,8 +242,6 @@ class Rows:
             first: Which row of the matrix they begin with.
         """
         whole, cpu = max(1, weight.shape[0]), torch.device("cpu")
-        if self.device == cpu:  # there is nothing to fall back to
-            return self._few(cpu, expert, weight, out, first, whole)
         ways = [
             partial(self._few, device, expert, weight, out, first, -(-whole // parts))
             for device, parts in ((self.device, 1), (self.device, 2), (self.device, 8), (cpu, 1))
