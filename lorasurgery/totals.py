@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import get_annotations
 from typing import Any, overload
 
 
@@ -32,18 +33,15 @@ class Totals(dict[str, Any]):
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The attributes that there can be."""
-        return tuple(cls.__annotations__)
+        return tuple(name for base in cls.__mro__ for name in get_annotations(base))
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self.names()]
 
 
-class ExtractTotals(Totals):
-    """Of extract."""
+class FactorTotals(Totals):
+    """Of what writes an adapter: its size, and what it holds of the change."""
 
-    tensors: dict[str, int]
-    parameters_at_most: int
-    model_bytes: int
     modules: int | None
     delta_norm: float | None
     error: float | None
@@ -51,6 +49,21 @@ class ExtractTotals(Totals):
     rank_min: int | None
     rank_max: int | None
     adapter_bytes: int | None
+
+
+class FolderTotals(Totals):
+    """Of what also takes a folder of adapters."""
+
+    adapters: int | None
+    failed: int | None
+
+
+class ExtractTotals(FactorTotals):
+    """Of extract."""
+
+    tensors: dict[str, int]
+    parameters_at_most: int
+    model_bytes: int
     unchanged: int | None
     rounding: int | None
     full: int | None
@@ -87,48 +100,30 @@ class MergeTotals(Totals):
     undo_file: str | None
 
 
-class BlendTotals(Totals):
+class BlendTotals(FactorTotals, FolderTotals):
     """Of blend and rerank."""
 
     method: str | None
     weights: list[float] | None
-    modules: int | None
     parameters_at_most: int | None
     input_bytes: int | None
     budget: int | None
-    delta_norm: float | None
-    error: float | None
-    energy: float | None
-    rank_min: int | None
-    rank_max: int | None
-    adapter_bytes: int | None
     full: int | None
     size_ratio: float | None
-    adapters: int | None
-    failed: int | None
 
 
-class ConvertTotals(Totals):
+class ConvertTotals(FactorTotals, FolderTotals):
     """Of convert."""
 
     from_: str | None
     to: str | None
     modules_in: int | None
-    modules: int | None
     matched: int | None
-    delta_norm: float | None
-    error: float | None
-    energy: float | None
-    rank_min: int | None
-    rank_max: int | None
-    adapter_bytes: int | None
     fused: int | None
     alpha_in_header_only: int | None
-    adapters: int | None
-    failed: int | None
 
 
-class InspectTotals(Totals):
+class InspectTotals(FolderTotals):
     """Of inspect: an adapter, a checkpoint, or a folder of adapters."""
 
     what: str | None
@@ -162,11 +157,9 @@ class InspectTotals(Totals):
     by_kind: list[dict[str, Any]] | None
     undo: list[list[str]] | None
     unfinished: str | None
-    adapters: int | None
-    failed: int | None
 
 
-class CheckTotals(Totals):
+class CheckTotals(FolderTotals):
     """Of check."""
 
     for_: str | None
@@ -175,8 +168,6 @@ class CheckTotals(Totals):
     matched: int | None
     modules: int | None
     findings: list[dict[str, Any]] | None
-    adapters: int | None
-    failed: int | None
 
 
 class DiffTotals(Totals):

@@ -40,10 +40,10 @@ def all_paths(given: Paths) -> list[str | Path]:
     return list(as_tuple(given))
 
 
-def size_of(given: Size | None) -> int | None:
+def bytes_of(given: Size | None) -> int | None:
     """Bytes, from a number or from what people type, such as 5GB.
 
-    >>> size_of("5GB"), size_of(1000)
+    >>> bytes_of("5GB"), bytes_of(1000)
     (5000000000, 1000)
     """
     return parse_size(given) if isinstance(given, str) else given
@@ -144,7 +144,7 @@ def _plain(options: T) -> T:
     parsed: dict[str, Any] = {}
     for name, value in values.items():
         if name in ("max_shard_size", "memory_limit"):
-            parsed[name] = size_of(value)
+            parsed[name] = bytes_of(value)
         elif name == "dtype":
             parsed[name] = dtype_of(value)
         elif name in ("weights", "block_weights", "target", "exclude", "full"):

@@ -21,7 +21,7 @@ from lorasurgery.engine.ranks import ranks
 from lorasurgery.engine.runtime import Clock, check_device_name, check_memory_limit, resolve_device
 from lorasurgery.errors import UsageError
 from lorasurgery.linalg.rank import Budget
-from lorasurgery.ops.asked import extract_options, size_of
+from lorasurgery.ops.asked import bytes_of, extract_options
 from lorasurgery.ops.conversion.limits import check_place
 from lorasurgery.ops.extraction.forms import fit_pairs, host_of, narrowed
 from lorasurgery.ops.extraction.options import ExtractOptions
@@ -109,7 +109,7 @@ def extract(
         base, tuned = call.local(base), call.local(tuned)
         report = _extract(
             base, tuned, Path(out), settings, device=device, overwrite=overwrite, resume=resume,
-            memory_limit=size_of(memory_limit), dry_run=dry_run, progress=progress,
+            memory_limit=bytes_of(memory_limit), dry_run=dry_run, progress=progress,
         )  # fmt: skip
         return call.checked(report) if dry_run else call.recorded(report, [base, tuned])
 

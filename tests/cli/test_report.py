@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -38,7 +39,9 @@ def kind_of(schema: dict[str, Any]) -> str:
 def test_totals_are_those_of_the_schema(verb: str) -> None:
     """Every total of the JSON schema is a typed attribute, of its kind, and may be None where it can be missing."""
     parts = [SCHEMA["$defs"][name]["properties"]["totals"] for name in GROUPS[verb]]
-    typed = {name.removesuffix("_"): text for name, text in KINDS[verb].__annotations__.items()}
+    annotated = {name: text for cls in KINDS[verb].__mro__ for name, text in inspect.get_annotations(cls).items()}
+    assert set(annotated) == set(KINDS[verb].names())
+    typed = {name.removesuffix("_"): text for name, text in annotated.items()}
     known = {name for part in parts for name in part["properties"]}
     only_check = {"for", "serves"} if verb != "check" else set()  # of a folder of adapters
     assert known - only_check <= set(typed)

@@ -162,7 +162,7 @@ class _Notes(Mapping[str, Any]):
 
 
 class _Dropped:
-    """A slot that keeps what is known of the pieces and lets go of the bytes."""
+    """A destination that keeps what is known of the pieces and drops the bytes."""
 
     def __init__(self, name: str, found: Records) -> None:
         self.name, self.found = name, found
