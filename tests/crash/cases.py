@@ -34,7 +34,7 @@ class Case:
 
     Args:
         work: Called with the world's folder, the place where it writes, and options such as resume.
-        start: What that place is a copy of in advance.
+        start: What that place is a copy of at first.
         adapter: What was merged last when it is done, of those in place.
     """
 
@@ -98,7 +98,7 @@ class World:
         self._places = 0
 
     def place(self, case: Case, name: str = "") -> Path:
-        """A new place for an operation, with what is there in advance."""
+        """A new place for an operation, with what the operation begins with."""
         if not name:
             self._places += 1
             (self.root / str(self._places)).mkdir()

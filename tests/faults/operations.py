@@ -26,14 +26,14 @@ class Operation:
 
     Args:
         words: Given the world's folder and the output, the command line.
-        start: What the output is a copy of in advance, for those that work in place.
+        start: What the output is a copy of at first, for those that work in place.
     """
 
     words: Callable[[Path, Path], list[str | Path]]
     start: str | None = None
 
     def prepare(self, world: Path, out: Path) -> Path:
-        """Put there what is there in advance; returns the output."""
+        """Put there what the operation begins with; returns the output."""
         if self.start:
             shutil.copytree(world / self.start, out)
         return out

@@ -40,7 +40,7 @@ class Verb:
     Args:
         work: Called with the world's folder, the output, and options such as overwrite.
         reads: Files of the world that decide its result.
-        start: What the output is a copy of in advance, for those in place.
+        start: What the output is a copy of at first, for those in place.
         file: Whether the output is a single file.
     """
 
@@ -50,7 +50,7 @@ class Verb:
     file: bool = False
 
     def place(self, world: Path, home: Path) -> Path:
-        """The output, with what is there in advance."""
+        """The output, with what the operation begins with."""
         out = home / ("out.safetensors" if self.file else "out")
         if self.start:
             shutil.copytree(world / self.start, out)
